@@ -1,0 +1,1 @@
+"""HMAR: hierarchical masked autoregressive image generation (arXiv 2506.04421)."""
