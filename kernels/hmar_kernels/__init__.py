@@ -1,1 +1,9 @@
-"""Block-sparse attention over pyramids of image tokens. Start with `mask.py` (which tokens see which)."""
+"""Block-sparse attention over pyramids of image tokens.
+
+Read `mask.py` first (which tokens see which), then `attention/api.py` (the operator).
+"""
+
+from .attention import IMPLEMENTATIONS, attention, choose, unavailable
+from .mask import SpanMask
+
+__all__ = ["IMPLEMENTATIONS", "SpanMask", "attention", "choose", "unavailable"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,7 +65,9 @@ class SpanMask:
         """
         start, end = _int_vector(key_start, "key_start"), _int_vector(key_end, "key_end")
         if len(start) != len(end):
-            raise ValueError(f"key_start has {len(start)} entries and key_end {len(end)}: one of each per query is needed")
+            raise ValueError(
+                f"key_start has {len(start)} entries and key_end {len(end)}: one of each per query is needed"
+            )
         if num_keys is None:
             num_keys = int(end.max())
         bad = np.flatnonzero((start < 0) | (end < start) | (end > num_keys))
@@ -150,13 +153,11 @@ class SpanMask:
         start, end = self.key_start.numpy(), self.key_end.numpy()
         change = np.flatnonzero((np.diff(start) != 0) | (np.diff(end) != 0)) + 1
         edges = [0, *change.tolist(), self.num_queries]
-        return tuple((a, b, int(start[a]), int(end[a])) for a, b in zip(edges[:-1], edges[1:], strict=True))
+        return tuple((a, b, int(start[a]), int(end[a])) for a, b in pairwise(edges))
 
     def intervals(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
         """(key_start, key_end) on `device`, int32 [num_queries] each, copied once and kept."""
-        return self.cached(
-            ("intervals", str(device)), lambda: (self.key_start.to(device), self.key_end.to(device))
-        )
+        return self.cached(("intervals", str(device)), lambda: (self.key_start.to(device), self.key_end.to(device)))
 
     def cached(self, key: tuple, make):
         """The value of make() for `key`, made on first use and kept for the life of the mask."""

@@ -1,0 +1,210 @@
+"""The attention operator: argument checks, choice of implementation, torch custom ops and autograd.
+
+The mathematics is in reference.py. Read next: plan.py (tiles), triton.py (the kernels behind impl="triton").
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple
+
+import torch
+
+from ..mask import SpanMask
+from . import flex, reference, triton, varlen
+from .plan import TilePlan
+
+IMPLEMENTATIONS = ("reference", "triton", "flex", "varlen")
+"""Names that `attention(..., impl=...)` takes beside "auto"."""
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: SpanMask,
+    *,
+    scale: float | None = None,
+    impl: str = "auto",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T + mask) v, where the mask gives each query one interval of keys.
+
+    Args:
+        q: [B, H, Lq, D], any strides (a view into packed qkv is used without a copy).
+        k, v: [B, H, Lk, D], any strides, of q's dtype and device.
+        mask: SpanMask of Lq queries and Lk keys.
+        scale: positive factor on the logits; default 1 / sqrt(D).
+        impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises; `choose` tells what "auto"
+            takes and why.
+        return_lse: also return the log-sum-exp of each query's logits.
+    Returns:
+        out [B, H, Lq, D] in q's dtype, with memory order [B, Lq, H, D], so that merging heads is a view; with
+        return_lse also lse [B, H, Lq] (float32; float64 for float64 inputs), -inf for a query that sees no key. Such a
+        query's output and gradients are zero.
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
+    """
+    _check(q, k, v, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    if impl == "auto":
+        impl, _ = choose(q, k, v, mask)
+    else:
+        reason = unavailable(impl, q, k, v, mask)
+        if reason is not None:
+            raise ValueError(
+                f'impl="{impl}" cannot run here: {reason}; impl="auto" would take "{choose(q, k, v, mask)[0]}"'
+            )
+
+    if impl == "triton":
+        tensors, tiles = _triton_plan(mask, q.device, q.shape[-1], q.dtype)
+        out, lse = _attention_triton(q, k, v, *tensors, tiles, scale)
+    elif impl == "flex":
+        out, lse = flex.forward(q, k, v, mask, scale)
+    elif impl == "varlen":
+        out, lse = varlen.forward(q, k, v, mask, scale)
+    else:
+        out, lse = reference.forward(q, k, v, mask, scale)
+    return (out, lse) if return_lse else out
+
+
+def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> tuple[str, str]:
+    """What impl="auto" takes for these inputs, and the reason. A pure function of devices, dtypes, shapes and mask."""
+    reason = unavailable("triton", q, k, v, mask)
+    if reason is None and q.device.type == "cuda":
+        return "triton", "the fastest implementation on every GPU from compute capability 8.0 on"
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        return "reference", f"dense and slow: {reason}"
+    return "reference", "the plain implementation serves CPU tensors and float64"
+
+
+def unavailable(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> str | None:
+    """Why `impl` cannot run on these inputs; None when it can. Unknown names are a ValueError."""
+    if impl == "reference":
+        return None
+    if impl == "triton":
+        return triton.unavailable(q.device, q.dtype, q.shape[-1])
+    if impl == "flex":
+        return flex.unavailable(q.device, q.dtype, q.shape[-1])
+    if impl == "varlen":
+        return varlen.unavailable(q.device, q.dtype, q.shape[-1], mask)
+    raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> None:
+    if not isinstance(mask, SpanMask):
+        raise ValueError(f"mask must be a SpanMask, got {type(mask).__name__}; SpanMask.full(Lq, Lk) is a dense one")
+    if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
+        raise ValueError(f"q, k and v must be [B, H, L, D], got shapes {_shape(q)}, {_shape(k)}, {_shape(v)}")
+    b, h, num_queries, d = q.shape
+    if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (b, h, d):
+        raise ValueError(
+            f"k and v must both be [{b}, {h}, Lk, {d}] to go with q {_shape(q)}, got {_shape(k)} and {_shape(v)}"
+        )
+    if (mask.num_queries, mask.num_keys) != (num_queries, k.shape[2]):
+        raise ValueError(
+            f"the mask is for {mask.num_queries} queries and {mask.num_keys} keys, "
+            f"but q has {num_queries} and k has {k.shape[2]}"
+        )
+    if not (q.dtype == k.dtype == v.dtype) or not q.dtype.is_floating_point or q.dtype.itemsize < 2:
+        raise ValueError(
+            f"q, k and v must share one dtype (float16, bfloat16, float32 or float64), "
+            f"got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    if not (q.device == k.device == v.device):
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _shape(x: torch.Tensor) -> list[int]:
+    return list(x.shape)
+
+
+# Under torch.compile a mask is a constant: plans are made while tracing, and a mask of other content retraces.
+torch.utils._pytree.register_constant(SpanMask)
+
+
+@torch.compiler.assume_constant_result
+def _triton_plan(mask: SpanMask, device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[list, list[int]]:
+    """The plan in the form custom ops take: tensors and integers."""
+    plan = triton.make_plan(mask, triton.select_tiles(head_dim, dtype, mask), device)
+    tensors = [plan.key_start, plan.key_end, plan.forward.tiles, plan.dq.tiles, plan.dkdv.tiles]
+    return tensors, [n for tile in (plan.tiles.forward, plan.tiles.dq, plan.tiles.dkdv) for n in astuple(tile)]
+
+
+def _unpack_plan(key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles: list[int]) -> triton.AttentionPlan:
+    forward, dq, dkdv = (triton.Tile(*tiles[i : i + 4]) for i in (0, 4, 8))
+    return triton.AttentionPlan(
+        key_start,
+        key_end,
+        TilePlan(forward_tiles, forward.rows, forward.cols),
+        TilePlan(dq_tiles, dq.rows, dq.cols),
+        TilePlan(dkdv_tiles, dkdv.rows, dkdv.cols),
+        triton.Tiles(forward, dq, dkdv),
+    )
+
+
+@torch.library.custom_op("hmar_kernels::attention_triton", mutates_args=())
+def _attention_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_start: torch.Tensor,
+    key_end: torch.Tensor,
+    forward_tiles: torch.Tensor,
+    dq_tiles: torch.Tensor,
+    dkdv_tiles: torch.Tensor,
+    tiles: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    plan = _unpack_plan(key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles)
+    return triton.forward(q, k, v, plan, scale)
+
+
+@_attention_triton.register_fake
+def _(q, k, v, key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles, scale):
+    return triton.empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hmar_kernels::attention_triton_backward", mutates_args=())
+def _attention_triton_backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_start: torch.Tensor,
+    key_end: torch.Tensor,
+    forward_tiles: torch.Tensor,
+    dq_tiles: torch.Tensor,
+    dkdv_tiles: torch.Tensor,
+    tiles: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    plan = _unpack_plan(key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles)
+    return triton.backward(do, dlse, q, k, v, out, lse, plan, scale)
+
+
+@_attention_triton_backward.register_fake
+def _(do, dlse, q, k, v, out, lse, key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles, scale):
+    return triton.empty_rows_like(q), triton.empty_rows_like(k), triton.empty_rows_like(v)
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, *plan, tiles, scale = inputs
+    ctx.save_for_backward(q, k, v, *output, *plan)
+    ctx.tiles, ctx.scale = tiles, scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    q, k, v, out, lse, *plan = ctx.saved_tensors
+    do = torch.zeros_like(out) if do is None else do
+    gradients = _attention_triton_backward(do, dlse, q, k, v, out, lse, *plan, ctx.tiles, ctx.scale)
+    return (*gradients, None, None, None, None, None, None, None)
+
+
+_attention_triton.register_autograd(_backward, setup_context=_save_for_backward)

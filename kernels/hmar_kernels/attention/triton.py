@@ -1,0 +1,577 @@
+"""Block-sparse attention forward and backward in Triton, over tile plans made on the host.
+
+    forward   out = softmax(scale q k^T + mask) v, online over key blocks; lse = log sum exp
+    dq pass   delta = rowsum(out * do) - dlse;  ds = p * (do v^T - delta);  dq = scale ds k
+    dk/dv     dv = p^T do;  dk = scale ds^T q, per key tile over its query blocks
+
+Grid: one program per (tile, batch * head), tiles of one head side by side so that its keys stay in L2; a program owns
+its output rows, so no atomics are used and results are bit-equal from run to run. Accumulators, softmax statistics,
+lse and delta are float32; the operands of every product have the inputs' dtype.
+
+The equations are stated in reference.py, the tiles in plan.py; autograd and argument checks live in api.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from ..mask import SpanMask
+from .plan import TilePlan, key_plan, query_plan
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Running maximum before any key was seen. Finite, so that (-inf) - (-inf) cannot occur; a masked logit is -inf.
+NO_KEY: tl.constexpr = tl.constexpr(-1.0e30)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of one program: rows it owns, columns it visits at a time, warps and pipeline stages."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+
+
+# (head dim padded to a power of two, bytes per element, span class) -> tiles; span class by mean keys per query.
+# Measured on an H100, see reports/log.md; the float32 rows are chosen to fit shared memory only.
+SHORT, LONG = "short", "long"
+SHORT_SPAN = 512
+TILES: dict[tuple[int, int, str], Tiles] = {
+    (64, 2, SHORT): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (64, 2, LONG): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (128, 2, SHORT): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (128, 2, LONG): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+}
+SMALL_HEAD_TILES = {SHORT: TILES[64, 2, SHORT], LONG: TILES[64, 2, LONG]}
+FLOAT32_TILES = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+
+
+def select_tiles(head_dim: int, dtype: torch.dtype, mask: SpanMask) -> Tiles:
+    """The row of the tile table for these inputs. A pure function of its arguments."""
+    if dtype == torch.float32:
+        return FLOAT32_TILES
+    span_class = SHORT if mask.num_pairs < SHORT_SPAN * mask.num_queries else LONG
+    return TILES.get((triton.next_power_of_2(head_dim), dtype.itemsize, span_class), SMALL_HEAD_TILES[span_class])
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Everything the kernels need to know of a mask: its intervals on the device and the tiles of three passes."""
+
+    key_start: torch.Tensor
+    key_end: torch.Tensor
+    forward: TilePlan
+    dq: TilePlan
+    dkdv: TilePlan
+    tiles: Tiles
+
+
+def make_plan(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> AttentionPlan:
+    """Tile plans of all passes over `mask`; made once per mask, tile shapes and device, then kept on the mask."""
+    return mask.cached(
+        ("triton", tiles, str(device)),
+        lambda: AttentionPlan(
+            *mask.intervals(device),
+            forward=query_plan(mask, tiles.forward.rows, tiles.forward.cols, device),
+            dq=query_plan(mask, tiles.dq.rows, tiles.dq.cols, device),
+            dkdv=key_plan(mask, tiles.dkdv.rows, tiles.dkdv.cols, device),
+            tiles=tiles,
+        ),
+    )
+
+
+@triton.jit
+def _load_rows(ptr, offs_row, offs_d, strides, row_limit, D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """A [rows, BLOCK_D] tile; rows from `row_limit` on and columns from D on read as zero."""
+    ptrs = ptr + offs_row.to(tl.int64)[:, None] * strides[2] + offs_d[None, :] * strides[3]
+    if MASK_ROWS:
+        return tl.load(ptrs, mask=(offs_row < row_limit)[:, None] & (offs_d < D)[None, :], other=0.0)
+    if offs_d.shape[0] != D:
+        return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
+def _store_rows(ptr, tile, offs_row, offs_d, strides, row_limit, D: tl.constexpr):
+    ptrs = ptr + offs_row.to(tl.int64)[:, None] * strides[2] + offs_d[None, :] * strides[3]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(offs_row < row_limit)[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit
+def _tile_of_program(tiles_ptr, num_tiles, num_heads):
+    """Program id -> (batch, head, the six numbers of its tile)."""
+    pid = tl.program_id(0)
+    head_id = (pid // num_tiles).to(tl.int64)
+    entry_ptr = tiles_ptr + (pid % num_tiles) * 6
+    return (
+        head_id // num_heads,
+        head_id % num_heads,
+        tl.load(entry_ptr),
+        tl.load(entry_ptr + 1),
+        tl.load(entry_ptr + 2),
+        tl.load(entry_ptr + 3),
+        tl.load(entry_ptr + 4),
+        tl.load(entry_ptr + 5),
+    )
+
+
+@triton.jit
+def _masked_block(i, num_before, col_begin, full_end, BLOCK: tl.constexpr):
+    """First column of the i-th masked block: those before the full range come first, then those after it."""
+    return tl.where(i < num_before, col_begin + i * BLOCK, full_end + (i - num_before) * BLOCK)
+
+
+@triton.jit
+def _forward_block(
+    acc,
+    row_sum,
+    row_max,
+    q,
+    k_ptr,
+    v_ptr,
+    offs_n,
+    offs_d,
+    k_strides,
+    v_strides,
+    key_limit,
+    span_start,
+    span_end,
+    scale_log2,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    k = _load_rows(k_ptr, offs_n, offs_d, k_strides, key_limit, D, MASKED)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    if MASKED:
+        s = tl.where((offs_n[None, :] >= span_start[:, None]) & (offs_n[None, :] < span_end[:, None]), s, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
+    p = tl.exp2(s * scale_log2 - new_max[:, None])
+    alpha = tl.exp2(row_max - new_max)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    v = _load_rows(v_ptr, offs_n, offs_d, v_strides, key_limit, D, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, row_sum, new_max
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    key_start_ptr,
+    key_end_ptr,
+    tiles_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    num_heads,
+    num_queries,
+    num_tiles,
+    scale_log2,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b, h, row_begin, row_end, col_begin, col_end, full_begin, full_end = _tile_of_program(
+        tiles_ptr, num_tiles, num_heads
+    )
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + h * k_strides[1]
+    v_ptr += b * v_strides[0] + h * v_strides[1]
+    out_ptr += b * out_strides[0] + h * out_strides[1]
+    lse_ptr += (b * num_heads + h) * num_queries
+    offs_m = row_begin + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < row_end
+    span_start = tl.load(key_start_ptr + offs_m, mask=mask_m, other=0)
+    span_end = tl.load(key_end_ptr + offs_m, mask=mask_m, other=0)
+    q = _load_rows(q_ptr, offs_m, offs_d, q_strides, row_end, D, True)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], NO_KEY, tl.float32)
+
+    # blocks that every row sees
+    for start_n in tl.range(full_begin, full_end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        acc, row_sum, row_max = _forward_block(
+            acc, row_sum, row_max, q, k_ptr, v_ptr, offs_n, offs_d, k_strides, v_strides,
+            col_end, span_start, span_end, scale_log2, D, False,
+        )  # fmt: skip
+    # blocks on the edge of some row's interval
+    num_before = (full_begin - col_begin) // BLOCK_N
+    for i in tl.range(0, num_before + tl.cdiv(col_end - full_end, BLOCK_N)):
+        offs_n = _masked_block(i, num_before, col_begin, full_end, BLOCK_N) + tl.arange(0, BLOCK_N)
+        acc, row_sum, row_max = _forward_block(
+            acc, row_sum, row_max, q, k_ptr, v_ptr, offs_n, offs_d, k_strides, v_strides,
+            col_end, span_start, span_end, scale_log2, D, True,
+        )  # fmt: skip
+
+    # a row without keys: zeros, lse = -inf
+    blind = row_sum == 0.0
+    out = acc / tl.where(blind, 1.0, row_sum)[:, None]
+    lse = tl.where(blind, float("-inf"), (row_max + tl.log2(tl.where(blind, 1.0, row_sum))) * LN_2)
+    _store_rows(out_ptr, out, offs_m, offs_d, out_strides, row_end, D)
+    tl.store(lse_ptr + offs_m, lse, mask=mask_m)
+
+
+@triton.jit
+def _dq_block(
+    dq,
+    q,
+    do,
+    lse_log2,
+    delta,
+    k_ptr,
+    v_ptr,
+    offs_n,
+    offs_d,
+    k_strides,
+    v_strides,
+    key_limit,
+    span_start,
+    span_end,
+    scale_log2,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    k = _load_rows(k_ptr, offs_n, offs_d, k_strides, key_limit, D, MASKED)
+    v = _load_rows(v_ptr, offs_n, offs_d, v_strides, key_limit, D, MASKED)
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None])
+    if MASKED:
+        p = tl.where((offs_n[None, :] >= span_start[:, None]) & (offs_n[None, :] < span_end[:, None]), p, 0.0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    do_ptr,
+    dq_ptr,
+    lse_ptr,
+    dlse_ptr,
+    delta_ptr,
+    key_start_ptr,
+    key_end_ptr,
+    tiles_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    out_strides,
+    do_strides,
+    dq_strides,
+    num_heads,
+    num_queries,
+    num_tiles,
+    scale,
+    HAS_DLSE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b, h, row_begin, row_end, col_begin, col_end, full_begin, full_end = _tile_of_program(
+        tiles_ptr, num_tiles, num_heads
+    )
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + h * k_strides[1]
+    v_ptr += b * v_strides[0] + h * v_strides[1]
+    out_ptr += b * out_strides[0] + h * out_strides[1]
+    do_ptr += b * do_strides[0] + h * do_strides[1]
+    dq_ptr += b * dq_strides[0] + h * dq_strides[1]
+    row_offset = (b * num_heads + h) * num_queries
+    offs_m = row_begin + tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_m = offs_m < row_end
+    span_start = tl.load(key_start_ptr + offs_m, mask=mask_m, other=0)
+    span_end = tl.load(key_end_ptr + offs_m, mask=mask_m, other=0)
+    q = _load_rows(q_ptr, offs_m, offs_d, q_strides, row_end, D, True)
+    do = _load_rows(do_ptr, offs_m, offs_d, do_strides, row_end, D, True)
+    out = _load_rows(out_ptr, offs_m, offs_d, out_strides, row_end, D, True)
+    lse = tl.load(lse_ptr + row_offset + offs_m, mask=mask_m, other=float("inf"))
+    # NOTE: a row without keys has lse = -inf; +inf makes its probabilities zero instead of infinite.
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2_E)
+    scale_log2 = scale * LOG2_E
+
+    delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row_offset + offs_m, mask=mask_m, other=0.0)
+    tl.store(delta_ptr + row_offset + offs_m, delta, mask=mask_m)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    # blocks that every row sees
+    for start_n in tl.range(full_begin, full_end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        dq = _dq_block(
+            dq, q, do, lse_log2, delta, k_ptr, v_ptr, offs_n, offs_d, k_strides, v_strides,
+            col_end, span_start, span_end, scale_log2, D, False,
+        )  # fmt: skip
+    # blocks on the edge of some row's interval
+    num_before = (full_begin - col_begin) // BLOCK_N
+    for i in tl.range(0, num_before + tl.cdiv(col_end - full_end, BLOCK_N)):
+        offs_n = _masked_block(i, num_before, col_begin, full_end, BLOCK_N) + tl.arange(0, BLOCK_N)
+        dq = _dq_block(
+            dq, q, do, lse_log2, delta, k_ptr, v_ptr, offs_n, offs_d, k_strides, v_strides,
+            col_end, span_start, span_end, scale_log2, D, True,
+        )  # fmt: skip
+
+    _store_rows(dq_ptr, dq * scale, offs_m, offs_d, dq_strides, row_end, D)
+
+
+@triton.jit
+def _dkdv_block(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    key_start_ptr,
+    key_end_ptr,
+    offs_m,
+    offs_n,
+    offs_d,
+    q_strides,
+    do_strides,
+    query_limit,
+    scale_log2,
+    D: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    q = _load_rows(q_ptr, offs_m, offs_d, q_strides, query_limit, D, MASKED)
+    do = _load_rows(do_ptr, offs_m, offs_d, do_strides, query_limit, D, MASKED)
+    if MASKED:
+        mask_m = offs_m < query_limit
+        lse = tl.load(lse_ptr + offs_m, mask=mask_m, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_m, mask=mask_m, other=0.0)
+        span_start = tl.load(key_start_ptr + offs_m, mask=mask_m, other=0)
+        span_end = tl.load(key_end_ptr + offs_m, mask=mask_m, other=0)
+    else:
+        lse = tl.load(lse_ptr + offs_m)
+        delta = tl.load(delta_ptr + offs_m)
+    # NOTE: k q^T is built directly; transposing p or ds afterwards has miscompiled on Hopper.
+    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2 - (lse * LOG2_E)[None, :])
+    if MASKED:
+        p = tl.where((offs_n[:, None] >= span_start[None, :]) & (offs_n[:, None] < span_end[None, :]), p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dk_ptr,
+    dv_ptr,
+    lse_ptr,
+    delta_ptr,
+    key_start_ptr,
+    key_end_ptr,
+    tiles_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
+    dk_strides,
+    dv_strides,
+    num_heads,
+    num_queries,
+    num_tiles,
+    scale,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b, h, row_begin, row_end, col_begin, col_end, full_begin, full_end = _tile_of_program(
+        tiles_ptr, num_tiles, num_heads
+    )
+    q_ptr += b * q_strides[0] + h * q_strides[1]
+    k_ptr += b * k_strides[0] + h * k_strides[1]
+    v_ptr += b * v_strides[0] + h * v_strides[1]
+    do_ptr += b * do_strides[0] + h * do_strides[1]
+    dk_ptr += b * dk_strides[0] + h * dk_strides[1]
+    dv_ptr += b * dv_strides[0] + h * dv_strides[1]
+    lse_ptr += (b * num_heads + h) * num_queries
+    delta_ptr += (b * num_heads + h) * num_queries
+    offs_n = row_begin + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    k = _load_rows(k_ptr, offs_n, offs_d, k_strides, row_end, D, True)
+    v = _load_rows(v_ptr, offs_n, offs_d, v_strides, row_end, D, True)
+    scale_log2 = scale * LOG2_E
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # query blocks that see every key of the tile
+    for start_m in tl.range(full_begin, full_end, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        dk, dv = _dkdv_block(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_start_ptr, key_end_ptr,
+            offs_m, offs_n, offs_d, q_strides, do_strides, col_end, scale_log2, D, False,
+        )  # fmt: skip
+    # query blocks that see some of them
+    num_before = (full_begin - col_begin) // BLOCK_M
+    for i in tl.range(0, num_before + tl.cdiv(col_end - full_end, BLOCK_M)):
+        offs_m = _masked_block(i, num_before, col_begin, full_end, BLOCK_M) + tl.arange(0, BLOCK_M)
+        dk, dv = _dkdv_block(
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key_start_ptr, key_end_ptr,
+            offs_m, offs_n, offs_d, q_strides, do_strides, col_end, scale_log2, D, True,
+        )  # fmt: skip
+
+    _store_rows(dk_ptr, dk * scale, offs_n, offs_d, dk_strides, row_end, D)
+    _store_rows(dv_ptr, dv, offs_n, offs_d, dv_strides, row_end, D)
+
+
+def _launch(kernel, plan: TilePlan, tile: Tile, q: torch.Tensor, **arguments) -> None:
+    head_dim = q.shape[-1]
+    kernel[(plan.num_tiles * q.shape[0] * q.shape[1],)](
+        **arguments,
+        tiles_ptr=plan.tiles,
+        num_heads=q.shape[1],
+        num_queries=q.shape[2],
+        num_tiles=plan.num_tiles,
+        D=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def empty_rows_like(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised [B,H,L,D] whose memory order is [B,L,H,D], so that merging heads afterwards is a view."""
+    b, h, length, d = x.shape
+    return torch.empty(b, length, h, d, dtype=x.dtype, device=x.device).transpose(1, 2)
+
+
+def forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q [B,H,Lq,D], k v [B,H,Lk,D] -> out [B,H,Lq,D] in q's dtype, lse float32 [B,H,Lq]."""
+    out = empty_rows_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tile = plan.tiles.forward
+    _launch(
+        _forward_kernel,
+        plan.forward,
+        tile,
+        q,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        out_ptr=out,
+        lse_ptr=lse,
+        key_start_ptr=plan.key_start,
+        key_end_ptr=plan.key_end,
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
+        out_strides=out.stride(),
+        scale_log2=scale * LOG2_E.value,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.cols,
+    )
+    return out, lse
+
+
+def backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients dq [B,H,Lq,D], dk dv [B,H,Lk,D] in the inputs' dtype; dlse float32 [B,H,Lq] or None."""
+    dq, dk, dv = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
+    delta = torch.empty_like(lse)
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "do_ptr": do,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "key_start_ptr": plan.key_start,
+        "key_end_ptr": plan.key_end,
+        "q_strides": q.stride(),
+        "k_strides": k.stride(),
+        "v_strides": v.stride(),
+        "do_strides": do.stride(),
+        "scale": scale,
+    }
+    _launch(
+        _dq_kernel,
+        plan.dq,
+        plan.tiles.dq,
+        q,
+        **shared,
+        out_ptr=out,
+        dq_ptr=dq,
+        dlse_ptr=delta if dlse is None else dlse.contiguous(),
+        out_strides=out.stride(),
+        dq_strides=dq.stride(),
+        HAS_DLSE=dlse is not None,
+        BLOCK_M=plan.tiles.dq.rows,
+        BLOCK_N=plan.tiles.dq.cols,
+    )
+    _launch(
+        _dkdv_kernel,
+        plan.dkdv,
+        plan.tiles.dkdv,
+        q,
+        **shared,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        dk_strides=dk.stride(),
+        dv_strides=dv.stride(),
+        BLOCK_N=plan.tiles.dkdv.rows,
+        BLOCK_M=plan.tiles.dkdv.cols,
+    )
+    return dq, dk, dv
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot run on such inputs; None when they can."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernels take float16, bfloat16 or float32, not {dtype}"
+    if not 16 <= head_dim <= 128:
+        return f"the Triton kernels take head dims 16 to 128, not {head_dim}"
+    if device.type == "cpu":
+        interpreted = not isinstance(_forward_kernel, triton.JITFunction)
+        return None if interpreted else "the Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests)"
+    if device.type != "cuda":
+        return f"the Triton kernels need a CUDA device, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    return None
