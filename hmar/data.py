@@ -180,8 +180,9 @@ class Digits(Dataset):
         image_N1HW = self.pixels_N88[:, None]
         if size < 8:
             image_N1HW = F.interpolate(image_N1HW, (size, size), mode="area")
-        elif size > 8:
-            image_N1HW = F.interpolate(image_N1HW, (size, size), mode="bicubic", align_corners=False)
+        elif size > 8:  # black around the digit lets strokes that touch its edge end softly
+            image_N1HW = F.interpolate(F.pad(image_N1HW, (8, 8, 8, 8)), (3 * size, 3 * size), mode="bicubic")
+            image_N1HW = image_N1HW[:, :, size : 2 * size, size : 2 * size]
         self._image_N1HW = image_N1HW.mul(255).round().clamp(0, 255).to(torch.uint8)
 
     def __len__(self) -> int:
