@@ -1,0 +1,115 @@
+"""Is the result right? Nothing is timed before it has passed here.
+
+The oracle is the project's reference in float64 on the very inputs of the benchmark. How far an implementation may be
+off is not a constant: over every 64 rows of a head, the norm of its error is at most twice that of the same reference
+run in the low precision (eager, which rounds its intermediate results), plus one unit in the last place of the
+norm of the result. Rows are judged in groups because their sizes differ: the first scales see few keys and have
+outputs a hundred times larger than those of the last, which a limit on the whole tensor would not protect.
+
+A float64 reference of whole batches would not fit. Some (image, head) pairs are compared; all values must be finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from hmar_kernels import SpanMask, attention
+
+NAMES = ("out", "dq", "dk", "dv")
+ROWS = 64
+EAGER_FACTOR = 2.0
+ULPS = 1.0
+
+
+class CheckFailed(Exception):
+    """An implementation's result is wrong; the message says which tensor, and by how much."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The error of one tensor where it is nearest to its limit (or over it), both relative to the result's norm."""
+
+    error: float
+    limit: float
+
+    @property
+    def passes(self) -> bool:
+        return math.isfinite(self.error) and self.error <= self.limit
+
+
+def forward_backward(attend: Callable, q, k, v, do) -> tuple[torch.Tensor, ...]:
+    """(out, dq, dk, dv) of attend(q, k, v) for the output gradient `do`, all [B,H,L,D]."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out = attend(q, k, v)
+    return out.detach(), *torch.autograd.grad(out, (q, k, v), do)
+
+
+class Oracle:
+    """float64 results of the first, middle and last (image, head), and the error eager low precision makes there."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor, mask: SpanMask):
+        batch, heads = q.shape[:2]
+        last = batch * heads - 1  # NOTE: the last pair would show an offset that overflows 32 bits
+        self.pairs = [divmod(i, heads) for i in sorted({0, last // 2, last})]
+        self.shape, self.dtype = q.shape, q.dtype
+        self.expected: list[tuple[torch.Tensor, ...]] = []
+        self.limits: list[list[torch.Tensor]] = []
+        ulp = torch.finfo(q.dtype).eps
+
+        def reference(q, k, v):
+            return attention(q, k, v, mask, impl="reference")
+
+        for b, h in self.pairs:
+            low = [x[b : b + 1, h : h + 1] for x in (q, k, v, do)]
+            expected = forward_backward(reference, *(x.double() for x in low))
+            eager = forward_backward(reference, *low)
+            self.expected.append(expected)
+            self.limits.append(
+                [EAGER_FACTOR * _norms(e - x) + ULPS * ulp * _norms(x) for x, e in zip(expected, eager, strict=True)]
+            )
+
+    def compare(self, actual: tuple[torch.Tensor, ...]) -> dict[str, Deviation]:
+        """Deviations of whole-batch (out, dq, dk, dv). Raises CheckFailed where one is over its limit or not finite."""
+        deviations = {}
+        for name, tensor in zip(NAMES, actual, strict=True):
+            if (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
+                got, expected = (f"{d} {list(s)}" for s, d in ((tensor.shape, tensor.dtype), (self.shape, self.dtype)))
+                raise CheckFailed(f"{name} is {got}, expected {expected}")
+            finite = int(torch.isfinite(tensor).sum())
+            if finite < tensor.numel():
+                raise CheckFailed(f"{name} has {tensor.numel() - finite} non-finite values of {tensor.numel()}")
+            deviations[name] = max(
+                (self._deviation(i, NAMES.index(name), tensor[b, h]) for i, (b, h) in enumerate(self.pairs)),
+                key=lambda d: d.error / d.limit,
+            )
+            if not deviations[name].passes:
+                d = deviations[name]
+                raise CheckFailed(f"{name} is off by {d.error:.3g} of its norm, at most {d.limit:.3g} is tolerated")
+        return deviations
+
+    def _deviation(self, pair: int, index: int, actual: torch.Tensor) -> Deviation:
+        expected, limit = self.expected[pair][index][0, 0], self.limits[pair][index]
+        error = _norms(actual - expected)
+        worst = int((error / limit).argmax())
+        norm = _norms(expected)[worst]
+        return Deviation(float(error[worst] / norm), float(limit[worst] / norm))
+
+
+def poison(like: torch.Tensor, count: int) -> None:
+    """Leave `count` blocks of NaN in the allocator's cache, so that an output nobody writes is seen to be so."""
+    blocks = [torch.full_like(like, float("nan")) for _ in range(count)]
+    del blocks
+
+
+def _norms(x: torch.Tensor) -> torch.Tensor:
+    """Norm of every 64 rows of [..., L, D], where the last few rows count with the 64 before them."""
+    squares = x.double().square().sum(-1).flatten()
+    groups = max(1, len(squares) // ROWS)
+    whole = squares[: groups * ROWS]
+    sums = F.pad(whole, (0, groups * ROWS - len(whole))).view(groups, ROWS).sum(-1)
+    sums[-1] += squares[groups * ROWS :].sum()
+    return sums.sqrt()

@@ -1,0 +1,46 @@
+"""Attention forward and backward, one benchmark per cell, implementation and direction."""
+
+import math
+
+import pytest
+import torch
+
+MIN_ROUNDS, MAX_ROUNDS = 10, 200
+WARMUP_SHARE = 0.25
+
+
+def test_attention(benchmark, run, inputs, subject, direction):
+    if subject.status == "ok":
+        try:
+            measure(benchmark, run, subject, direction)
+        except torch.OutOfMemoryError as error:
+            subject.give_up(error)
+    if subject.status == "ok":
+        return
+
+    run.add(subject, direction, None, None)
+    message = f"{subject.implementation.name} is {subject.status}: {subject.reason}"
+    if subject.status == "failed" and subject.implementation.ours:
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def measure(benchmark, run, subject, direction):
+    """Time one direction of a subject that has passed its check, and add it to the results."""
+    stopwatch, cell = run.stopwatch, subject.inputs.cell
+    call, prepare = (subject.forward, subject.leaves) if direction == "forward" else (subject.backward, subject.graph)
+    host_seconds = stopwatch.host_seconds(call, prepare)
+    estimate = stopwatch.seconds(call, prepare)
+    rounds = min(max(math.ceil(run.seconds / estimate), MIN_ROUNDS), MAX_ROUNDS)
+
+    def setup():
+        argument = prepare()
+        stopwatch.pause(host_seconds)
+        return (argument,), {}
+
+    benchmark.name = subject.implementation.name
+    benchmark.group = f"{cell} {direction}"
+    benchmark.extra_info.update(host_ms=1e3 * host_seconds)
+    benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=math.ceil(WARMUP_SHARE * rounds))
+    if benchmark.stats is not None:  # None under --benchmark-disable
+        run.add(subject, direction, benchmark.stats.stats.data, host_seconds)
