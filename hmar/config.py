@@ -32,6 +32,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
     image_channels: int = 3
     dropout: float = 0.0
+    norm_groups: int = 32
     num_phis: int = 4
     phi_ratio: float = 0.5
     commitment: float = 0.25
@@ -46,13 +47,11 @@ class TokenizerConfig:
             len(self.multipliers) > 0 and all(m >= 1 for m in self.multipliers),
             f"TokenizerConfig.multipliers is {self.multipliers}; it needs one positive factor a level, as (1, 2, 2).",
         )
-        for width in self.level_channels:
-            groups = min(32, width)
-            _require(
-                width % groups == 0,
-                f"A tokenizer level of {width} channels does not divide into {groups} normalisation groups; "
-                "choose channels and multipliers whose products are below 32 or multiples of 32.",
-            )
+        _require(
+            self.norm_groups >= 1 and all(width % self.norm_groups == 0 for width in self.level_channels),
+            f"Tokenizer levels of {self.level_channels} channels do not all divide into {self.norm_groups} "
+            "normalisation groups; norm_groups must divide each of them.",
+        )
         _require(0 <= self.dropout < 1, f"TokenizerConfig.dropout is {self.dropout}; it must lie in [0, 1).")
         _require(self.restart_after >= 0, f"TokenizerConfig.restart_after is {self.restart_after}; 0 turns it off.")
 
@@ -153,12 +152,18 @@ def _published() -> dict[str, tuple[TokenizerConfig, ModelConfig]]:
 PRESETS: dict[str, tuple[TokenizerConfig, ModelConfig]] = {
     **_published(),
     "photos-256-small": (
-        TokenizerConfig(channels=64, vocab_size=1024, restart_after=50),
+        TokenizerConfig(channels=64, vocab_size=1024, norm_groups=16, restart_after=50),
         ModelConfig(depth=8, width=512, vocab_size=1024, num_classes=16, gate_init=0.1),
     ),
     "digits-32": (
         TokenizerConfig(
-            channels=16, multipliers=(1, 2, 4, 4), num_res_blocks=1, code_dim=16, vocab_size=256, restart_after=20
+            channels=16,
+            multipliers=(1, 2, 4, 4),
+            num_res_blocks=1,
+            code_dim=16,
+            vocab_size=256,
+            norm_groups=4,
+            restart_after=20,
         ),
         ModelConfig(
             depth=5,
@@ -175,7 +180,13 @@ PRESETS: dict[str, tuple[TokenizerConfig, ModelConfig]] = {
     ),
     "tiny": (
         TokenizerConfig(
-            channels=8, multipliers=(1, 2, 2), num_res_blocks=1, code_dim=8, vocab_size=32, restart_after=10
+            channels=8,
+            multipliers=(1, 2, 2),
+            num_res_blocks=1,
+            code_dim=8,
+            vocab_size=32,
+            norm_groups=4,
+            restart_after=10,
         ),
         ModelConfig(
             depth=2,
