@@ -1,0 +1,195 @@
+"""The attention operator on the CPU: the reference, the Triton kernels under the interpreter, plans, refusals."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_cases import assert_accurate, draw_inputs, pyramid_mask, run, small_masks
+from hmar_kernels import SpanMask, attention, choose
+from hmar_kernels.attention import api
+from hmar_kernels.attention import triton as triton_attention
+from hmar_kernels.attention.plan import (
+    COL_BEGIN,
+    COL_END,
+    FULL_BEGIN,
+    FULL_END,
+    ROW_BEGIN,
+    ROW_END,
+    key_plan,
+    query_plan,
+)
+
+MASKS = small_masks()
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_attention_gpu.py runs the kernels")
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_reference_equals_dense_softmax(name):
+    mask = MASKS[name]
+    q, k, v, do, _ = draw_inputs(mask, 2, 3, 16, torch.float64, "cpu")
+    out, lse, dq, dk, dv = run(q, k, v, do, do[..., 0], mask, "reference", with_lse=False)
+    sighted = mask.key_end > mask.key_start
+    q_, k_, v_ = (x.detach().requires_grad_() for x in (q[:, :, sighted], k, v))
+    expected = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask.to_dense()[sighted])
+    grads = torch.autograd.grad(expected, (q_, k_, v_), do[:, :, sighted])
+    torch.testing.assert_close(out[:, :, sighted], expected)
+    for actual, grad in zip((dq[:, :, sighted], dk, dv), grads, strict=True):
+        torch.testing.assert_close(actual, grad)
+    assert not out[:, :, ~sighted].any() and not dq[:, :, ~sighted].any()
+    assert (lse[:, :, ~sighted] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("name", ["window2", "blind_queries"])
+def test_reference_gradients_against_finite_differences(name):
+    mask = SpanMask.window([1, 3, 4], 2) if name == "window2" else SpanMask.from_intervals([0, 0, 2], [3, 0, 4])
+    q, k, v, _, _ = draw_inputs(mask, 1, 2, 16, torch.float64, "cpu")
+    sighted = mask.key_end > mask.key_start
+
+    def f(q, k, v):
+        out, lse = attention(q, k, v, mask, impl="reference", return_lse=True)
+        return out, lse[:, :, sighted]
+
+    assert torch.autograd.gradcheck(f, [x.requires_grad_() for x in (q, k, v)])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", MASKS)
+def test_triton_kernels_under_the_interpreter(name, dtype, poisoned_memory):
+    assert_accurate(draw_inputs(MASKS[name], 1, 2, 32, dtype, "cpu"), MASKS[name], "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("head_dim", [16, 24, 80, 128])
+def test_triton_head_dims(head_dim, poisoned_memory):
+    mask = SpanMask.block_causal([1, 4, 9])
+    assert_accurate(draw_inputs(mask, 1, 1, head_dim, torch.float32, "cpu"), mask, "triton")
+
+
+@interpreted
+def test_triton_with_packed_qkv_and_multi_block_spans(poisoned_memory, monkeypatch):
+    tile = triton_attention.Tile(16, 16, 4, 1)
+    monkeypatch.setattr(triton_attention, "FLOAT32_TILES", triton_attention.Tiles(tile, tile, tile))
+    mask = SpanMask.window([1, 4, 9, 25, 49], 2)
+    inputs = draw_inputs(mask, 2, 2, 16, torch.float32, "cpu", packed=True)
+    assert not inputs[0].is_contiguous()
+    assert_accurate(inputs, mask, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_block_diagonal_is_local_to_a_scale(impl):
+    """What happens in one scale leaves all other scales' outputs and gradients unchanged to the bit."""
+    sizes, touched = [1, 4, 9, 16, 25], slice(5, 14)
+    mask = SpanMask.block_diagonal(sizes)
+    q, k, v, do, dlse = draw_inputs(mask, 1, 2, 16, torch.float32, "cpu")
+    before = run(q, k, v, do, dlse, mask, impl)
+    for x in (q, k, v):
+        x[:, :, touched] += 1.0
+    after = run(q, k, v, do, dlse, mask, impl)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[:, :, :5], b[:, :, :5]) and torch.equal(a[:, :, 14:], b[:, :, 14:])
+        assert not torch.equal(a[:, :, touched], b[:, :, touched])
+
+
+def test_output_merges_heads_as_a_view():
+    mask = SpanMask.causal(5)
+    q, k, v, _, _ = draw_inputs(mask, 2, 3, 16, torch.float32, "cpu")
+    assert attention(q, k, v, mask).transpose(1, 2).is_contiguous()
+
+
+@interpreted
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_compiles_without_graph_breaks_and_sees_a_changed_mask(impl):
+    torch._dynamo.reset()
+    sizes = [1, 4, 9]
+    q, k, v, _, _ = draw_inputs(SpanMask.causal(14), 1, 2, 16, torch.float32, "cpu")
+    q.requires_grad_()
+
+    def f(q, mask):
+        return attention(q, k, v, mask, impl=impl).square().sum()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for mask in (SpanMask.block_diagonal(sizes), SpanMask.block_causal(sizes), SpanMask.block_diagonal(sizes)):
+        expected, actual = f(q, mask), compiled(q, mask)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(torch.autograd.grad(actual, q), torch.autograd.grad(expected, q))
+
+
+@interpreted
+def test_custom_op_passes_opcheck():
+    mask = SpanMask.window([1, 4, 9], 2)
+    q, k, v, _, _ = draw_inputs(mask, 1, 2, 16, torch.float32, "cpu")
+    tensors, tiles = api._triton_plan(mask, q.device, 16, q.dtype)
+    arguments = (*(x.requires_grad_() for x in (q, k, v)), *tensors, tiles, 0.3)
+    torch.library.opcheck(api._attention_triton, arguments)
+
+
+@pytest.mark.parametrize("block_rows", [16, 64])
+@pytest.mark.parametrize("block_cols", [16, 32])
+@pytest.mark.parametrize("make_plan", [query_plan, key_plan])
+@pytest.mark.parametrize("name", MASKS)
+def test_plans_visit_every_pair_once_and_mask_what_they_must(name, make_plan, block_rows, block_cols):
+    mask = MASKS[name]
+    dense = mask.to_dense() if make_plan is query_plan else mask.to_dense().T
+    visits = torch.zeros(dense.shape, dtype=torch.int64)
+    rows_owned = torch.zeros(len(dense), dtype=torch.int64)
+    plan = make_plan(mask, block_rows, block_cols, "cpu")
+    for tile in plan.tiles.tolist():
+        rows, full = slice(tile[ROW_BEGIN], tile[ROW_END]), slice(tile[FULL_BEGIN], tile[FULL_END])
+        assert 0 < tile[ROW_END] - tile[ROW_BEGIN] <= block_rows
+        assert tile[COL_BEGIN] <= tile[FULL_BEGIN] <= tile[FULL_END] <= tile[COL_END]
+        assert (tile[FULL_BEGIN] - tile[COL_BEGIN]) % block_cols == 0
+        assert (tile[FULL_END] - tile[FULL_BEGIN]) % block_cols == 0
+        assert dense[rows, full].all()
+        visits[rows, tile[COL_BEGIN] : tile[COL_END]] += 1
+        rows_owned[rows] += 1
+    assert (rows_owned == 1).all()
+    assert (visits <= 1).all() and (visits[dense] == 1).all()
+
+
+def test_longest_tiles_come_first():
+    tiles = query_plan(pyramid_mask("block_causal", 512), 64, 64, "cpu").tiles
+    spans = tiles[:, COL_END] - tiles[:, COL_BEGIN]
+    assert (spans[:20] >= spans[-10:].max()).all() and spans[0] == 2240
+
+
+def test_plan_wastes_little_of_the_matrix_work():
+    """Useful pairs over computed ones: 64x64 tiles at even distances reach 0.75 at 256 px."""
+    for resolution, least in ((256, 0.84), (512, 0.96), (1024, 0.99)):
+        mask = pyramid_mask("block_diagonal", resolution)
+        assert mask.num_pairs / (sum(query_plan(mask, 64, 64, "cpu").block_counts()) * 64 * 64) > least
+
+
+def test_auto_takes_the_reference_on_cpu_and_says_so():
+    mask = SpanMask.causal(5)
+    q, k, v, _, _ = draw_inputs(mask, 1, 1, 16, torch.float32, "cpu")
+    assert choose(q, k, v, mask) == ("reference", "the plain implementation serves CPU tensors and float64")
+
+
+def test_bad_arguments_are_refused_with_a_reason():
+    mask = SpanMask.causal(5)
+    q, k, v, _, _ = draw_inputs(mask, 2, 3, 16, torch.float32, "cpu")
+    for arguments, options, message in [
+        ((q[0], k, v, mask), {}, r"must be \[B, H, L, D\]"),
+        ((q, k[:, :2], v, mask), {}, r"must both be \[2, 3, Lk, 16\]"),
+        ((q, k[:, :, :4], v[:, :, :4], mask), {}, "5 queries and 5 keys, but q has 5 and k has 4"),
+        ((q, k.double(), v, mask), {}, "share one dtype"),
+        ((q.long(), k.long(), v.long(), mask), {}, "share one dtype"),
+        ((q, k.to("meta"), v, mask), {}, "one device"),
+        ((q, k, v, mask.to_dense()), {}, "must be a SpanMask, got Tensor"),
+        ((q, k, v, mask), {"scale": -1.0}, "positive and finite"),
+        ((q, k, v, mask), {"impl": "fast"}, 'unknown impl "fast"'),
+        ((q, k, v, mask), {"impl": "varlen"}, "not block-diagonal"),
+        ((q, k, v, mask), {"impl": "flex"}, "needs a CUDA device"),
+        ((q.double(), k.double(), v.double(), mask), {"impl": "triton"}, "not torch.float64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attention(*arguments, **options)
+
+
+def test_head_dim_out_of_range_is_refused_by_triton():
+    mask = SpanMask.causal(5)
+    for head_dim in (8, 136):
+        q, k, v, _, _ = draw_inputs(mask, 1, 1, head_dim, torch.float32, "cpu")
+        with pytest.raises(ValueError, match=f"head dims 16 to 128, not {head_dim}"):
+            attention(q, k, v, mask, impl="triton")

@@ -1,0 +1,125 @@
+"""The attention implementations on a GPU: every one against float64, on the published pyramids and on odd masks."""
+
+import pytest
+import torch
+from attention_cases import assert_accurate, draw_inputs, pyramid_mask, run, small_masks
+from hmar_kernels import IMPLEMENTATIONS, SpanMask, attention, choose, unavailable
+
+pytestmark = pytest.mark.gpu
+
+MASKS = small_masks()
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def skip_unless_available(impl, inputs, mask):
+    reason = unavailable(impl, *inputs[:3], mask)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("resolution", [256, 512, 1024])
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+@pytest.mark.parametrize("impl", FAST)
+def test_published_pyramids(impl, pattern, resolution, dtype, poisoned_memory):
+    mask = pyramid_mask(pattern, resolution)
+    batch, heads = {256: (2, 3), 512: (1, 2), 1024: (1, 1)}[resolution]
+    inputs = draw_inputs(mask, batch, heads, 64, DTYPES[dtype], "cuda")
+    skip_unless_available(impl, inputs, mask)
+    # NOTE: FlexAttention and variable-length FlashAttention give no gradient of lse for some releases; ours must.
+    assert_accurate(inputs, mask, impl, with_lse=impl in ("triton", "cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 96, 128])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+def test_odd_masks_and_head_dims(impl, name, head_dim, dtype, poisoned_memory):
+    inputs = draw_inputs(MASKS[name], 2, 3, head_dim, DTYPES[dtype], "cuda")
+    skip_unless_available(impl, inputs, MASKS[name])
+    assert_accurate(inputs, MASKS[name], impl)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("impl", FAST)
+def test_packed_qkv(impl, head_dim, poisoned_memory):
+    mask = pyramid_mask("block_diagonal", 256)
+    inputs = draw_inputs(mask, 2, 4, head_dim, torch.bfloat16, "cuda", packed=True)
+    skip_unless_available(impl, inputs, mask)
+    assert_accurate(inputs, mask, impl, with_lse=impl in ("triton", "cuda"))
+
+
+@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+def test_large_logits_stay_finite(impl):
+    """q and k of length 100 give logits up to 100 after L2 normalisation with the largest learned scale."""
+    mask = pyramid_mask("block_causal", 256)
+    q, k, *rest = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
+    q, k = (torch.nn.functional.normalize(x.float(), dim=-1).bfloat16() for x in (q, k))
+    skip_unless_available(impl, (q, k, rest[0]), mask)
+    assert_accurate((q, k, *rest), mask, impl, scale=100.0)
+
+
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+def test_bit_equal_twice(impl, pattern):
+    mask = pyramid_mask(pattern, 512)
+    inputs = draw_inputs(mask, 4, 8, 64, torch.bfloat16, "cuda")
+    skip_unless_available(impl, inputs, mask)
+    for first, second in zip(run(*inputs, mask, impl), run(*inputs, mask, impl), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+def test_block_diagonal_is_local_to_a_scale(impl):
+    mask, touched = pyramid_mask("block_diagonal", 256), slice(91, 155)
+    q, k, v, do, dlse = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
+    skip_unless_available(impl, (q, k, v), mask)
+    before = run(q, k, v, do, dlse, mask, impl)
+    for x in (q, k, v):
+        x[:, :, touched] += 1.0
+    for a, b in zip(before, run(q, k, v, do, dlse, mask, impl), strict=True):
+        assert torch.equal(a[:, :, :91], b[:, :, :91]) and torch.equal(a[:, :, 155:], b[:, :, 155:])
+        assert not torch.equal(a[:, :, touched], b[:, :, touched])
+
+
+@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+def test_torch_compile_and_cuda_graph(impl):
+    torch._dynamo.reset()
+    mask = pyramid_mask("block_causal", 256)
+    q, k, v, do, _ = draw_inputs(mask, 2, 2, 64, torch.bfloat16, "cuda")
+    skip_unless_available(impl, (q, k, v), mask)
+    q.requires_grad_()
+
+    def step(q):
+        out = attention(q, k, v, mask, impl=impl)
+        return out, torch.autograd.grad(out, q, do)[0]
+
+    def forward(q):
+        return attention(q, k, v, mask, impl=impl)
+
+    expected_out, expected_dq = step(q)
+    out = torch.compile(forward, fullgraph=True)(q)
+    assert torch.equal(out, expected_out)
+    assert torch.equal(torch.autograd.grad(out, q, do)[0], expected_dq)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(q)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, dq = step(q)
+    out.zero_()
+    dq.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected_out) and torch.equal(dq, expected_dq)
+
+
+def test_auto_explains_itself():
+    mask = SpanMask.causal(64)
+    q, k, v, _, _ = draw_inputs(mask, 1, 1, 64, torch.bfloat16, "cuda")
+    impl, reason = choose(q, k, v, mask)
+    assert impl != "reference" and reason
+    assert choose(q.double(), k.double(), v.double(), mask)[0] == "reference"
