@@ -74,7 +74,7 @@ class Run:
         self.commit = option("--commit")
         self.results: list[dict] = []
         narrowed = ("impl", "pattern", "resolution", "sides", "direction", "batch", "heads", "head_dim")
-        self.complete = not any(option(name) for name in narrowed) and option("--dtype") == "bfloat16"
+        self.everything = not any(option(name) for name in narrowed) and option("--dtype") == "bfloat16"
         self._output = option("--output")
         self._stopwatch: Stopwatch | None = None
 
@@ -87,7 +87,8 @@ class Run:
 
     def output(self, gpu: str) -> Path | None:
         """Where the results go: a part of a run overwrites nothing unless told so."""
-        if self._output or not self.complete or self.device.type != "cuda":
+        planned = len(self.cells) * len(self.implementations) * len(self.directions)
+        if self._output or self.device.type != "cuda" or not self.everything or len(self.results) < planned:
             return self._output
         return DATA / f"attention_{re.sub(r'[^a-z0-9]+', '_', gpu.lower()).strip('_')}.json"
 

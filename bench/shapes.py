@@ -38,6 +38,7 @@ class Cell:
             raise ValueError(f"unknown pattern {self.pattern!r}; known are {', '.join(PATTERNS)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
+        Pyramid(self.sides)  # raises for sides that are none
         for name in ("batch", "heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
