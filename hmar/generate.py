@@ -1,0 +1,393 @@
+"""Sampling: classes to images, scale by scale, with HMAR (masked passes, no cache) and VAR (key-value cache).
+
+    f_hat = 0;  for every scale:  inputs = resize(f_hat) -> logits -> guidance -> truncation -> codes
+                                  HMAR: keep the surest codes, hide the others, predict them again, ...
+                                  f_hat += contribution of the codes
+    image = decode(f_hat)
+
+HMAR, arXiv 2506.04421, sections 4.3 and 4.4; VAR, arXiv 2404.02905, section 3.2. Free functions over `hmar.model` and
+`hmar.tokenizer`, without gradients.
+
+Shapes: B images, n tokens of one scale, L tokens of the pyramid, V codes, E code dimensions, h w latent sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from hmar.config import ModelConfig
+from hmar.model import HMAR, NextScaleTransformer
+from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
+from hmar.tokenizer import Tokenizer
+
+ScheduleLike = str | Mapping[int, Sequence[int]] | Sequence[Sequence[int]] | None
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How codes are drawn.
+
+    cfg: strength of classifier-free guidance, rising linearly from 0 at scale 1 to cfg at the last; 0 turns it off.
+    top_k, top_p: truncation, see `truncate`; 0 turns either off.
+    temperature: divides the guided logits.
+    schedule: HMAR's masked passes, see `resolve_schedule`; None and "default" are the published ones, "none" is one
+        pass a scale.
+    masked_cfg_factor: guidance in masked passes is cfg times this. The published 1e-6 is all but off; 0 also saves its
+        cost, which is half of every masked pass.
+    seed: image i draws from its own generator made of (seed, i), so an image does not depend on its batch.
+    greedy: take the most likely code instead of drawing.
+    """
+
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
+    temperature: float = 1.0
+    schedule: ScheduleLike = None
+    masked_cfg_factor: float = 1e-6
+    seed: int = 0
+    greedy: bool = False
+
+    def __post_init__(self):
+        for name, valid, expected in (
+            ("cfg", math.isfinite(self.cfg) and self.cfg >= 0, "a number of at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0, which turns it off"),
+            ("top_p", 0 <= self.top_p <= 1, "between 0, which turns it off, and 1"),
+            ("temperature", math.isfinite(self.temperature) and self.temperature > 0, "positive; see also greedy"),
+            ("masked_cfg_factor", self.masked_cfg_factor >= 0, "at least 0"),
+            ("seed", self.seed >= 0, "a non-negative integer"),
+        ):
+            if not valid:
+                raise ValueError(f"SamplingConfig.{name} is {getattr(self, name)}; it must be {expected}.")
+
+
+# Settings of the reported results at 256 pixels (HMAR's by depth; VAR, arXiv 2404.02905).
+PUBLISHED_SAMPLING = {
+    "hmar-d16": SamplingConfig(cfg=1.7, top_k=1000, top_p=0.99),
+    "hmar-d20": SamplingConfig(cfg=1.9, top_k=950, top_p=0.99),
+    "hmar-d24": SamplingConfig(cfg=2.1, top_k=900, top_p=0.99),
+    "hmar-d30": SamplingConfig(cfg=1.6, top_k=650, top_p=0.99),
+    "var": SamplingConfig(cfg=1.5, top_k=900, top_p=0.96),
+}
+
+# Side of a scale -> codes committed by each of its passes; a scale not named takes one pass.
+SMALL_SCALES = {2: (1, 3), 3: (1, 1, 2, 5)}
+DEFAULT_SCHEDULES = {
+    SIDES_BY_RESOLUTION[256]: SMALL_SCALES,
+    SIDES_BY_RESOLUTION[512]: {**SMALL_SCALES, 4: (5, 11)},
+    SIDES_BY_RESOLUTION[1024]: {**SMALL_SCALES, 4: (3, 5, 8)},
+}
+
+
+class GenerationOutput(NamedTuple):
+    images_BCHW: Tensor  # in [-1, 1]
+    codes_BL: Tensor  # int64
+    f_hat_BEhw: Tensor
+
+
+@torch.no_grad()
+def generate_hmar(
+    model: HMAR,
+    tokenizer: Tokenizer,
+    class_B: Tensor,
+    sampling: SamplingConfig | None = None,
+    *,
+    on_scale: Callable[[int, Tensor], None] | None = None,
+    first_image: int = 0,
+) -> GenerationOutput:
+    """Images of the given classes.
+
+    Args:
+        class_B: int64 classes; `model.config.null_class` for none in particular.
+        on_scale: called with (k, f_hat) after each scale, for progress and for early looks through the decoder.
+        first_image: index of the first image for its seed, when a large set is generated in several batches.
+    """
+    sampling = sampling or SamplingConfig()
+    pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
+    schedule = resolve_schedule(pyramid, sampling.schedule)
+    class_B = _check(model.config, tokenizer, class_B)
+    batch = len(class_B)
+    draw = CodeDraw(sampling, class_B, first_image)
+    f_hat_BEhw = quantizer.empty_f_hat(batch)
+    all_codes = []
+    with _evaluating(model, tokenizer):
+        for k in range(pyramid.num_scales):
+            scale = (k, k + 1)
+            inputs_BnE = _inputs(model, tokenizer, f_hat_BEhw, k)
+            guidance = _guidance(sampling.cfg, k, pyramid)
+
+            classes, (inputs,) = _with_null(guidance, class_B, model.config, inputs_BnE)
+            logits_BnV = model.next_scale(classes, inputs, scale)
+            codes_Bn, confidence_Bn = draw(_guide(logits_BnV, guidance, batch))
+
+            num_committed, *passes = schedule[k]
+            hidden_Bn = torch.ones_like(codes_Bn, dtype=torch.bool)
+            num_hidden = codes_Bn.shape[1]
+            guidance = sampling.cfg * sampling.masked_cfg_factor
+            for next_committed in passes:
+                num_hidden -= num_committed
+                hidden_Bn = least_confident(confidence_Bn, hidden_Bn, num_hidden)
+                # NOTE: the map holds the last draw for hidden codes too: resizing mixes it into the visible ones.
+                residuals_BnE = quantizer.own_residual(codes_Bn, k).to(inputs_BnE.dtype)
+                classes, (inputs, residuals, hidden) = _with_null(
+                    guidance, class_B, model.config, inputs_BnE, residuals_BnE, hidden_Bn
+                )
+                logits_BnV = model.masked(classes, inputs, residuals, hidden, scale)
+                drawn_Bn, confidence_Bn = draw(_guide(logits_BnV, guidance, batch))
+                codes_Bn = torch.where(hidden_Bn, drawn_Bn, codes_Bn)
+                num_committed = next_committed
+
+            f_hat_BEhw = quantizer.accumulate(f_hat_BEhw, codes_Bn, k)
+            all_codes.append(codes_Bn)
+            if on_scale is not None:
+                on_scale(k, f_hat_BEhw)
+        return GenerationOutput(tokenizer.decode_f_hat(f_hat_BEhw), torch.cat(all_codes, dim=1), f_hat_BEhw)
+
+
+@torch.no_grad()
+def generate_var(
+    model: NextScaleTransformer,
+    tokenizer: Tokenizer,
+    class_B: Tensor,
+    sampling: SamplingConfig | None = None,
+    *,
+    use_cache: bool = True,
+    on_scale: Callable[[int, Tensor], None] | None = None,
+    first_image: int = 0,
+) -> GenerationOutput:
+    """Images of the given classes from next-scale prediction alone; arguments as in `generate_hmar`.
+
+    With `use_cache` each scale's tokens pass the model once and later scales read their keys and values; without, every
+    scale computes all scales before it again, which gives the same codes and is there to test that. A block-diagonal
+    model reads no earlier scale and needs neither.
+    """
+    sampling = sampling or SamplingConfig()
+    pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
+    class_B = _check(model.config, tokenizer, class_B)
+    batch = len(class_B)
+    draw = CodeDraw(sampling, class_B, first_image)
+    causal = model.pattern == "block_causal"
+    caches = [LayerKeysValues(pyramid.length) for _ in model.blocks] if causal and use_cache else None
+    f_hat_BEhw = quantizer.empty_f_hat(batch)
+    all_codes, all_inputs = [], []
+    with _evaluating(model, tokenizer):
+        for k in range(pyramid.num_scales):
+            inputs_BLE = _inputs(model, tokenizer, f_hat_BEhw, k)
+            scales = (k, k + 1)
+            if causal and not use_cache:
+                all_inputs.append(inputs_BLE)
+                inputs_BLE = torch.cat(all_inputs, dim=1)
+                scales = (0, k + 1)
+
+            # NOTE: the first scale has no guidance, but the unconditional half must enter the cache all the same.
+            classes, (inputs,) = _with_null(sampling.cfg, class_B, model.config, inputs_BLE)
+            logits_BnV = model(classes, inputs, scales, caches)[:, -pyramid.sizes[k] :]
+            codes_Bn, _ = draw(_guide(logits_BnV, _guidance(sampling.cfg, k, pyramid), batch))
+
+            f_hat_BEhw = quantizer.accumulate(f_hat_BEhw, codes_Bn, k)
+            all_codes.append(codes_Bn)
+            if on_scale is not None:
+                on_scale(k, f_hat_BEhw)
+        return GenerationOutput(tokenizer.decode_f_hat(f_hat_BEhw), torch.cat(all_codes, dim=1), f_hat_BEhw)
+
+
+class LayerKeysValues:
+    """Keys and values that one block has computed for the scales so far, in one buffer for the whole pyramid."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.k_BHLD: Tensor | None = None
+        self.v_BHLD: Tensor | None = None
+
+    def append(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a scale's keys and values [B, H, n, D]; returns all so far, as views."""
+        B, H, n, D = k_BHLD.shape
+        assert self.length + n <= self.capacity, f"{self.length} + {n} tokens exceed the cache's {self.capacity}"
+        if self.k_BHLD is None:
+            self.k_BHLD = k_BHLD.new_empty(B, H, self.capacity, D)
+            self.v_BHLD = v_BHLD.new_empty(B, H, self.capacity, D)
+        start, self.length = self.length, self.length + n
+        self.k_BHLD[:, :, start : self.length] = k_BHLD
+        self.v_BHLD[:, :, start : self.length] = v_BHLD
+        return self.k_BHLD[:, :, : self.length], self.v_BHLD[:, :, : self.length]
+
+
+class CodeDraw:
+    """Draws codes from logits, with a random generator for every image."""
+
+    def __init__(self, sampling: SamplingConfig, class_B: Tensor, first_image: int):
+        self.sampling = sampling
+        self.generators = [
+            torch.Generator(class_B.device).manual_seed(image_seed(sampling.seed, first_image + i))
+            for i in range(len(class_B))
+        ]
+
+    def __call__(self, logits_BnV: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes [B, n] and the probability [B, n] with which each was chosen, after guidance and truncation."""
+        sampling = self.sampling
+        logits_BnV = logits_BnV.to(torch.promote_types(logits_BnV.dtype, torch.float32))
+        if sampling.greedy:
+            # NOTE: the most likely code survives any truncation, so argmax truncates nothing, and the confidence is
+            # the plain softmax probability. Truncated to a single code it would be 1 everywhere and order nothing.
+            probs_BnV = logits_BnV.softmax(-1)
+            codes_Bn = logits_BnV.argmax(-1)
+        else:
+            probs_BnV = truncate(logits_BnV / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
+            codes_Bn = (probs_BnV / self._exponential(probs_BnV)).argmax(-1)
+        return codes_Bn, probs_BnV.gather(-1, codes_Bn[..., None]).squeeze(-1)
+
+    def _exponential(self, like_BnV: Tensor) -> Tensor:
+        # NOTE: argmax of p / Exp(1) is a draw from p that needs no synchronisation with a GPU, unlike multinomial. A
+        # noise of exactly 0 would make 0 / 0 of a truncated code.
+        noise_BnV = torch.empty_like(like_BnV)
+        for noise_nV, generator in zip(noise_BnV, self.generators, strict=True):
+            noise_nV.exponential_(generator=generator)
+        return noise_BnV.clamp_min_(torch.finfo(noise_BnV.dtype).tiny)
+
+
+def truncate(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
+    """Logits [..., V] with the codes outside top-k, then outside top-p, at -inf.
+
+    top-k keeps every code at least as likely as the k-th. Of those, top-p drops a code when it and all less likely ones
+    together have a probability of at most 1 - p, so that the smallest set of most likely codes with a probability of
+    at least p stays, and always the most likely code. 0 turns either off.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p > 0:
+        ascending, order = logits.sort(dim=-1, stable=True)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        dropped[..., -1] = False
+        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
+    return logits
+
+
+def least_confident(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden: int) -> Tensor:
+    """The `num_hidden` positions of lowest confidence among those still hidden, as a bool mask [B, n]."""
+    order_Bn = confidence_Bn.masked_fill(~hidden_Bn, math.inf).argsort(dim=1, stable=True)
+    return torch.zeros_like(hidden_Bn).scatter(1, order_Bn[:, :num_hidden], True)
+
+
+def image_seed(seed: int, image: int) -> int:
+    """Seed of one image's generator, in which neighbouring images and seeds have nothing in common."""
+    # NOTE: torch's CPU generator looks at the low 32 bits only, so (seed, image) must be hashed, not packed.
+    return int(np.random.SeedSequence((seed, image)).generate_state(1, np.uint64)[0]) >> 1
+
+
+def resolve_schedule(pyramid: Pyramid, schedule: ScheduleLike = None) -> tuple[tuple[int, ...], ...]:
+    """How many codes each pass of each scale commits; the first pass of a scale is next-scale prediction.
+
+    Args:
+        schedule: None or "default": the published schedule of the pyramid (for pyramids of one's own: 1, 3 at 2x2 and
+            1, 1, 2, 5 at 3x3). "none": one pass a scale. A mapping side -> numbers, one pass for scales it does not
+            name; or one list of numbers for each scale.
+    Raises:
+        ValueError: unless the numbers of every scale are positive integers with sum n_k^2, and one pass for scale 1.
+    """
+    if schedule is None or schedule == "default":
+        by_side = DEFAULT_SCHEDULES.get(pyramid.sides, SMALL_SCALES)
+        schedule = [(n * n,) if k == 0 else by_side.get(n, (n * n,)) for k, n in enumerate(pyramid.sides)]
+    elif schedule == "none":
+        schedule = [(size,) for size in pyramid.sizes]
+    elif isinstance(schedule, str):
+        raise ValueError(f'No schedule is called {schedule!r}; known are "default" and "none", or give the numbers.')
+    elif isinstance(schedule, Mapping):
+        unknown = sorted(set(schedule) - set(pyramid.sides))
+        if unknown:
+            raise ValueError(f"The schedule names sides {unknown}, but the pyramid has {pyramid.sides}.")
+        schedule = [schedule.get(n, (n * n,)) for n in pyramid.sides]
+    if len(schedule) != pyramid.num_scales:
+        raise ValueError(
+            f"The schedule has {len(schedule)} scales, but the pyramid {pyramid.sides} has {pyramid.num_scales}."
+        )
+    for k, (passes, size) in enumerate(zip(schedule, pyramid.sizes, strict=True)):
+        valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in passes)
+        if not valid or sum(passes) != size:
+            raise ValueError(
+                f"The schedule of scale {k + 1} is {list(passes)}; it must be positive integers that add up to {size}, "
+                f"for example [{size}] for one pass."
+            )
+        if k == 0 and len(passes) > 1:
+            raise ValueError(f"The schedule of scale 1 is {list(passes)}; it is never masked and takes [{size}].")
+    return tuple(tuple(passes) for passes in schedule)
+
+
+def even_schedule(pyramid: Pyramid, num_passes: int) -> tuple[tuple[int, ...], ...]:
+    """A schedule that commits about equally many codes in each of `num_passes` passes, at least one in each."""
+    if num_passes < 1:
+        raise ValueError(f"A scale takes at least one pass, got {num_passes}.")
+    schedule = []
+    for k, size in enumerate(pyramid.sizes):
+        passes = 1 if k == 0 else min(num_passes, size)
+        schedule.append(tuple(size * (i + 1) // passes - size * i // passes for i in range(passes)))
+    return tuple(schedule)
+
+
+def _inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw: Tensor, k: int) -> Tensor:
+    """What scale k reads [B, n, E], in the model's dtype; nothing for the first scale."""
+    if k == 0:
+        inputs_BnE = f_hat_BEhw.new_empty(f_hat_BEhw.shape[0], 0, f_hat_BEhw.shape[1])
+    else:
+        inputs_BnE = tokenizer.quantizer.resize_input(f_hat_BEhw, k)
+    return inputs_BnE.to(model.embedding.codes.weight.dtype)
+
+
+def _guidance(cfg: float, k: int, pyramid: Pyramid) -> float:
+    return cfg * k / max(1, pyramid.num_scales - 1)
+
+
+def _with_null(guidance: float, class_B: Tensor, config: ModelConfig, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The batch as it is without guidance, else twice: with its classes, then with the null class."""
+    if guidance == 0:
+        return class_B, list(tensors)
+    null_B = torch.full_like(class_B, config.null_class)
+    return torch.cat([class_B, null_B]), [torch.cat([tensor, tensor]) for tensor in tensors]
+
+
+def _guide(logits_BnV: Tensor, guidance: float, batch: int) -> Tensor:
+    """(1 + t) conditional - t unconditional, where `_with_null` doubled the batch."""
+    if logits_BnV.shape[0] == batch:
+        return logits_BnV
+    conditional_BnV, unconditional_BnV = logits_BnV.chunk(2)
+    return (1 + guidance) * conditional_BnV - guidance * unconditional_BnV
+
+
+def _check(config: ModelConfig, tokenizer: Tokenizer, class_B: Tensor) -> Tensor:
+    ours = (config.sides, config.vocab_size, config.code_dim)
+    theirs = (tokenizer.pyramid.sides, tokenizer.config.vocab_size, tokenizer.config.code_dim)
+    if ours != theirs:
+        raise ValueError(
+            f"The model was made for (sides, vocabulary, code dim) {ours}, but the tokenizer has {theirs}."
+        )
+    class_B = torch.as_tensor(class_B, device=tokenizer.quantizer.codebook.weight.device)
+    if class_B.ndim != 1 or len(class_B) == 0 or class_B.is_floating_point():
+        raise ValueError(f"Classes are a vector of integers, got {class_B.dtype} of shape {tuple(class_B.shape)}.")
+    if class_B.min() < 0 or class_B.max() > config.null_class:
+        raise ValueError(
+            f"Classes lie in 0..{config.num_classes - 1}, or are {config.null_class} for no class; got "
+            f"{class_B.tolist()}."
+        )
+    return class_B.long()
+
+
+@contextmanager
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Without dropout and drop-path, whatever mode the modules were in."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
