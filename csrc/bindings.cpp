@@ -1,0 +1,111 @@
+// The Python module hmar_kernels._cuda: addresses, strides and the stream come as integers, so that no torch header and
+// no torch version is compiled in. Its only caller, hmar_kernels/attention/cuda.py, has checked every argument.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "launch.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using StrideTuple = std::array<int64_t, 3>;  // batch, head, row; in elements
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+hmar::Strides strides(const StrideTuple& s) { return {s[0], s[1], s[2]}; }
+
+// Makes a device current while it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check(cudaGetDevice(&previous_), "cudaGetDevice");
+    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
+    changed_ = device != previous_;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+  static void check(cudaError_t error, const char* what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();
+    throw std::runtime_error(std::string("hmar_kernels._cuda: ") + what + " failed: " + cudaGetErrorName(error) + " (" +
+                             cudaGetErrorString(error) + ")");
+  }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t key_start,
+                       uintptr_t key_end, uintptr_t plan, const StrideTuple& q_strides, const StrideTuple& k_strides,
+                       const StrideTuple& v_strides, const StrideTuple& out_strides, int batch_size, int num_heads,
+                       int num_queries, int num_tiles, int head_dim, int tile_rows, bool bfloat16, float scale,
+                       int device, uintptr_t stream) {
+  const hmar::AttentionForwardParams params{
+      pointer<const void>(q),
+      pointer<const void>(k),
+      pointer<const void>(v),
+      pointer<void>(out),
+      pointer<float>(lse),
+      pointer<const int32_t>(key_start),
+      pointer<const int32_t>(key_end),
+      pointer<const int32_t>(plan),
+      strides(q_strides),
+      strides(k_strides),
+      strides(v_strides),
+      strides(out_strides),
+      batch_size,
+      num_heads,
+      num_queries,
+      num_tiles,
+      scale,
+  };
+  const DeviceGuard guard(device);
+  const auto dtype = bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16;
+  DeviceGuard::check(
+      hmar::launch_attention_forward(params, dtype, head_dim, tile_rows, reinterpret_cast<cudaStream_t>(stream)),
+      "attention_forward");
+}
+
+std::string load_error(int device) {
+  const DeviceGuard guard(device);
+  const cudaError_t error = hmar::load_attention_forward();
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA kernels of hmar_kernels; call them through hmar_kernels.attention.cuda.";
+  module.attr("__version__") = HMAR_VERSION;
+  module.attr("architectures") = HMAR_ARCHITECTURES;
+  module.attr("cuda_version") =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  py::dict tiles;
+  for (const auto& tile : hmar::attention_forward_tiles()) {
+    tiles[py::make_tuple(tile.head_dim, tile.tile_rows)] = tile.block_keys;
+  }
+  module.attr("attention_forward_tiles") = tiles;
+  module.def("attention_forward", &attention_forward, py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"),
+             py::arg("out"), py::arg("lse"), py::arg("key_start"), py::arg("key_end"), py::arg("plan"),
+             py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"),
+             py::arg("batch_size"), py::arg("num_heads"), py::arg("num_queries"), py::arg("num_tiles"),
+             py::arg("head_dim"), py::arg("tile_rows"), py::arg("bfloat16"), py::arg("scale"), py::arg("device"),
+             py::arg("stream"), "Puts the forward kernel on a stream; raises RuntimeError when the launch fails.");
+  module.def("load_error", &load_error, py::arg("device"),
+             "Why this build cannot run on a device (no code for its architecture, ...); empty when it can.");
+}

@@ -1,0 +1,83 @@
+// Runs csrc/attention_forward.cuh, as it stands, on the CPU; test_cuda_build.py loads this through ctypes.
+#include "attention_forward.cuh"
+
+using namespace hmar;
+
+namespace {
+
+void enter() {
+  running->kernel();
+  this_thread().done = true;
+  swapcontext(&this_thread().context, &running->scheduler);
+}
+
+// One block, its warps in the order given; each runs as far as it can before the next one.
+void run_block(Block& block, int num_threads, bool last_warp_first) {
+  running = &block;
+  std::memset(shared_memory, 0xff, SHARED_BYTES);  // NaN in every format
+  block.threads = std::vector<Thread>(num_threads);
+  block.warps = std::vector<Meeting>(num_threads / WARP_SIZE);
+  block.barrier = Meeting();
+  for (Thread& thread : block.threads) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    makecontext(&thread.context, enter, 0);
+  }
+  const int num_warps = num_threads / WARP_SIZE;
+  for (bool alive = true; alive;) {
+    alive = false;
+    bool moved = false;
+    for (int i = 0; i < num_warps; ++i) {
+      const int warp = last_warp_first ? num_warps - 1 - i : i;
+      for (bool again = true; again;) {
+        again = false;
+        for (int lane = 0; lane < WARP_SIZE; ++lane) {
+          threadIdx.x = warp * WARP_SIZE + lane;
+          Thread& thread = this_thread();
+          if (thread.done) continue;
+          alive = true;
+          if (thread.waits_on && *thread.waits_on == thread.seen) continue;
+          thread.waits_on = nullptr;
+          swapcontext(&block.scheduler, &thread.context);
+          again = moved = true;
+        }
+      }
+    }
+    if (alive && !moved) fail("deadlock");
+  }
+}
+
+template <class Tile>
+long run(const AttentionForwardParams& params, Block& block, bool last_warp_first) {
+  static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);
+  block.kernel = [&] { attention_forward_kernel<Tile>(params); };
+  const unsigned num_blocks = params.num_tiles * params.batch_size * params.num_heads;
+  for (blockIdx.x = 0; blockIdx.x < num_blocks; ++blockIdx.x) run_block(block, Tile::kNumThreads, last_warp_first);
+  return block.bank_conflicts;
+}
+
+}  // namespace
+
+// Returns the number of ldmatrix phases with a bank conflict, or -1 for a tile that is not compiled in. `readable` holds
+// begin and end of the tensors q, k and v.
+extern "C" long attention_forward_on_cpu(const AttentionForwardParams* params, int head_dim, int tile_rows,
+                                         const uint8_t* const* readable, bool copies_at_once, bool last_warp_first) {
+  Block block;
+  block.copies_at_once = copies_at_once;
+  for (int i = 0; i < 3; ++i) block.readable.emplace_back(readable[2 * i], readable[2 * i + 1]);
+  constexpr DType kType = DType::kBFloat16;
+  if (head_dim == 64 && tile_rows == 64) {
+    return run<ForwardTile<kType, 64, 64, 64, 4, 2, 1>>(*params, block, last_warp_first);
+  }
+  if (head_dim == 64 && tile_rows == 128) {
+    return run<ForwardTile<kType, 64, 128, 64, 4, 3, 1>>(*params, block, last_warp_first);
+  }
+  if (head_dim == 128 && tile_rows == 64) {
+    return run<ForwardTile<kType, 128, 64, 64, 4, 2, 1>>(*params, block, last_warp_first);
+  }
+  if (head_dim == 128 && tile_rows == 128) {
+    return run<ForwardTile<kType, 128, 128, 32, 4, 2, 1>>(*params, block, last_warp_first);
+  }
+  return -1;
+}

@@ -1,0 +1,301 @@
+"""The CUDA extension without a GPU: what ptxas says, the kernel's own source run on the CPU, argument checks.
+
+The emulation (cuda_on_cpu/) checks index maps, masks, pipelining and arithmetic against the reference; it
+stands in for no GPU test: those are in test_attention_gpu.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hmar_kernels import SpanMask
+from hmar_kernels.attention import cuda, reference
+from hmar_kernels.attention.plan import query_plan
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
+ARCHITECTURES = ("80", "90a")
+# So that the blocks an SM that csrc/attention_forward.cu names fit into 65536 registers, 128 threads each.
+REGISTER_LIMIT = {(64, 64): 128, (64, 128): 255, (128, 64): 255, (128, 128): 255}
+PYRAMID_SIZES = [1, 4, 9, 16, 25, 36, 64]  # 155 tokens
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+
+
+@pytest.fixture(scope="module")
+def ptxas_report(tmp_path_factory) -> dict[tuple[str, str, int, int], dict[str, int]]:
+    """(architecture, type, head dim, rows a tile) -> registers and spilled bytes."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc on PATH or under CUDA_HOME")
+    folder = tmp_path_factory.mktemp("cubins")
+    jobs = {
+        (source, arch): subprocess.Popen(
+            [
+                *(nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-cubin"),
+                *("-o", folder / f"{source.stem}_{arch}.cubin", source),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for source in SOURCES
+        for arch in ARCHITECTURES
+    }
+    report = {}
+    for (source, arch), job in jobs.items():
+        text = job.communicate()[0]
+        assert job.returncode == 0, f"{source.name} does not compile for sm_{arch}:\n{text}"
+        for entry in text.split("Compiling entry function")[1:]:
+            dtype, head_dim, rows = re.search(r"ForwardTileILNS_\d+DTypeE(\d)ELi(\d+)ELi(\d+)E", entry).groups()
+            stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
+            report[arch, ("float16", "bfloat16")[int(dtype)], int(head_dim), int(rows)] = {
+                "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
+                "spilled": int(stores) + int(loads),
+            }
+    return report
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("head_dim", "rows"), cuda.TILES)
+def test_kernels_compile_without_spills(ptxas_report, arch, dtype, head_dim, rows):
+    entry = ptxas_report[arch, dtype, head_dim, rows]
+    assert entry["spilled"] == 0
+    assert 0 < entry["registers"] <= REGISTER_LIMIT[head_dim, rows]
+
+
+def test_all_compiled_kernels_are_known(ptxas_report):
+    assert {key[2:] for key in ptxas_report} == set(cuda.TILES)
+
+
+class Params(ctypes.Structure):
+    """AttentionForwardParams of csrc/params.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "key_start", "key_end", "plan")),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in ("q", "k", "v", "out")),
+        *((name, ctypes.c_int32) for name in ("batch_size", "num_heads", "num_queries", "num_tiles")),
+        ("scale", ctypes.c_float),
+    )
+
+
+@pytest.fixture(scope="module")
+def kernel_on_cpu(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no g++ or clang++ on PATH")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    for source in ("csrc/attention_forward.cuh", "csrc/params.h"):
+        shutil.copy(ROOT / source, folder)
+    for source in ("ptx.cuh", "attention_forward.cpp"):  # this ptx.cuh in the place of csrc/ptx.cuh
+        shutil.copy(ROOT / "tests/cuda_on_cpu" / source, folder)
+    library = folder / "attention_forward.so"
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", library, folder / "attention_forward.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    entry = ctypes.CDLL(str(library)).attention_forward_on_cpu
+    entry.restype = ctypes.c_long
+    entry.argtypes = [
+        *(ctypes.POINTER(Params), ctypes.c_int, ctypes.c_int),
+        *(ctypes.POINTER(ctypes.c_void_p), ctypes.c_bool, ctypes.c_bool),
+    ]
+
+    def run(q, k, v, mask, scale, *, tile_rows, copies_at_once=False, last_warp_first=False):
+        b, h, num_queries, d = q.shape
+        key_start, key_end = mask.key_start.int().contiguous(), mask.key_end.int().contiguous()
+        tiles = query_plan(mask, tile_rows, cuda.TILES[d, tile_rows], "cpu").tiles
+        out = torch.full((b, num_queries, h, d), math.nan, dtype=q.dtype).transpose(1, 2)
+        lse = torch.full((b, h, num_queries), math.nan)
+        strides = [(ctypes.c_int64 * 3)(*x.stride()[:3]) for x in (q, k, v, out)]
+        pointers = [x.data_ptr() for x in (q, k, v, out, lse, key_start, key_end, tiles)]
+        params = Params(*pointers, *strides, b, h, num_queries, len(tiles), scale)
+        ends = []
+        for x in (q, k, v):
+            last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            ends += [x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()]
+        conflicts = entry(
+            params, d, tile_rows, (ctypes.c_void_p * 6)(*ends), bool(copies_at_once), bool(last_warp_first)
+        )
+        assert conflicts == 0, f"{conflicts} ldmatrix phases with bank conflicts, or no such tile"
+        return out, lse
+
+    return run
+
+
+def packed_qkv(b, h, num_queries, num_keys, d, seed=0):
+    """q, k, v as views of one [B, L, 3, H, D] tensor where lengths agree, so that no stride is the dense one."""
+    generator = torch.Generator().manual_seed(seed)
+    length = max(num_queries, num_keys)
+    qkv = torch.randn(b, length, 3, h, d, generator=generator).bfloat16().permute(2, 0, 3, 1, 4)
+    return qkv[0, :, :, :num_queries], qkv[1, :, :, :num_keys], qkv[2, :, :, :num_keys]
+
+
+def random_intervals() -> SpanMask:
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randint(0, 150, (90,), generator=generator)
+    end = (start + torch.randint(0, 90, (90,), generator=generator)).clamp(max=150)
+    end[::7] = start[::7]  # rows without keys
+    return SpanMask.from_intervals(start.int(), end.int(), num_keys=150)
+
+
+MASKS = {
+    "diagonal": lambda: SpanMask.block_diagonal(PYRAMID_SIZES),
+    "block-causal": lambda: SpanMask.block_causal(PYRAMID_SIZES),
+    "causal-133": lambda: SpanMask.causal(133),
+    "full-70x260": lambda: SpanMask.full(70, 260),
+    "one-query": lambda: SpanMask.full(1, 5),
+    "random": random_intervals,
+    "no-keys": lambda: SpanMask.from_intervals(torch.zeros(3).int(), torch.zeros(3).int(), num_keys=20),
+}
+
+
+def assert_close_to_reference(out, lse, q, k, v, mask, scale):
+    expected, expected_lse = reference.forward(q.double(), k.double(), v.double(), mask, scale)
+    eager, _ = reference.forward(q, k, v, mask, scale)
+    eager_error = (eager.double() - expected).abs().max()
+    ulps = 2 * torch.finfo(q.dtype).eps * expected.abs().max()
+    assert torch.isfinite(out).all()
+    assert (out.double() - expected).abs().max() <= 2 * eager_error + ulps
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("head_dim", "rows"), cuda.TILES)
+@pytest.mark.parametrize("name", MASKS)
+def test_kernel_source_on_cpu(kernel_on_cpu, name, head_dim, rows):
+    mask = MASKS[name]()
+    q, k, v = packed_qkv(1, 2, mask.num_queries, mask.num_keys, head_dim)
+    scale = head_dim**-0.5
+    out, lse = kernel_on_cpu(q, k, v, mask, scale, tile_rows=rows)
+    assert_close_to_reference(out, lse, q, k, v, mask, scale)
+    no_keys = mask.key_end <= mask.key_start
+    assert (out[:, :, no_keys] == 0).all() and (lse[:, :, no_keys] == -math.inf).all()
+
+
+@pytest.mark.parametrize("scale", [4.0, 30.0], ids="scale-{}".format)
+def test_kernel_source_rescales(kernel_on_cpu, scale):
+    """Keys sorted so that every block raises the maximum by more, and by less, than the lazy rescaling lets pass."""
+    mask = SpanMask.full(64, 320)
+    q, k, v = packed_qkv(2, 1, 64, 320, 64, seed=1)
+    direction = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(2)), dim=0)
+    q = (0.1 * q + direction).bfloat16()
+    k = (0.02 * k + torch.linspace(-1, 1, 320)[:, None] * direction).bfloat16()
+    out, lse = kernel_on_cpu(q, k, v, mask, scale, tile_rows=64)
+    assert_close_to_reference(out, lse, q, k, v, mask, scale)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_kernel_source_has_no_races(kernel_on_cpu, rows):
+    """Copies land at once or as late as they may, warps run first to last or last to first: bit-equal."""
+    mask = SpanMask.block_causal(PYRAMID_SIZES)
+    q, k, v = packed_qkv(1, 1, 155, 155, 64)
+    schedules = [(False, False), (False, True), (True, False), (True, True)]
+    results = [
+        kernel_on_cpu(q, k, v, mask, 0.2, tile_rows=rows, copies_at_once=at_once, last_warp_first=reverse)
+        for at_once, reverse in schedules
+    ]
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_kernel_source_is_local(kernel_on_cpu, rows):
+    """Keys and values of one scale change, so much that its rows rescale: all other scales stay bit-equal."""
+    mask = SpanMask.block_diagonal(PYRAMID_SIZES)
+    q, k, v = packed_qkv(1, 1, 155, 155, 64)
+    scale = slice(5, 14)
+    k2, v2 = k.clone(), v.clone()
+    k2[:, :, scale] *= 50
+    v2[:, :, scale] = 3e38
+    before, _ = kernel_on_cpu(q, k, v, mask, 1.0, tile_rows=rows)
+    after, _ = kernel_on_cpu(q, k2, v2, mask, 1.0, tile_rows=rows)
+    others = torch.ones(155, dtype=torch.bool)
+    others[scale] = False
+    assert torch.equal(before[:, :, others], after[:, :, others])
+    assert not torch.equal(before[:, :, scale], after[:, :, scale])
+
+
+def arguments(**changed):
+    """Arguments of cuda.forward that only lack a GPU."""
+    mask = SpanMask.block_diagonal([1, 4])
+    q, k, v = (torch.zeros(1, 2, 5, 64, dtype=torch.bfloat16) for _ in range(3))
+    plan = query_plan(mask, 128, 64, "cpu").tiles
+    return {
+        **dict(q=q, k=k, v=v, key_start=mask.key_start, key_end=mask.key_end, plan=plan, scale=1.0, tile_rows=128),
+        **changed,
+    }
+
+
+def zeros(*shape, dtype=torch.bfloat16):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(k=zeros(1, 2, 5, 32)), "expected q"),
+        (dict(v=zeros(1, 2, 6, 64)), "expected q"),
+        (dict(v=zeros(1, 2, 5, 64, dtype=torch.float16)), "share one dtype"),
+        (dict(key_start=zeros(4, dtype=torch.int32)), r"key_start must be .* \[5\]"),
+        (dict(key_end=zeros(5, dtype=torch.int64)), "key_end must be .* int32"),
+        (dict(plan=zeros(1, 5, dtype=torch.int32)), "plan must be"),
+        (dict(key_start=torch.zeros(5, dtype=torch.int32, device="meta")), "must be on q's device"),
+        (dict(scale=-1.0), "scale must be positive"),
+        (dict(tile_rows=32), r"one of \[64, 128\]"),
+        ({}, "cannot run the CUDA forward"),
+    ],
+    ids=["head-dim", "length", "dtype", "key-start", "key-end", "plan", "device", "scale", "tile-rows", "no-gpu"],
+)
+def test_bad_arguments(changed, message):
+    with pytest.raises(ValueError, match=message):
+        cuda.forward(**arguments(**changed))
+
+
+@pytest.fixture
+def extension():
+    if cuda._cuda is None:
+        pytest.skip(cuda._import_error)
+    return cuda._cuda
+
+
+def test_extension_describes_itself(extension):
+    assert re.fullmatch(r"\d+\.\d+\.\d+", extension.__version__)
+    assert re.fullmatch(r"(\d+[af]?(-real|-virtual)?,?)+|native|all|all-major", extension.architectures)
+    assert re.fullmatch(r"\d+\.\d+", extension.cuda_version)
+    assert extension.attention_forward_tiles == cuda.TILES
+
+
+@pytest.mark.parametrize(
+    ("q", "message"),
+    [
+        (zeros(1, 2, 5, 64, dtype=torch.float32), "float16 and bfloat16"),
+        (zeros(1, 2, 5, 32), r"head dims \[64, 128\]"),
+        (zeros(1, 2, 64, 5).transpose(2, 3), "contiguous last dimension"),
+        (zeros(1, 2, 5, 68)[..., :64], "multiples of 8"),
+        (zeros(5 * 64 * 2 + 1)[1:].view(1, 2, 5, 64), "storage offset"),
+        (zeros(1, 2, 5, 64), "run on CUDA tensors, got cpu"),
+    ],
+    ids=["dtype", "head-dim", "transposed", "row-stride", "offset", "cpu"],
+)
+def test_unavailable_names_the_reason(extension, q, message):
+    assert re.search(message, cuda.unavailable(q, q, q))
+    with pytest.raises(ValueError, match=message):
+        cuda.forward(**arguments(q=q, k=q, v=q))
+
+
+def test_unavailable_without_extension(monkeypatch):
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(cuda, "_import_error", "not built here")
+    q = zeros(1, 2, 5, 64)
+    assert cuda.unavailable(q, q, q) == "not built here"
