@@ -1,0 +1,205 @@
+"""The command `hmar`: train, sample, demo, info.
+
+Arguments are read here and given to the functions that do the work; torch is imported by the commands that need it, so
+that help and mistakes in the arguments answer at once. Bad input ends with one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="hmar",
+    help="Hierarchical masked autoregressive image generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def options(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error arose (accepted behind a command, too).")
+    ] = False,
+) -> None:
+    """Hierarchical masked autoregressive image generation."""
+
+
+@app.command(short_help="Train one stage: tokenizer, next-scale, masked or var.")
+def train(
+    stage: Annotated[str, typer.Argument(help="tokenizer, next-scale, masked or var.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example optimizer.lr=1e-4.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of keys; those on the command line win.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in output_dir.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train one stage. Every stage but tokenizer needs tokenizer_weights, masked also next_scale_weights.
+
+    hmar train tokenizer preset=digits-32 output_dir=runs/tokenizer
+
+    hmar train next-scale preset=digits-32 output_dir=runs/next-scale tokenizer_weights=runs/tokenizer
+
+    hmar train masked preset=digits-32 output_dir=runs/hmar tokenizer_weights=runs/tokenizer
+    next_scale_weights=runs/next-scale
+
+    An unknown KEY lists the known ones. --resume without --config takes the configuration that the run began with.
+    """
+    from hmar.recipe import STAGES, apply_overrides, make_config, read_config, unknown
+
+    if stage not in STAGES:
+        raise ValueError(unknown("stage", stage, STAGES))
+    overrides = [f"stage={stage}", *(overrides or [])]
+    base = read_config(config) if config is not None else {}
+    if resume and config is None:
+        saved = Path(str(apply_overrides({}, overrides).get("output_dir"))) / "config.yaml"
+        base = read_config(saved) if saved.exists() else {}
+    run = make_config(apply_overrides(base, overrides))
+
+    from hmar.train import Interrupted, NonFiniteError
+    from hmar.train import train as train_stage
+
+    try:
+        result = train_stage(run, resume=resume, overwrite=overwrite, progress=not quiet)
+    except Interrupted as interruption:
+        typer.echo(f"{interruption}. To go on: hmar train {stage} --resume output_dir={run.output_dir}", err=True)
+        raise typer.Exit(128 + interruption.signal_number) from None
+    except NonFiniteError as error:
+        _fail(str(error), 1, error)
+    typer.echo(f"{stage}: {result.step} steps done, weights in {result.weights}")
+
+
+@app.command(short_help="Generate images from a trained model.")
+def sample(
+    model: Annotated[Path, typer.Option(help="Folder of weights, or of a finished run of masked, next-scale or var.")],
+    output: Annotated[Path, typer.Option(help="Folder for the PNG files, grid.png and settings.json.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one the model was trained with")
+    ] = None,
+    classes: Annotated[str | None, typer.Option(help="Class numbers, as in 0,1,7 or 0-9.", show_default="all")] = None,
+    count: Annotated[int, typer.Option(help="Images of each class.")] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same images, whatever the batch size.")] = 0,
+    cfg: Annotated[float, typer.Option(help="Strength of guidance, 0 for none.")] = 1.5,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest codes, 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest codes of this total probability.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Below 1: closer to the likeliest codes.")] = 1.0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest code instead of a draw.")] = False,
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Masked passes: default, none, a number of passes for every scale, or codes committed by each pass "
+            "by side of the scale, as in '{2: [1, 3], 3: [1, 1, 2, 5]}'."
+        ),
+    ] = "default",
+    masked_cfg_factor: Annotated[float, typer.Option(help="Guidance in masked passes, as a factor on --cfg.")] = 1e-6,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA), fp32 or bf16.")] = "auto",
+    attention: Annotated[str, typer.Option(help="Attention implementation, see hmar info.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete images made with other settings.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Generate images, one PNG each. Images that are in the folder already are not drawn again."""
+    wanted = _parse_classes(classes)
+
+    from hmar.generate import SamplingConfig
+    from hmar.sample import parse_schedule
+    from hmar.sample import sample as sample_images
+
+    sampling = SamplingConfig(
+        cfg=cfg,
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        schedule=parse_schedule(schedule, model),
+        masked_cfg_factor=masked_cfg_factor,
+        seed=seed,
+        greedy=greedy,
+    )
+    try:
+        paths = sample_images(
+            model,
+            output,
+            tokenizer_folder=tokenizer,
+            classes=wanted,
+            count=count,
+            sampling=sampling,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            attention=attention,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo("stopped: the same command goes on with the images that are missing", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{len(paths)} images in {output}, the first ones together in {output / 'grid.png'}")
+
+
+@app.command(short_help="Show versions, attention implementations and presets, or one preset or folder of weights.")
+def info(
+    subject: Annotated[str | None, typer.Argument(help="A preset or a folder of weights.", show_default=False)] = None,
+) -> None:
+    """Show what is installed and what the presets are, or the details of one preset or one folder of weights."""
+    from rich.console import Console
+
+    from hmar.describe import describe_installation, describe_preset, describe_presets, describe_weights
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if subject is None:
+        console.print(describe_installation())
+        console.print(describe_presets())
+        return
+    from hmar.config import PRESETS
+
+    known = subject in PRESETS or not Path(subject).exists()
+    console.print(describe_preset(subject) if known else describe_weights(subject))
+
+
+def main() -> None:
+    """Entry point of the command: errors of input become one sentence on stderr and exit code 2, others 1."""
+    arguments = sys.argv[1:]
+    if "--traceback" in arguments:
+        # typer knows the option before the command only; people add it at the end.
+        sys.argv = [sys.argv[0], "--traceback", *(argument for argument in arguments if argument != "--traceback")]
+    try:
+        app()
+    except (ValueError, ModuleNotFoundError) as error:
+        _fail(str(error), 2, error)
+    except OSError as error:
+        _fail(str(error), 1, error)
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail(f"not enough GPU memory: {str(error).splitlines()[0]} A smaller batch size needs less", 1, error)
+
+
+def _fail(message: str, code: int, error: BaseException | None = None) -> None:
+    if error is not None and "--traceback" in sys.argv:
+        raise error
+    typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)
+
+
+def _parse_classes(text: str | None) -> list[int] | None:
+    """Numbers from "0,1,7" and "0-9"; None stays None."""
+    if text is None:
+        return None
+    classes: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ValueError(f'--classes is "{text}": expected numbers as in 0,1,7 or 0-9')
+        classes += range(int(first), int(last if dash else first) + 1)
+    return classes
