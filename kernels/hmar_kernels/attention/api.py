@@ -128,7 +128,8 @@ torch.utils._pytree.register_constant(SpanMask)
 @torch.compiler.assume_constant_result
 def _triton_plan(mask: SpanMask, device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[list, list[int]]:
     """The plan in the form custom ops take: tensors and integers."""
-    plan = triton.make_plan(mask, triton.select_tiles(head_dim, dtype, mask), device)
+    tile_shapes = triton.select_tiles(triton.capability_of(device), head_dim, dtype, mask)
+    plan = triton.make_plan(mask, tile_shapes, device)
     tensors = [plan.key_start, plan.key_end, plan.forward.tiles, plan.dq.tiles, plan.dkdv.tiles]
     return tensors, [n for tile in (plan.tiles.forward, plan.tiles.dq, plan.tiles.dkdv) for n in astuple(tile)]
 

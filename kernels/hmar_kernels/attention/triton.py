@@ -45,26 +45,31 @@ class Tiles:
     dkdv: Tile
 
 
-# (head dim padded to a power of two, bytes per element, span class) -> tiles; span class by mean keys per query.
-# Measured on an H100, see reports/log.md; the float32 rows are chosen to fit shared memory only.
+# (compute capability 9 or 8, head dim padded to a power of two, span class by mean keys per query) -> tiles, for
+# two-byte dtypes. Rows of 9 are the fastest of `python -m bench.tune_attention` on an H100 (reports/log.md); rows of 8
+# are the largest tiles that compile without spills for sm_80. GPUs of other capabilities take the nearest row.
 SHORT, LONG = "short", "long"
 SHORT_SPAN = 512
 TILES: dict[tuple[int, int, str], Tiles] = {
-    (64, 2, SHORT): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (64, 2, LONG): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    (128, 2, SHORT): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (128, 2, LONG): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (9, 64, SHORT): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (9, 64, LONG): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (9, 128, SHORT): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    (9, 128, LONG): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    (8, 64, SHORT): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    (8, 64, LONG): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    (8, 128, SHORT): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, 128, LONG): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
-SMALL_HEAD_TILES = {SHORT: TILES[64, 2, SHORT], LONG: TILES[64, 2, LONG]}
+# Chosen to fit shared memory: float32 products run outside the matrix units.
 FLOAT32_TILES = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 
 
-def select_tiles(head_dim: int, dtype: torch.dtype, mask: SpanMask) -> Tiles:
-    """The row of the tile table for these inputs. A pure function of its arguments."""
+def select_tiles(capability: int, head_dim: int, dtype: torch.dtype, mask: SpanMask) -> Tiles:
+    """The row of the tile table for a GPU of compute capability `capability`.x. A pure function of its arguments."""
     if dtype == torch.float32:
         return FLOAT32_TILES
     span_class = SHORT if mask.num_pairs < SHORT_SPAN * mask.num_queries else LONG
-    return TILES.get((triton.next_power_of_2(head_dim), dtype.itemsize, span_class), SMALL_HEAD_TILES[span_class])
+    return TILES[min(max(capability, 8), 9), 64 if head_dim <= 64 else 128, span_class]
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,11 @@ class AttentionPlan:
     dq: TilePlan
     dkdv: TilePlan
     tiles: Tiles
+
+
+def capability_of(device: torch.device) -> int:
+    """Major compute capability; the interpreter on a CPU stands for the oldest one served."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
 
 
 def make_plan(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> AttentionPlan:
@@ -512,52 +522,75 @@ def backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients dq [B,H,Lq,D], dk dv [B,H,Lk,D] in the inputs' dtype; dlse float32 [B,H,Lq] or None."""
-    dq, dk, dv = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
-    delta = torch.empty_like(lse)
-    shared = {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "do_ptr": do,
-        "lse_ptr": lse,
-        "delta_ptr": delta,
-        "key_start_ptr": plan.key_start,
-        "key_end_ptr": plan.key_end,
-        "q_strides": q.stride(),
-        "k_strides": k.stride(),
-        "v_strides": v.stride(),
-        "do_strides": do.stride(),
-        "scale": scale,
-    }
+    dq, delta = backward_dq(do, dlse, q, k, v, out, lse, plan, scale)
+    dk, dv = backward_dkdv(do, q, k, v, lse, delta, plan, scale)
+    return dq, dk, dv
+
+
+def backward_dq(do, dlse, q, k, v, out, lse, plan: AttentionPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first pass of `backward`: dq, and delta float32 [B,H,Lq] for the second."""
+    dq, delta = empty_rows_like(q), torch.empty_like(lse)
+    tile = plan.tiles.dq
     _launch(
         _dq_kernel,
         plan.dq,
-        plan.tiles.dq,
+        tile,
         q,
-        **shared,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
         out_ptr=out,
+        do_ptr=do,
         dq_ptr=dq,
+        lse_ptr=lse,
         dlse_ptr=delta if dlse is None else dlse.contiguous(),
+        delta_ptr=delta,
+        key_start_ptr=plan.key_start,
+        key_end_ptr=plan.key_end,
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
         out_strides=out.stride(),
+        do_strides=do.stride(),
         dq_strides=dq.stride(),
+        scale=scale,
         HAS_DLSE=dlse is not None,
-        BLOCK_M=plan.tiles.dq.rows,
-        BLOCK_N=plan.tiles.dq.cols,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.cols,
     )
+    return dq, delta
+
+
+def backward_dkdv(do, q, k, v, lse, delta, plan: AttentionPlan, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second pass of `backward`: dk and dv from lse and delta."""
+    dk, dv = empty_rows_like(k), empty_rows_like(v)
+    tile = plan.tiles.dkdv
     _launch(
         _dkdv_kernel,
         plan.dkdv,
-        plan.tiles.dkdv,
+        tile,
         q,
-        **shared,
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        do_ptr=do,
         dk_ptr=dk,
         dv_ptr=dv,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        key_start_ptr=plan.key_start,
+        key_end_ptr=plan.key_end,
+        q_strides=q.stride(),
+        k_strides=k.stride(),
+        v_strides=v.stride(),
+        do_strides=do.stride(),
         dk_strides=dk.stride(),
         dv_strides=dv.stride(),
-        BLOCK_N=plan.tiles.dkdv.rows,
-        BLOCK_M=plan.tiles.dkdv.cols,
+        scale=scale,
+        BLOCK_N=tile.rows,
+        BLOCK_M=tile.cols,
     )
-    return dq, dk, dv
+    return dk, dv
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
