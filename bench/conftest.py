@@ -196,9 +196,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             result = f"{row['status']}: {row['reason']}"
         terminalreporter.write_line(f"{place:<42} {row['direction']:<8} {row['impl']:<17} {result}")
     path = run.write()
-    terminalreporter.write_line(
-        f"raw results: {path}" if path else "raw results not kept: part of a run needs --output"
-    )
+    terminalreporter.write_line(f"raw results: {path}" if path else "raw results not kept; --output FILE keeps them")
 
 
 @pytest.fixture(scope="session")
