@@ -12,7 +12,7 @@ import torch
 
 from .timing import Stopwatch
 
-COPY_BYTES = {"cuda": 2 << 30, "cpu": 16 << 20}
+COPY_BYTES = {"cuda": 1 << 30, "cpu": 16 << 20}
 MATMUL_SIDE = {"cuda": 8192, "cpu": 256}
 
 

@@ -1,0 +1,235 @@
+"""Tables and plots are pure functions of the raw JSON: values, order, gaps, errors."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.image import imread
+
+from reports import build
+
+COLUMNS = "gpu,commit,pattern,resolution,batch,heads,head_dim,dtype,impl,direction,ms,tflops,gb_per_s,peak_mb"
+# Milliseconds of (forward, backward); None stands for what could not be measured, absent for what does not apply.
+TIMES = {
+    ("block_diagonal", 256): {"sdpa_dense": (8.0, 16.0), "triton": (1.0, 2.0), "varlen_flash": (1.5, 3.0)},
+    ("block_causal", 1024): {"flash_per_scale": (6.0, None), "triton": (3.0, 8.0), "sdpa_dense": (None, None)},
+}
+
+
+def result(pattern, resolution, impl, direction, ms):
+    flops = 1e9 if direction == "forward" else 2.5e9
+    return {
+        "pattern": pattern,
+        "resolution": resolution,
+        "batch": 4,
+        "heads": 16,
+        "head_dim": 64,
+        "dtype": "bfloat16",
+        "impl": impl,
+        "ours": impl == "triton",
+        "direction": direction,
+        "status": "ok" if ms else "out of memory",
+        "reason": None if ms else "OutOfMemoryError: tried to allocate 2 TiB",
+        "ms": ms,
+        "p10_ms": ms and 0.98 * ms,
+        "p90_ms": ms and 1.03 * ms,
+        "flops": flops,
+        "bytes": 4e6 if direction == "forward" else 8e6,
+        "peak_bytes": 250_000_000 if ms else None,
+    }
+
+
+def content(gpu="NVIDIA Test 9000", commit="0123456789abcdef"):
+    results = [
+        result(pattern, resolution, impl, direction, ms)
+        for (pattern, resolution), times in TIMES.items()
+        for impl, pair in times.items()
+        for direction, ms in zip(("forward", "backward"), pair, strict=True)
+    ]
+    inapplicable = result("block_causal", 1024, "varlen_flash", "forward", None)
+    results.append(inapplicable | {"status": "unavailable", "reason": "the mask has no cu_seqlens"})
+    return {
+        "kind": "attention",
+        "version": 1,
+        "environment": {
+            "gpu": gpu,
+            "commit": commit,
+            "date": "2031-02-03T04:05:06+00:00",
+            "torch": "2.11.0",
+            "triton": "3.6.0",
+            "cuda": "13.0",
+            "driver": "580.1",
+        },
+        "ceilings": {"copy_gb_per_s": 2000.0, "matmul_side": 8192, "matmul_tflops": 500.0},
+        "results": results,
+    }
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "attention_test.json").write_text(json.dumps(content()))
+    (folder / "other.json").write_text(json.dumps({"kind": "something else"}))
+    return folder
+
+
+def make(data, out):
+    return build.build(data, out / "tables", out / "plots")
+
+
+def test_csv_holds_every_measurement_in_the_agreed_columns(data, tmp_path):
+    make(data, tmp_path)
+    text = (tmp_path / "tables" / "attention.csv").read_text()
+    assert text.splitlines()[0] == COLUMNS
+    table = pd.read_csv(tmp_path / "tables" / "attention.csv")
+    assert len(table) == 12 and "varlen_flash" not in set(table[table.pattern == "block_causal"].impl)
+    row = table[(table.pattern == "block_diagonal") & (table.impl == "triton")].set_index("direction")
+    assert row.loc["forward", "ms"] == 1.0 and row.loc["backward", "ms"] == 2.0
+    assert row.loc["forward", "tflops"] == 1.0 and row.loc["backward", "tflops"] == 1.25
+    assert row.loc["forward", "gb_per_s"] == 4.0 and row.loc["backward", "gb_per_s"] == 4.0
+    assert (row["peak_mb"] == 250.0).all()
+    assert (table.gpu == "NVIDIA Test 9000").all() and (table.commit == "0123456789abcdef").all()
+
+
+def test_what_was_not_measured_is_empty_and_numeric(data, tmp_path):
+    make(data, tmp_path)
+    table = pd.read_csv(tmp_path / "tables" / "attention.csv")
+    numbers = table[["ms", "tflops", "gb_per_s", "peak_mb"]]
+    assert all(kind == "float64" for kind in numbers.dtypes)
+    dense = table[(table.pattern == "block_causal") & (table.impl == "sdpa_dense")]
+    assert len(dense) == 2 and dense[numbers.columns].isna().all(axis=None)
+
+
+def test_order_is_by_pattern_then_direction_then_implementation(data, tmp_path):
+    make(data, tmp_path)
+    table = pd.read_csv(tmp_path / "tables" / "attention.csv")
+    assert list(table.pattern.unique()) == ["block_diagonal", "block_causal"]
+    first = table[table.pattern == "block_diagonal"]
+    assert list(first.impl) == ["triton", "varlen_flash", "sdpa_dense"] * 2
+    assert list(first.direction) == ["forward"] * 3 + ["backward"] * 3
+
+
+def test_markdown_compares_with_the_best_rival_and_the_dense_mask(data, tmp_path):
+    make(data, tmp_path)
+    text = (tmp_path / "tables" / "attention.md").read_text()
+    assert "[attention_test.json](../data/attention_test.json)" in text and "0123456789abcdef" in text
+    lines = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    summary = {(line[0].split(",")[0], line[1]): line[2:] for line in lines if line[1] in ("forward", "backward")}
+    # ours, rival, rival / ours, dense / ours, floor: max of 4 MB at 2000 GB/s and 1 GFLOP at 500 TFLOP/s
+    assert summary["block_diagonal 256", "forward"] == [
+        "1.00", "triton", "1.50", "varlen_flash", "1.50", "8.00", "0.00200",
+    ]  # fmt: skip
+    assert summary["block_causal 1024", "forward"][:6] == ["3.00", "triton", "6.00", "flash_per_scale", "2.00", "-"]
+    assert summary["block_causal 1024", "backward"][:6] == ["8.00", "triton", "-", "-", "-", "-"]
+    row = next(line for line in lines if line[0] == "variable-length FlashAttention")
+    assert row == ["variable-length FlashAttention", "1.50", "1.47 to 1.54", "1.00", "5.33", "0.667", "2.67", "250"]
+    assert "SDPA, dense mask: out of memory. OutOfMemoryError: tried to allocate 2 TiB" in text
+    assert "variable-length FlashAttention: unavailable. the mask has no cu_seqlens" in text
+    assert "nan" not in text.lower()
+
+
+def test_building_twice_gives_identical_files(data, tmp_path):
+    first, second = make(data, tmp_path / "a"), make(data, tmp_path / "b")
+    assert [p.name for p in first] == [p.name for p in second]
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_the_order_of_results_in_the_file_does_not_matter(data, tmp_path):
+    make(data, tmp_path / "a")
+    shuffled = content()
+    shuffled["results"].reverse()
+    (data / "attention_test.json").write_text(json.dumps(shuffled))
+    make(data, tmp_path / "b")
+    for name in ("attention.csv", "attention.md"):
+        assert (tmp_path / "a" / "tables" / name).read_text() == (tmp_path / "b" / "tables" / name).read_text()
+
+
+def test_plots_are_written_for_each_file_of_data(data, tmp_path):
+    (data / "attention_zweite.json").write_text(json.dumps(content(gpu="NVIDIA Test 9001")))
+    written = make(data, tmp_path)
+    plots = {p.stem for p in written if p.suffix == ".png"}
+    assert plots == {f"attention_{f}_{p}" for f in ("test", "zweite") for p in ("time", "memory", "roofline")}
+    for path in written:
+        if path.suffix == ".png":
+            image = imread(path)
+            assert min(image.shape[:2]) > 500 and image[..., :3].std() > 0.05
+
+
+def test_bars_are_the_measurements_and_a_missing_one_is_a_gap(data):
+    (source,) = build.load(data)
+    figure = build.draw_time(source)
+    panels = {ax.get_title(): ax for ax in figure.axes}
+    assert set(panels) == {
+        f"{pattern}, {direction}"
+        for pattern in ("block-diagonal", "block-causal")
+        for direction in ("forward", "backward")
+    }
+    heights = {t: sorted(bar.get_height() for bar in ax.patches) for t, ax in panels.items()}
+    assert heights["block-diagonal, forward"] == [1.0, 1.5, 8.0]
+    assert heights["block-causal, forward"] == [3.0, 6.0]
+    assert heights["block-causal, backward"] == [8.0]
+    assert "out of memory" in {text.get_text() for text in panels["block-causal, backward"].texts}
+    # The same implementation stands at the same place in its group and has the same colour in every panel.
+    ours = {
+        title: (round(bar.get_x() % 1, 6), bar.get_facecolor())
+        for title, ax in panels.items()
+        for bar in ax.patches
+        if bar.get_height() == {"block-diagonal, forward": 1.0, "block-diagonal, backward": 2.0}.get(title)
+    }
+    assert len(set(ours.values())) == 1 and len(ours) == 2
+
+
+def test_results_without_memory_have_no_memory_plot(data, tmp_path):
+    changed = content()
+    for row in changed["results"]:
+        row["peak_bytes"] = None
+    (data / "attention_test.json").write_text(json.dumps(changed))
+    assert {p.name for p in make(data, tmp_path)} == {
+        "attention.csv",
+        "attention.md",
+        "attention_test_time.png",
+        "attention_test_roofline.png",
+    }
+
+
+def test_an_implementation_from_elsewhere_keeps_its_name(data, tmp_path):
+    changed = content()
+    changed["results"].append(result("block_diagonal", 256, "newcomer", "forward", 0.5))
+    (data / "attention_test.json").write_text(json.dumps(changed))
+    make(data, tmp_path)
+    text = (tmp_path / "tables" / "attention.md").read_text()
+    assert "| newcomer | 0.500 |" in text and "| 0.500 | newcomer | 0.50 |" in text
+
+
+def test_a_version_from_the_future_is_refused(data, tmp_path):
+    (data / "attention_test.json").write_text(json.dumps(content() | {"version": 2}))
+    with pytest.raises(ValueError, match="version 2; this script reads version 1"):
+        make(data, tmp_path)
+
+
+def test_numbers_have_three_digits():
+    shown = {0.0123456: "0.0123", 0.5: "0.500", 1.234: "1.23", 59.76: "59.8", 123.4: "123", 2990.0: "2990"}
+    assert {value: build._number(value) for value in shown} == shown
+    assert build._number(None) == build._number(float("nan")) == "-"
+
+
+def test_the_script_runs_alone_and_explains_missing_data(data, tmp_path):
+    """Copied out of the project, so that it cannot lean on anything in it."""
+    script = Path(shutil.copy(build.__file__, tmp_path / "build.py"))
+
+    def run(folder):
+        command = [sys.executable, "-I", str(script), "--data", str(folder), "--out", str(tmp_path / "out")]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    done = run(data)
+    assert done.returncode == 0, done.stderr
+    assert all(Path(line).is_file() for line in done.stdout.splitlines()) and len(done.stdout.splitlines()) == 5
+    failed = run(tmp_path / "nowhere")
+    assert failed.returncode == 1
+    assert "no attention results" in failed.stderr and "pytest bench" in failed.stderr
