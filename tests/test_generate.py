@@ -1,0 +1,329 @@
+"""Sampling: truncation, schedules, seeds, guidance, and the cache against none."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hmar.config import preset
+from hmar.generate import (
+    CodeDraw,
+    SamplingConfig,
+    even_schedule,
+    generate_hmar,
+    generate_var,
+    image_seed,
+    least_confident,
+    resolve_schedule,
+    truncate,
+)
+from hmar.model import HMAR, NextScaleTransformer
+from hmar.pyramid import Pyramid
+from hmar.tokenizer import Tokenizer
+
+TOKENIZER_CONFIG, CONFIG = preset("tiny")
+PYRAMID = CONFIG.pyramid
+CLASSES = torch.tensor([0, 3, 1])
+
+
+def build(cls, config=CONFIG, **kwargs):
+    torch.manual_seed(0)
+    model = cls(config, **kwargs)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    torch.manual_seed(1)
+    tokenizer = Tokenizer(TOKENIZER_CONFIG, PYRAMID)
+    torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
+    return tokenizer.eval()
+
+
+@pytest.fixture(scope="module")
+def hmar():
+    return build(HMAR)
+
+
+@pytest.fixture(scope="module")
+def var():
+    return build(NextScaleTransformer, pattern="block_causal")
+
+
+class Counting:
+    """A model that counts its passes by branch and keeps their batch sizes."""
+
+    def __init__(self, model):
+        self.model, self.config, self.embedding, self.training = model, model.config, model.embedding, False
+        self.next_scale_batches, self.masked_batches = [], []
+        self.eval = self.train = lambda *_: None
+
+    def next_scale(self, classes, *args):
+        self.next_scale_batches.append(len(classes))
+        return self.model.next_scale(classes, *args)
+
+    def masked(self, classes, *args):
+        self.masked_batches.append(len(classes))
+        return self.model.masked(classes, *args)
+
+
+def truncated_set(probs, top_k, top_p):
+    """top-k, then the smallest set of most likely codes that reaches p, from its definition."""
+    order = sorted(range(len(probs)), key=lambda i: -probs[i])
+    order = order[:top_k] if top_k else order
+    total, kept = sum(probs[i] for i in order), []
+    for i in order:
+        kept.append(i)
+        if top_p and sum(probs[j] for j in kept) >= top_p * total:
+            break
+    return set(kept)
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (5, 0.0), (0, 0.7), (8, 0.6), (1, 0.9), (20, 0.01), (50, 0.999)])
+def test_truncate(top_k, top_p):
+    logits = 2 * torch.randn(40, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kept = truncate(logits, top_k, top_p)
+    for before, after in zip(logits, kept, strict=True):
+        expected = truncated_set(before.softmax(0).tolist(), top_k, top_p)
+        assert {i for i in range(20) if after[i] > -math.inf} == expected
+        for i in expected:
+            assert after[i] == before[i]
+
+
+def test_truncate_keeps_ties_with_the_last_kept():
+    kept = truncate(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]), top_k=2)
+    assert torch.isfinite(kept).tolist() == [False, True, True, True, False]
+
+
+def test_draws_follow_the_truncated_tempered_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(1, 20000, 4)
+    draw = CodeDraw(SamplingConfig(top_k=3, temperature=0.7), CLASSES[:1], 0)
+    codes, confidence = draw(logits)
+    expected = (torch.tensor([2.0, 1.0, 0.0]) / 0.7).softmax(0)
+    counts = Counter(codes.flatten().tolist())
+    for code in range(3):
+        assert counts[code] / 20000 == pytest.approx(expected[code].item(), abs=0.015)
+    assert counts[3] == 0
+    torch.testing.assert_close(confidence, expected[codes])
+
+
+def test_greedy_takes_the_most_likely_with_its_plain_probability():
+    logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+    codes, confidence = CodeDraw(SamplingConfig(greedy=True, top_k=1, temperature=0.3), CLASSES[:2], 0)(logits)
+    assert torch.equal(codes, logits.argmax(-1))
+    torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
+
+
+def test_least_confident_never_hides_a_committed_code_again():
+    confidence = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.4, 0.3, 0.2, 0.1]])
+    hidden = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    expected = torch.tensor([[False, False, True, True], [False, False, True, True]])
+    assert torch.equal(least_confident(confidence, hidden, 2), expected)
+
+
+def test_default_schedules():
+    def several(pixels):
+        pyramid = Pyramid.for_resolution(pixels)
+        schedule = resolve_schedule(pyramid)
+        assert [sum(passes) for passes in schedule] == list(pyramid.sizes)
+        return {side: passes for side, passes in zip(pyramid.sides, schedule, strict=True) if len(passes) > 1}
+
+    assert several(256) == {2: (1, 3), 3: (1, 1, 2, 5)}
+    assert several(512) == {2: (1, 3), 3: (1, 1, 2, 5), 4: (5, 11)}
+    assert several(1024) == {2: (1, 3), 3: (1, 1, 2, 5), 4: (3, 5, 8)}
+
+
+def test_schedules_in_every_form():
+    pyramid = Pyramid((1, 2, 3))
+    assert resolve_schedule(pyramid, "default") == resolve_schedule(pyramid) == ((1,), (1, 3), (1, 1, 2, 5))
+    assert resolve_schedule(pyramid, "none") == ((1,), (4,), (9,))
+    assert resolve_schedule(pyramid, {3: [4, 5]}) == ((1,), (4,), (4, 5))
+    assert resolve_schedule(pyramid, [[1], [2, 2], [9]]) == ((1,), (2, 2), (9,))
+    assert even_schedule(pyramid, 4) == ((1,), (1, 1, 1, 1), (2, 2, 2, 3))
+    assert even_schedule(pyramid, 100) == ((1,), (1,) * 4, (1,) * 9)
+    assert resolve_schedule(pyramid, even_schedule(pyramid, 2)) == ((1,), (2, 2), (4, 5))
+
+
+@pytest.mark.parametrize(
+    "schedule, message",
+    [
+        ("fast", '"default" and "none"'),
+        ([[1], [4]], "2 scales"),
+        ([[1], [1, 2], [9]], "add up to 4"),
+        ([[1], [4, 0], [9]], "positive integers"),
+        ([[1], [2.0, 2.0], [9]], "positive integers"),
+        ([[1], [], [9]], "add up to 4"),
+        ({5: [25]}, "names sides"),
+    ],
+)
+def test_bad_schedules_are_refused(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_schedule(Pyramid((1, 2, 3)), schedule)
+
+
+def test_scale_one_is_never_masked():
+    assert resolve_schedule(Pyramid((2, 2)))[0] == (4,)
+    with pytest.raises(ValueError, match="never masked"):
+        resolve_schedule(Pyramid((2, 3)), [[1, 3], [9]])
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("cfg", [0.0, 2.0])
+def test_cached_var_equals_uncached(var, tokenizer, greedy, cfg):
+    var, tokenizer = var.double(), tokenizer.double()
+    sampling = SamplingConfig(cfg=cfg, greedy=greedy, top_k=20, top_p=0.95, seed=5)
+    cached = generate_var(var, tokenizer, CLASSES, sampling, use_cache=True)
+    uncached = generate_var(var, tokenizer, CLASSES, sampling, use_cache=False)
+    assert torch.equal(cached.codes_BL, uncached.codes_BL)
+    torch.testing.assert_close(cached.f_hat_BEhw, uncached.f_hat_BEhw, rtol=0, atol=1e-12)
+    var.float(), tokenizer.float()
+
+
+@torch.no_grad()
+def test_greedy_codes_are_what_training_would_predict(var, tokenizer):
+    """Teacher forcing on the generated codes must give them back, scale by scale."""
+    output = generate_var(var, tokenizer, CLASSES, SamplingConfig(cfg=0, greedy=True))
+    inputs = tokenizer.quantizer.next_scale_inputs(output.codes_BL)
+    assert torch.equal(var(CLASSES, inputs).argmax(-1), output.codes_BL)
+    model = build(NextScaleTransformer, pattern="block_diagonal")
+    output = generate_var(model, tokenizer, CLASSES, SamplingConfig(cfg=0, greedy=True))
+    assert torch.equal(
+        model(CLASSES, tokenizer.quantizer.next_scale_inputs(output.codes_BL)).argmax(-1), output.codes_BL
+    )
+
+
+@torch.no_grad()
+def test_hmar_in_one_pass_a_scale_is_next_scale_prediction(hmar, tokenizer):
+    output = generate_hmar(hmar, tokenizer, CLASSES, SamplingConfig(cfg=0, greedy=True, schedule="none"))
+    inputs = tokenizer.quantizer.next_scale_inputs(output.codes_BL)
+    assert torch.equal(hmar.next_scale(CLASSES, inputs).argmax(-1), output.codes_BL)
+    assert torch.equal(output.images_BCHW, tokenizer.decode(output.codes_BL))
+    assert torch.equal(output.f_hat_BEhw, tokenizer.quantizer.f_hats(output.codes_BL)[-1])
+
+
+def test_guidance_is_a_linear_ramp(hmar, tokenizer):
+    """The first scale ignores cfg; guidance of a doubled batch equals the formula on two single ones."""
+    seen = []
+
+    def spy(self, logits):
+        seen.append(logits)
+        return original(self, logits)
+
+    original = CodeDraw.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodeDraw, "__call__", spy)
+        output = generate_hmar(hmar, tokenizer, CLASSES, SamplingConfig(cfg=3.0, greedy=True, schedule="none"))
+    inputs = tokenizer.quantizer.next_scale_inputs(output.codes_BL)
+    with torch.no_grad():
+        conditional = hmar.next_scale(CLASSES, inputs)
+        unconditional = hmar.next_scale(torch.full_like(CLASSES, CONFIG.null_class), inputs)
+    for k, logits in enumerate(seen):
+        t = 3.0 * k / (PYRAMID.num_scales - 1)
+        expected = (1 + t) * conditional - t * unconditional
+        torch.testing.assert_close(logits, expected[:, PYRAMID.slice(k)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_one_code_a_pass(hmar, tokenizer, greedy):
+    schedule = even_schedule(PYRAMID, 1000)
+    counting = Counting(hmar)
+    output = generate_hmar(counting, tokenizer, CLASSES, SamplingConfig(schedule=schedule, greedy=greedy))
+    assert len(counting.next_scale_batches) == 3
+    assert len(counting.masked_batches) == 3 + 15
+    assert output.codes_BL.shape == (3, PYRAMID.length)
+    other = generate_hmar(hmar, tokenizer, CLASSES, SamplingConfig(schedule="none", greedy=greedy))
+    assert not torch.equal(output.codes_BL, other.codes_BL)
+
+
+def test_the_first_pass_keeps_its_surest_codes(hmar, tokenizer):
+    """Follow a greedy [1, 3] scale by hand."""
+    sampling = SamplingConfig(cfg=0, greedy=True, schedule={2: [1, 3]})
+    output = generate_hmar(hmar, tokenizer, CLASSES, sampling)
+    quantizer = tokenizer.quantizer
+    with torch.no_grad():
+        f_hat = quantizer.accumulate(quantizer.empty_f_hat(3), output.codes_BL[:, :1], 0)
+        inputs = quantizer.resize_input(f_hat, 1)
+        confidence, first = hmar.next_scale(CLASSES, inputs, (1, 2)).softmax(-1).max(-1)
+        hidden = confidence < confidence.amax(1, keepdim=True)
+        assert (hidden.sum(1) == 3).all()
+        second = hmar.masked(CLASSES, inputs, quantizer.own_residual(first, 1), hidden, (1, 2)).argmax(-1)
+    assert torch.equal(output.codes_BL[:, 1:5], torch.where(hidden, second, first))
+
+
+def test_masked_guidance_of_zero_skips_the_unconditional_half(hmar, tokenizer):
+    outputs = []
+    for factor, batch in ((1e-6, 6), (0.0, 3)):
+        counting = Counting(hmar)
+        sampling = SamplingConfig(cfg=1.5, greedy=True, masked_cfg_factor=factor, schedule={2: [1, 3]})
+        outputs.append(generate_hmar(counting, tokenizer, CLASSES, sampling))
+        assert counting.masked_batches == [batch]
+        assert counting.next_scale_batches == [3, 6, 6]
+    assert torch.equal(outputs[0].codes_BL, outputs[1].codes_BL)
+
+
+@pytest.mark.parametrize("generate", ["hmar", "var"])
+def test_an_image_depends_on_its_seed_and_not_on_its_batch(hmar, var, tokenizer, generate):
+    def codes(classes, seed=3, first_image=0):
+        sampling = SamplingConfig(seed=seed, top_k=25, top_p=0.97)
+        if generate == "hmar":
+            return generate_hmar(hmar, tokenizer, classes, sampling, first_image=first_image).codes_BL
+        return generate_var(var, tokenizer, classes, sampling, first_image=first_image).codes_BL
+
+    together = codes(CLASSES)
+    assert torch.equal(together, codes(CLASSES))
+    for i in range(3):
+        assert torch.equal(together[i : i + 1], codes(CLASSES[i : i + 1], first_image=i))
+    assert not torch.equal(together, codes(CLASSES, seed=4))
+    same_class = codes(torch.tensor([2, 2]))
+    assert not torch.equal(same_class[0], same_class[1])
+
+
+def test_image_seeds_differ_in_the_bits_that_count():
+    seeds = {image_seed(seed, image) & 0xFFFFFFFF for seed in range(40) for image in range(40)}
+    assert len(seeds) == 1600
+
+
+def test_progress_and_modes(hmar, tokenizer):
+    seen = []
+    hmar.train()
+    output = generate_hmar(
+        hmar, tokenizer, CLASSES, SamplingConfig(), on_scale=lambda k, f_hat: seen.append((k, f_hat))
+    )
+    assert [k for k, _ in seen] == [0, 1, 2]
+    assert torch.equal(seen[-1][1], output.f_hat_BEhw)
+    assert hmar.training and not tokenizer.training
+    hmar.eval()
+    assert output.images_BCHW.shape == (3, 3, 16, 16)
+    assert output.images_BCHW.abs().max() <= 1
+    assert not output.f_hat_BEhw.requires_grad
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        (torch.tensor([0, 5]), r"0\.\.3"),
+        (torch.tensor([-1]), r"0\.\.3"),
+        (torch.tensor([[1]]), "vector of integers"),
+        (torch.tensor([0.5]), "vector of integers"),
+        (torch.tensor([], dtype=torch.int64), "vector of integers"),
+    ],
+)
+def test_bad_classes_are_refused(hmar, tokenizer, classes, message):
+    with pytest.raises(ValueError, match=message):
+        generate_hmar(hmar, tokenizer, classes)
+
+
+def test_a_tokenizer_of_other_sizes_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="tokenizer has"):
+        generate_hmar(build(HMAR, replace(CONFIG, vocab_size=16)), tokenizer, CLASSES)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0}, {"top_p": 1.1}, {"top_k": -1}, {"cfg": -1}, {"seed": -1}])
+def test_bad_sampling_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        SamplingConfig(**change)
