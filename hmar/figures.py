@@ -94,7 +94,8 @@ def loss_curves(
     for axes, (panel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for colour, (name, (steps, losses)) in zip((BLUE, ORANGE, GREEN, PURPLE, SKY), curves.items(), strict=False):
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, _running_mean(losses), color=colour, linewidth=1.8, label=name)
+            few = "o" if len(losses) < 3 else None
+            axes.plot(steps, running_mean(losses), color=colour, linewidth=1.8, label=name, marker=few)
         axes.set_title(panel, loc="left", fontsize=10)
         axes.set_xlabel("training step", fontsize=9)
         axes.set_ylabel("loss", fontsize=9)
@@ -155,7 +156,7 @@ def pyramid(images_S3HW: torch.Tensor, shape: Pyramid, *, title: str, note: str 
     return figure
 
 
-def _running_mean(values: Sequence[float]) -> np.ndarray:
+def running_mean(values: Sequence[float]) -> np.ndarray:
     """Mean over a centred window of a twentieth of the curve; the window shrinks towards both ends."""
     values = np.asarray(values, dtype=float)
     reach = len(values) // 40
