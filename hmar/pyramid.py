@@ -84,10 +84,6 @@ class Pyramid:
             raise ValueError(f"Scale {k} is not in this pyramid; its {self.num_scales} scales are counted from 0.")
         return slice(self.offsets[k], self.offsets[k + 1])
 
-    def prefix(self, num_scales: int) -> Pyramid:
-        """The first `num_scales` scales as a pyramid of their own."""
-        return Pyramid(self.sides[:num_scales])
-
     def block_diagonal(self) -> SpanMask:
         """HMAR's mask: a token sees exactly the tokens of its own scale."""
         return self._block_diagonal

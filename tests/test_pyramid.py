@@ -31,7 +31,6 @@ def test_slices_tile_the_sequence():
     tokens = [t for k in range(pyramid.num_scales) for t in range(*pyramid.slice(k).indices(pyramid.length))]
     assert tokens == list(range(pyramid.length))
     assert pyramid.sizes == (1, 4, 4, 25)
-    assert pyramid.prefix(2) == Pyramid((1, 2))
 
 
 def test_masks_say_who_sees_whom():
