@@ -40,29 +40,35 @@ void run_block(Block& block, int num_threads, bool last_warp_first) {
           if (thread.waits_on && *thread.waits_on == thread.seen) continue;
           thread.waits_on = nullptr;
           swapcontext(&block.scheduler, &thread.context);
+          if (block.failure) return;
           again = moved = true;
         }
       }
     }
-    if (alive && !moved) fail("deadlock");
+    if (alive && !moved) {
+      block.failure = "threads wait for each other";
+      return;
+    }
   }
 }
 
 template <class Tile>
-long run(const AttentionForwardParams& params, Block& block, bool last_warp_first) {
+const char* run(const AttentionForwardParams& params, Block& block, bool last_warp_first) {
   static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);
   block.kernel = [&] { attention_forward_kernel<Tile>(params); };
   const unsigned num_blocks = params.num_tiles * params.batch_size * params.num_heads;
-  for (blockIdx.x = 0; blockIdx.x < num_blocks; ++blockIdx.x) run_block(block, Tile::kNumThreads, last_warp_first);
-  return block.bank_conflicts;
+  for (blockIdx.x = 0; blockIdx.x < num_blocks && !block.failure; ++blockIdx.x) {
+    run_block(block, Tile::kNumThreads, last_warp_first);
+  }
+  return block.failure;
 }
 
 }  // namespace
 
-// Returns the number of ldmatrix phases with a bank conflict, or -1 for a tile that is not compiled in. `readable` holds
-// begin and end of the tensors q, k and v.
-extern "C" long attention_forward_on_cpu(const AttentionForwardParams* params, int head_dim, int tile_rows,
-                                         const uint8_t* const* readable, bool copies_at_once, bool last_warp_first) {
+// Returns what went wrong, or null. `readable` holds begin and end of the tensors q, k and v.
+extern "C" const char* attention_forward_on_cpu(const AttentionForwardParams* params, int head_dim, int tile_rows,
+                                                const uint8_t* const* readable, bool copies_at_once,
+                                                bool last_warp_first) {
   Block block;
   block.copies_at_once = copies_at_once;
   for (int i = 0; i < 3; ++i) block.readable.emplace_back(readable[2 * i], readable[2 * i + 1]);
@@ -79,5 +85,5 @@ extern "C" long attention_forward_on_cpu(const AttentionForwardParams* params, i
   if (head_dim == 128 && tile_rows == 128) {
     return run<ForwardTile<kType, 128, 128, 32, 4, 2, 1>>(*params, block, last_warp_first);
   }
-  return -1;
+  return "no such tile";
 }

@@ -1,14 +1,13 @@
 // Takes the place of csrc/ptx.cuh when a kernel's own source is compiled for the CPU: every thread of a block is a
-// coroutine, warp instructions wait for their 32 lanes, and their operand layouts are written down a second time, element
-// by element as in the PTX ISA. It checks what a GPU would let pass: addresses outside the tensors or shared memory,
-// misalignment, lanes that meet at different instructions, bank conflicts of ldmatrix.
+// coroutine, warp instructions wait for their 32 lanes, and their operand layouts are written down a second time,
+// element by element as in the PTX ISA. It checks what a GPU would let pass: addresses outside the tensors or shared
+// memory, misalignment, lanes that meet at different instructions, bank conflicts of ldmatrix.
 #pragma once
 
 #include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -40,11 +39,6 @@ constexpr int WARP_SIZE = 32;
 constexpr int SHARED_BYTES = 227 * 1024;
 alignas(1024) inline uint8_t shared_memory[SHARED_BYTES];
 
-[[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "thread %u of block %u: %s\n", threadIdx.x, blockIdx.x, what);
-  std::abort();
-}
-
 struct Copy {
   uint32_t dst;
   const void* src;
@@ -75,12 +69,19 @@ struct Block {
   ucontext_t scheduler;
   std::function<void()> kernel;
   bool copies_at_once = false;  // a cp.async lands when issued; otherwise when waited for: both are legal
-  long bank_conflicts = 0;
+  const char* failure = nullptr;
   std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;
 };
 inline Block* running;
 
 inline Thread& this_thread() { return running->threads[threadIdx.x]; }
+
+// Ends the run: control goes to the scheduler and never comes back to this thread.
+[[noreturn]] inline void fail(const char* what) {
+  running->failure = what;
+  setcontext(&running->scheduler);
+  std::abort();
+}
 
 inline void pause_until_changed(const long& generation) {
   Thread& thread = this_thread();
@@ -175,7 +176,7 @@ inline void load_matrices(const char* instruction, uint32_t (&r)[4], uint32_t ad
         std::memcpy(m[row], shared_memory + from, 16);
         banks |= 1u << from / 16 % 8;
       }
-      running->bank_conflicts += banks != 0xff;
+      if (banks != 0xff) fail("bank conflict of ldmatrix");
       for (int lane = 0; lane < WARP_SIZE; ++lane) {
         const int g = lane / 4, t = lane % 4;
         const uint32_t low = transposed ? m[2 * t][g] : m[g][2 * t];
