@@ -1,12 +1,8 @@
 """Is the result right? Nothing is timed before it has passed here.
 
-The oracle is the project's reference in float64 on the very inputs of the benchmark. How far an implementation may be
-off is not a constant: over every 64 rows of a head, the norm of its error is at most twice that of the same reference
-run in the low precision (eager, which rounds its intermediate results), plus one unit in the last place of the
-norm of the result. Rows are judged in groups because their sizes differ: the first scales see few keys and have
-outputs a hundred times larger than those of the last, which a limit on the whole tensor would not protect.
-
-A float64 reference of whole batches would not fit. Some (image, head) pairs are compared; all values must be finite.
+The oracle is the project's reference in float64 on the very inputs of the benchmark, the tolerance that of
+`hmar_kernels.accuracy`. A float64 reference of whole batches would not fit. Some (image, head) pairs are compared; all
+values must be finite.
 """
 
 from __future__ import annotations
@@ -16,13 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
 from hmar_kernels import SpanMask, attention
+from hmar_kernels.accuracy import limits, row_group_norms
 
 NAMES = ("out", "dq", "dk", "dv")
-ROWS = 64
-EAGER_FACTOR = 2.0
-ULPS = 1.0
 
 
 class CheckFailed(Exception):
@@ -58,7 +52,6 @@ class Oracle:
         self.shape, self.dtype = q.shape, q.dtype
         self.expected: list[tuple[torch.Tensor, ...]] = []
         self.limits: list[list[torch.Tensor]] = []
-        ulp = torch.finfo(q.dtype).eps
 
         def reference(q, k, v):
             return attention(q, k, v, mask, impl="reference")
@@ -68,9 +61,7 @@ class Oracle:
             expected = forward_backward(reference, *(x.double() for x in low))
             eager = forward_backward(reference, *low)
             self.expected.append(expected)
-            self.limits.append(
-                [EAGER_FACTOR * _norms(e - x) + ULPS * ulp * _norms(x) for x, e in zip(expected, eager, strict=True)]
-            )
+            self.limits.append([limits(x[0, 0], e[0, 0]) for x, e in zip(expected, eager, strict=True)])
 
     def compare(self, actual: tuple[torch.Tensor, ...]) -> dict[str, Deviation]:
         """Deviations of whole-batch (out, dq, dk, dv). Raises CheckFailed where one is over its limit or not finite."""
@@ -93,9 +84,9 @@ class Oracle:
 
     def _deviation(self, pair: int, index: int, actual: torch.Tensor) -> Deviation:
         expected, limit = self.expected[pair][index][0, 0], self.limits[pair][index]
-        error = _norms(actual - expected)
+        error = row_group_norms(actual - expected)
         worst = int((error / limit).argmax())
-        norm = _norms(expected)[worst]
+        norm = row_group_norms(expected)[worst]
         return Deviation(float(error[worst] / norm), float(limit[worst] / norm))
 
 
@@ -103,13 +94,3 @@ def poison(like: torch.Tensor, count: int) -> None:
     """Leave `count` blocks of NaN in the allocator's cache, so that an output nobody writes is seen to be so."""
     blocks = [torch.full_like(like, float("nan")) for _ in range(count)]
     del blocks
-
-
-def _norms(x: torch.Tensor) -> torch.Tensor:
-    """Norm of every 64 rows of [..., L, D], where the last few rows count with the 64 before them."""
-    squares = x.double().square().sum(-1).flatten()
-    groups = max(1, len(squares) // ROWS)
-    whole = squares[: groups * ROWS]
-    sums = F.pad(whole, (0, groups * ROWS - len(whole))).view(groups, ROWS).sum(-1)
-    sums[-1] += squares[groups * ROWS :].sum()
-    return sums.sqrt()

@@ -12,10 +12,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-import hmar_kernels
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hmar_kernels
 
 from .shapes import Cell
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from hmar_kernels import SpanMask
 
 from hmar.pyramid import Pyramid
+from hmar_kernels import SpanMask
 
 PATTERNS = ("block_diagonal", "block_causal")
 RESOLUTIONS = (256, 512, 1024)

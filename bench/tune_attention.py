@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import torch
+
 from hmar_kernels import SpanMask
 from hmar_kernels.attention import reference
 from hmar_kernels.attention import triton as kernels

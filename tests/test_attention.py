@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from attention_cases import assert_accurate, draw_inputs, pyramid_mask, run, small_masks
 from hmar_kernels import SpanMask, attention, choose
 from hmar_kernels.attention import api

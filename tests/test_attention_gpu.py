@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from attention_cases import assert_accurate, draw_inputs, pyramid_mask, run, small_masks
 from hmar_kernels import IMPLEMENTATIONS, SpanMask, attention, choose, unavailable
 
@@ -103,14 +104,17 @@ def test_torch_compile_and_cuda_graph(impl):
     assert torch.equal(out, expected_out)
     assert torch.equal(torch.autograd.grad(out, q, do)[0], expected_dq)
 
+    # NOTE: a leaf of its own, since autograd remembers the stream on which a leaf was first used
+    q = q.detach().clone().requires_grad_()
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step(q)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         out, dq = step(q)
-    out.zero_()
+    out.detach_().zero_()
     dq.zero_()
     graph.replay()
     torch.cuda.synchronize()

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from bench import rivals, shapes, subject, timing, work
-from bench.check import ROWS, CheckFailed, Oracle, forward_backward
+from bench.check import CheckFailed, Oracle, forward_backward
 from bench.rivals import IMPLEMENTATIONS, Implementation
 from bench.shapes import Cell
 from bench.subject import Inputs, examine
+from hmar_kernels.accuracy import ROWS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

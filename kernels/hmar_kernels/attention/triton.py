@@ -48,16 +48,20 @@ class Tiles:
 # (compute capability 9 or 8, head dim padded to a power of two, span class by mean keys per query) -> tiles, for
 # two-byte dtypes. Rows of 9 are the fastest of `python -m bench.tune_attention` on an H100 (reports/log.md); rows of 8
 # are the largest tiles that compile without spills for sm_80. GPUs of other capabilities take the nearest row.
-SHORT, LONG = "short", "long"
-SHORT_SPAN = 512
+SHORT, MEDIUM, LONG = "short", "medium", "long"
+MEDIUM_SPAN, LONG_SPAN = 512, 2048
 TILES: dict[tuple[int, int, str], Tiles] = {
-    (9, 64, SHORT): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (9, 64, LONG): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+    (9, 64, SHORT): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 3), Tile(64, 32, 4, 1)),
+    (9, 64, MEDIUM): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 2)),
+    (9, 64, LONG): Tiles(Tile(128, 64, 4, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 3)),
     (9, 128, SHORT): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+    (9, 128, MEDIUM): Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     (9, 128, LONG): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
     (8, 64, SHORT): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    (8, 64, MEDIUM): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
     (8, 64, LONG): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
     (8, 128, SHORT): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (8, 128, MEDIUM): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (8, 128, LONG): Tiles(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
 # Chosen to fit shared memory: float32 products run outside the matrix units.
@@ -68,7 +72,8 @@ def select_tiles(capability: int, head_dim: int, dtype: torch.dtype, mask: SpanM
     """The row of the tile table for a GPU of compute capability `capability`.x. A pure function of its arguments."""
     if dtype == torch.float32:
         return FLOAT32_TILES
-    span_class = SHORT if mask.num_pairs < SHORT_SPAN * mask.num_queries else LONG
+    span = mask.num_pairs / mask.num_queries
+    span_class = SHORT if span < MEDIUM_SPAN else MEDIUM if span < LONG_SPAN else LONG
     return TILES[min(max(capability, 8), 9), 64 if head_dim <= 64 else 128, span_class]
 
 
