@@ -13,9 +13,11 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
 from hmar_kernels import SpanMask
 from hmar_kernels.attention import cuda, reference
 from hmar_kernels.attention.plan import query_plan
@@ -321,3 +323,18 @@ def test_unavailable_without_extension(monkeypatch):
     monkeypatch.setattr(cuda, "_import_error", "not built here")
     q = zeros(1, 2, 5, 64)
     assert cuda.unavailable(q, q, q) == "not built here"
+
+
+def test_unavailable_can_be_traced(extension, monkeypatch):
+    """Under fullgraph the question is asked while tracing, and the answer becomes a constant."""
+
+    def double_if_available(q):
+        return q * (1 if cuda.unavailable(q, q, q) else 2)
+
+    q = torch.ones(1, 2, 5, 64, dtype=torch.bfloat16)
+    assert torch.equal(torch.compile(double_if_available, fullgraph=True, backend="eager")(q), q)
+
+    monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(load_error=lambda device: "no code for it"))
+    monkeypatch.setattr(cuda, "_load_errors", {})
+    compiled = torch.compile(lambda q: q * (2 if cuda._load_error(0) else 1), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q), 2 * q)

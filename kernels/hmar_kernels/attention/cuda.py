@@ -6,7 +6,6 @@ cannot run. Backward goes through the kernels of triton.py, from the lse saved h
 
 from __future__ import annotations
 
-import functools
 import importlib
 
 import torch
@@ -157,10 +156,16 @@ def _check(q, k, v, key_start, key_end, plan, scale, tile_rows) -> None:
 
 def _aligned(x: torch.Tensor) -> bool:
     steps = (stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
-    return x.stride(-1) == 1 and x.storage_offset() % 8 == 0 and all(step % 8 == 0 for step in steps)
+    # NOTE: Dynamo cannot trace storage_offset; what it hides there, `forward` sees in the address.
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
+    return x.stride(-1) == 1 and offset % 8 == 0 and all(step % 8 == 0 for step in steps)
+
+
+_load_errors: dict[int, str] = {}
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _load_error(device: int) -> str:
-    return _cuda.load_error(device)
+    if device not in _load_errors:
+        _load_errors[device] = _cuda.load_error(device)
+    return _load_errors[device]
