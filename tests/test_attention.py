@@ -120,7 +120,7 @@ def test_compiles_without_graph_breaks_and_sees_a_changed_mask(impl):
 def test_custom_op_passes_opcheck():
     mask = SpanMask.window([1, 4, 9], 2)
     q, k, v, _, _ = draw_inputs(mask, 1, 2, 16, torch.float32, "cpu")
-    tensors, tiles = api._triton_plan(mask, q.device, 16, q.dtype)
+    tensors, tiles = api._plan_arguments("triton", mask, q.device, 16, q.dtype)
     arguments = (*(x.requires_grad_() for x in (q, k, v)), *tensors, tiles, 0.3)
     torch.library.opcheck(api._attention_triton, arguments)
 
@@ -182,6 +182,7 @@ def test_bad_arguments_are_refused_with_a_reason():
         ((q, k, v, mask), {"impl": "fast"}, 'unknown impl "fast"'),
         ((q, k, v, mask), {"impl": "varlen"}, "not block-diagonal"),
         ((q, k, v, mask), {"impl": "flex"}, "needs a CUDA device"),
+        ((q, k, v, mask), {"impl": "cuda"}, "cannot run here: (the extension|the CUDA kernels)"),
         ((q.double(), k.double(), v.double(), mask), {"impl": "triton"}, "not torch.float64"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -1,20 +1,20 @@
 """The attention operator: argument checks, choice of implementation, torch custom ops and autograd.
 
-The mathematics is in reference.py. Read next: plan.py (tiles), triton.py (the kernels behind impl="triton").
+The mathematics is in reference.py. Read next: plan.py (tiles), triton.py (the kernels behind impl="triton"), cuda.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import torch
 
 from ..mask import SpanMask
-from . import flex, reference, triton, varlen
+from . import cuda, flex, reference, triton, varlen
 from .plan import TilePlan
 
-IMPLEMENTATIONS = ("reference", "triton", "flex", "varlen")
+IMPLEMENTATIONS = ("reference", "triton", "cuda", "flex", "varlen")
 """Names that `attention(..., impl=...)` takes beside "auto"."""
 
 
@@ -58,9 +58,10 @@ def attention(
                 f'impl="{impl}" cannot run here: {reason}; impl="auto" would take "{choose(q, k, v, mask)[0]}"'
             )
 
-    if impl == "triton":
-        tensors, tiles = _triton_plan(mask, q.device, q.shape[-1], q.dtype)
-        out, lse = _attention_triton(q, k, v, *tensors, tiles, scale)
+    if impl in ("triton", "cuda"):
+        tensors, tiles = _plan_arguments(impl, mask, q.device, q.shape[-1], q.dtype)
+        operator = _attention_triton if impl == "triton" else _attention_cuda
+        out, lse = operator(q, k, v, *tensors, tiles, scale)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
     elif impl == "varlen":
@@ -86,6 +87,8 @@ def unavailable(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ma
         return None
     if impl == "triton":
         return triton.unavailable(q.device, q.dtype, q.shape[-1])
+    if impl == "cuda":
+        return cuda.unavailable(q, k, v)
     if impl == "flex":
         return flex.unavailable(q.device, q.dtype, q.shape[-1])
     if impl == "varlen":
@@ -126,12 +129,16 @@ torch.utils._pytree.register_constant(SpanMask)
 
 
 @torch.compiler.assume_constant_result
-def _triton_plan(mask: SpanMask, device: torch.device, head_dim: int, dtype: torch.dtype) -> tuple[list, list[int]]:
+def _plan_arguments(
+    impl: str, mask: SpanMask, device: torch.device, head_dim: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[int]]:
     """The plan in the form custom ops take: tensors and integers."""
-    tile_shapes = triton.select_tiles(triton.capability_of(device), head_dim, dtype, mask)
-    plan = triton.make_plan(mask, tile_shapes, device)
+    tiles = triton.select_tiles(triton.capability_of(device), head_dim, dtype, mask)
+    if impl == "cuda":
+        tiles = replace(tiles, forward=cuda.select_tile(head_dim, mask))
+    plan = triton.make_plan(mask, tiles, device)
     tensors = [plan.key_start, plan.key_end, plan.forward.tiles, plan.dq.tiles, plan.dkdv.tiles]
-    return tensors, [n for tile in (plan.tiles.forward, plan.tiles.dq, plan.tiles.dkdv) for n in astuple(tile)]
+    return tensors, [n for tile in (tiles.forward, tiles.dq, tiles.dkdv) for n in astuple(tile)]
 
 
 def _unpack_plan(key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles: list[int]) -> triton.AttentionPlan:
@@ -163,7 +170,24 @@ def _attention_triton(
     return triton.forward(q, k, v, plan, scale)
 
 
+@torch.library.custom_op("hmar_kernels::attention_cuda", mutates_args=())
+def _attention_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_start: torch.Tensor,
+    key_end: torch.Tensor,
+    forward_tiles: torch.Tensor,
+    dq_tiles: torch.Tensor,
+    dkdv_tiles: torch.Tensor,
+    tiles: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return cuda.forward(q, k, v, key_start, key_end, forward_tiles, scale, tile_rows=tiles[0])
+
+
 @_attention_triton.register_fake
+@_attention_cuda.register_fake
 def _(q, k, v, key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles, scale):
     return triton.empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
@@ -208,4 +232,5 @@ def _backward(ctx, do, dlse):
     return (*gradients, None, None, None, None, None, None, None)
 
 
-_attention_triton.register_autograd(_backward, setup_context=_save_for_backward)
+for _operator in (_attention_triton, _attention_cuda):
+    _operator.register_autograd(_backward, setup_context=_save_for_backward)

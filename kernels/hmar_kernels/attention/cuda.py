@@ -10,8 +10,14 @@ import importlib
 
 import torch
 
+from ..mask import SpanMask
+from .triton import Tile
+
 TILES = {(64, 64): 64, (64, 128): 64, (128, 64): 64, (128, 128): 32}
 """(head dim, rows a tile) -> keys a block, for the kernels in the extension: plans are best made for these."""
+
+SHORT_SPAN = 512
+"""Masks of fewer keys a query on average take tiles of 64 rows, others 128: short spans waste less that way."""
 
 DTYPES = (torch.float16, torch.bfloat16)
 PLAN_COLUMNS = 6
@@ -56,6 +62,12 @@ def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
     if error:
         return f"the extension was built for {_cuda.architectures}, which cannot run on {q.device}: {error}"
     return None
+
+
+def select_tile(head_dim: int, mask: SpanMask) -> Tile:
+    """Tile shape of the kernel that serves this head dim and mask best. A pure function of its arguments."""
+    rows = 64 if mask.num_pairs < SHORT_SPAN * mask.num_queries else 128
+    return Tile(rows, TILES[head_dim, rows], warps=rows // 16, stages=2)
 
 
 def forward(
