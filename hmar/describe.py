@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hmar_kernels import IMPLEMENTATIONS, SpanMask, choose, unavailable
 from rich.box import SIMPLE
 from rich.table import Table
 from torch import nn
@@ -21,6 +20,7 @@ from hmar.config import PRESETS, ModelConfig, TokenizerConfig
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.recipe import find_preset, unstructure
 from hmar.tokenizer import Tokenizer
+from hmar_kernels import IMPLEMENTATIONS, SpanMask, choose, unavailable
 
 
 def describe_installation() -> Table:

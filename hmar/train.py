@@ -35,7 +35,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
-from hmar.data import EpochSampler, open_dataset
+from hmar.data import BrokenImageError, EpochSampler, open_dataset
 from hmar.discriminator import PatchDiscriminator
 from hmar.loss import TokenizerLoss, draw_mask, masked_loss, next_scale_loss, token_accuracy, token_weights
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, drop_classes
@@ -685,8 +685,18 @@ def load_batches(
         # NOTE: without a generator of its own the loader draws from the global one, and a resumed run draws once more.
         generator=torch.Generator().manual_seed(config.seed),
     )
-    for batch, classes_B in loader:
-        yield batch.to(device, non_blocking=True), classes_B.to(device, non_blocking=True)
+    batches = iter(loader)
+    try:
+        for batch, classes_B in batches:
+            yield batch.to(device, non_blocking=True), classes_B.to(device, non_blocking=True)
+    except BrokenImageError as error:
+        # From a worker comes its whole traceback as text; the last line is the message.
+        message = str(error).strip().splitlines()[-1].removeprefix("hmar.data.BrokenImageError: ")
+        raise BrokenImageError(message) from error
+    finally:
+        # NOTE: an exception's traceback keeps the iterator alive, and with it its workers, which take no signals.
+        if config.data.workers:
+            batches._shutdown_workers()
 
 
 def load_fitting_tokenizer(config: TrainConfig, device: torch.device) -> Tokenizer:
