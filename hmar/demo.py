@@ -7,7 +7,8 @@ on the training digits, and judges the results with a support vector machine tra
 * generated digits count when the classifier names the class that was asked for. All of them count, from one fixed seed.
 
 HMAR's two stages together and VAR get the same number of training steps with the same batch size, so both see the same
-number of images; both are sampled with the same guidance and truncation. Read next: ``train.py``, ``generate.py``.
+number of images. Both are sampled as they are, without guidance and truncation, which would hide what they have not
+learned. Read next: ``train.py``, ``generate.py``.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class Plan:
     images_per_class: int = 50
     preset: str = "digits-32"
     seed: int = 0
-    cfg: float = 1.5
-    top_p: float = 0.96
+    cfg: float = 0.0  # no guidance and no truncation: the models' own distributions
+    top_p: float = 0.0
 
     @property
     def steps(self) -> dict[str, int]:
@@ -298,11 +299,23 @@ def table_rows(plan: Plan, results: Results) -> list[dict[str, Any]]:
     """The demo's one table."""
     spread = diversity(results.real_N3HW, results.real_classes_N)
 
-    def row(name: str, measured: Measured, parameters: int, steps: str) -> dict[str, Any]:
+    def share_of_spread(images_N3HW: Tensor, classes_N: Tensor) -> float:
+        return round(diversity(images_N3HW, classes_N) / spread, 3)
+
+    def of_real(name: str, images_N3HW: Tensor, accuracy: float) -> dict[str, Any]:
+        unlike = dict.fromkeys(("passes", "seconds per image", "parameters", "training steps"))
         return {
-            "model": name,
-            "class accuracy": round(measured.accuracy, 4),
-            "diversity": round(diversity(measured.images_N3HW, results.asked_N) / spread, 3),
+            "digits": name,
+            "class accuracy": accuracy,
+            "diversity": share_of_spread(images_N3HW, results.real_classes_N),
+            **unlike,
+        }
+
+    def generated(name: str, measured: Measured, parameters: int, steps: str) -> dict[str, Any]:
+        return {
+            "digits": name,
+            "class accuracy": measured.accuracy,
+            "diversity": share_of_spread(measured.images_N3HW, results.asked_N),
             "passes": measured.passes,
             "seconds per image": float(f"{measured.seconds_per_image:.3g}"),
             "parameters": parameters,
@@ -312,25 +325,28 @@ def table_rows(plan: Plan, results: Results) -> list[dict[str, Any]]:
     plain, next_scale = results.by_schedule["no masked passes"], f"{plan.next_scale_steps} next-scale"
     both = f"{next_scale} + {plan.masked_steps} masked"
     return [
-        row("HMAR without masked passes", plain, results.hmar_parameters, next_scale),
-        row("HMAR, default schedule", results.default, results.hmar_parameters, both),
-        row("VAR", results.var, results.var_parameters, str(plan.steps["var"])),
+        of_real("real, held out", results.real_N3HW, results.real_accuracy),
+        of_real("real, through the tokenizer", results.decoded_N3HW, results.decoded_accuracy),
+        generated("HMAR without masked passes", plain, results.hmar_parameters, next_scale),
+        generated("HMAR, default schedule", results.default, results.hmar_parameters, both),
+        generated("VAR", results.var, results.var_parameters, str(plan.steps["var"])),
     ]
 
 
 def table_notes(plan: Plan, results: Results, device: torch.device) -> list[str]:
     """What the columns mean and how the numbers came about."""
-    top_p = f"top-p {plan.top_p:g}" if plan.top_p else "no top-p"
+    guidance = f"guidance {plan.cfg:g}" if plan.cfg else "no guidance"
+    top_p = f"top-p {plan.top_p:g}" if plan.top_p else "no truncation"
     return [
-        f"{len(results.asked_N)} digits a row, {plan.images_per_class} of each class, seed {plan.seed}, none left out.",
+        f"{len(results.asked_N)} generated digits a row, {plan.images_per_class} of each class, seed {plan.seed}, none "
+        f"left out; {len(results.real_classes_N)} real digits that no model was trained on.",
         "Class accuracy: the share that a support vector machine, trained on real digits, names as the class that was "
-        f"asked for. Of {len(results.real_classes_N)} real held-out digits it names {results.real_accuracy:.1%} "
-        f"rightly, of their reconstructions {results.decoded_accuracy:.1%}.",
+        "asked for, or that the real digit has.",
         "Diversity: mean distance between two digits of a class, relative to that of real held-out digits.",
         "Passes: how often an image goes through the transformer. HMAR's parameters include its mask blocks.",
         f"Seconds per image: {device_name(device)}, one batch of {len(results.asked_N)}, decoding included.",
         f"Budget: a step is a batch of {plan.batch_size} images, and HMAR's two stages together take as many steps as "
-        f"VAR, {plan.steps['var']}. Both sample with guidance {plan.cfg:g} and {top_p}.",
+        f"VAR, {plan.steps['var']}. Both sample with {guidance} and {top_p}.",
     ]
 
 
@@ -538,14 +554,7 @@ def _write_table(output: Path, rows: Sequence[dict[str, Any]], notes: Sequence[s
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    texts = [
-        {
-            **{name: str(value) for name, value in row.items()},
-            "class accuracy": f"{row['class accuracy']:.1%}",
-            "parameters": f"{row['parameters']:,}",
-        }
-        for row in rows
-    ]
+    texts = [{name: _cell(name, value) for name, value in row.items()} for row in rows]
     widths = {name: max(len(name), *(len(text[name]) for text in texts)) for name in rows[0]}
 
     def line(cells: dict[str, str]) -> str:
@@ -558,6 +567,12 @@ def _write_table(output: Path, rows: Sequence[dict[str, Any]], notes: Sequence[s
     (output / "table.md").write_text(
         "\n".join(lines) + "\n\n" + "\n".join(f"* {note}" for note in notes) + "\n", encoding="utf-8"
     )
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1%}" if name == "class accuracy" else f"{value:,}" if name == "parameters" else str(value)
 
 
 def _share(right_N: Tensor) -> float:

@@ -81,13 +81,17 @@ def test_table_compares_hmar_and_var(quick):
     folder, summary = quick
     with open(folder / "report" / "table.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["model"] for row in rows] == ["HMAR without masked passes", "HMAR, default schedule", "VAR"]
+    real, decoded, *rows = rows
+    assert (real["digits"], decoded["digits"]) == ("real, held out", "real, through the tokenizer")
+    assert float(real["diversity"]) == 1 and real["passes"] == ""
+    assert float(decoded["class accuracy"]) == summary["reconstruction_accuracy"]
+    assert [row["digits"] for row in rows] == ["HMAR without masked passes", "HMAR, default schedule", "VAR"]
     assert [int(row["passes"]) for row in rows] == [4, 8, 4]
     assert float(rows[1]["class accuracy"]) == summary["hmar_class_accuracy"]
     assert float(rows[2]["class accuracy"]) == summary["var_class_accuracy"]
     assert all(float(row["seconds per image"]) > 0 and int(row["parameters"]) > 1e5 for row in rows)
     text = (folder / "report" / "table.md").read_text().splitlines()
-    assert len({line.count("|") for line in text[:5]}) == 1 and "VAR" in text[4]
+    assert len({line.count("|") for line in text[:7]}) == 1 and "VAR" in text[6]
 
 
 def test_var_gets_the_steps_of_both_hmar_stages(quick):
