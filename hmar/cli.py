@@ -145,6 +145,35 @@ def sample(
     typer.echo(f"{len(paths)} images in {output}, the first ones together in {output / 'grid.png'}")
 
 
+@app.command(short_help="Train and compare everything on handwritten digits, in minutes.")
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for pictures, table and summary.json.")] = Path("reports/demo"),
+    run_folder: Annotated[Path, typer.Option(help="Folder for the training runs.")] = Path("runs/demo"),
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of everything, to see that it works.")] = False,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--anew",
+            help="Keep earlier training runs, or delete them.",
+            show_default="go on with a demo that was interrupted",
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Train tokenizer, HMAR and VAR on handwritten digits with one budget, measure and draw them."""
+    from hmar.demo import run
+    from hmar.train import Interrupted, NonFiniteError
+
+    try:
+        run(output, run_folder=run_folder, device=device, quick=quick, resume=resume, progress=not quiet)
+    except Interrupted as interruption:
+        typer.echo(f"{interruption}. The same command goes on from there", err=True)
+        raise typer.Exit(128 + interruption.signal_number) from None
+    except NonFiniteError as error:
+        _fail(str(error), 1, error)
+
+
 @app.command(short_help="Show versions, attention implementations and presets, or one preset or folder of weights.")
 def info(
     subject: Annotated[str | None, typer.Argument(help="A preset or a folder of weights.", show_default=False)] = None,

@@ -27,7 +27,8 @@ def describe_installation() -> Table:
     """Versions, GPU, and which attention implementations run here, with the reason for those that do not."""
     table = _pairs("installation")
     table.add_row("python", platform.python_version())
-    for package in ("hmar", "torch", "triton", "numpy"):
+    table.add_row("torch", torch.__version__)
+    for package in ("hmar", "triton", "numpy"):
         table.add_row(package, _version(package))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

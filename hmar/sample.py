@@ -7,6 +7,7 @@ missing, and a larger count adds to those that are there. Read generate.py for h
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def sample(
         console=console,
         disable=not progress,
     )
+    started, drawn = time.perf_counter(), 0
     with bar:
         task = bar.add_task("sampling", total=len(paths), completed=len(paths) - len(missing), rate="")
         for first, last in _runs(missing, batch_size):
@@ -121,9 +123,8 @@ def sample(
             for path, pixels_HWC in zip(paths[first:last], to_pixels(images_BCHW), strict=True):
                 with replacing(path) as temporary:
                     Image.fromarray(pixels_HWC).save(temporary, format="PNG")
-            bar.advance(task, last - first)
-            speed = bar.tasks[task].speed
-            bar.update(task, rate=f"{speed:.3g} images/s" if speed else "")
+            drawn += last - first
+            bar.update(task, advance=last - first, rate=f"{drawn / (time.perf_counter() - started):.3g} images/s")
     _write_grid(paths, min(len(classes), GRID_COLUMNS), len(classes), output / "grid.png")
     return paths
 
