@@ -3,6 +3,7 @@ of rich; nothing is printed here."""
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,8 @@ from torch import nn
 
 from hmar.checkpoint import find_weights, load_pretrained, read_description
 from hmar.config import PRESETS, ModelConfig, TokenizerConfig
-from hmar.model import HMAR, NextScaleTransformer
+from hmar.model import NextScaleTransformer
+from hmar.pyramid import Pyramid
 from hmar.recipe import find_preset, unstructure
 from hmar.tokenizer import Tokenizer
 from hmar_kernels import IMPLEMENTATIONS, SpanMask, choose, unavailable
@@ -52,7 +54,10 @@ def describe_installation() -> Table:
 def describe_presets() -> Table:
     """One line a preset."""
     table = Table(
-        title="presets (parameters in millions; VAR is as large as next-scale)", title_justify="left", box=SIMPLE
+        title="presets (parameters in millions; VAR is as large as next-scale)",
+        title_justify="left",
+        box=SIMPLE,
+        collapse_padding=True,
     )
     table.add_column("preset", no_wrap=True)
     for heading in ("image", "tokens", "blocks", "width", "tokenizer", "next-scale", "HMAR"):
@@ -64,7 +69,7 @@ def describe_presets() -> Table:
             str(model.pyramid.length),
             str(model.depth),
             str(model.width),
-            *(f"{count / 1e6:.{0 if count > 1e8 else 2}f}" for count in _parameters(tokenizer, model)),
+            *(f"{count / 1e6:.0f}" if count > 1e8 else f"{count / 1e6:.2g}" for count in _parameters(tokenizer, model)),
         )
     return table
 
@@ -94,8 +99,16 @@ def describe_weights(folder: str | Path) -> Table:
 def _parameters(tokenizer: TokenizerConfig, model: ModelConfig) -> tuple[int, int, int]:
     """Sizes of tokenizer, next-scale transformer and HMAR, counted without memory for them."""
     with torch.device("meta"):
-        modules = Tokenizer(tokenizer, model.pyramid), NextScaleTransformer(model), HMAR(model)
-    return tuple(_count(module) for module in modules)
+        next_scale = NextScaleTransformer(model)
+    # HMAR has the last blocks and the head a second time, and the mask embedding.
+    second = _count(next_scale.blocks[-model.mask_depth :]) + _count(next_scale.head) + model.width
+    return _tokenizer_parameters(tokenizer), _count(next_scale), _count(next_scale) + second
+
+
+@functools.lru_cache
+def _tokenizer_parameters(config: TokenizerConfig) -> int:
+    with torch.device("meta"):
+        return _count(Tokenizer(config, Pyramid((1,))))
 
 
 def _count(module: nn.Module) -> int:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from hmar.checkpoint import checkpoints, load_model
 from hmar.cli import main
+from hmar.config import PRESETS
 from hmar.model import HMAR
 
 HMAR_COMMAND = [sys.executable, "-c", "from hmar.cli import main; main()"]
@@ -162,6 +163,8 @@ def test_info_shows_the_installation_a_preset_and_a_folder(folder):
     assert "310," in shown  # million parameters of VAR d16
     shown = succeed("info", "hmar", cwd=folder, run=hmar_here).stdout
     assert "hmar/weights" in shown
+    parameters = f"{sum(p.numel() for p in HMAR(PRESETS['digits-32'][1]).parameters()):,}"
+    assert parameters in succeed("info", "digits-32", run=hmar_here).stdout
     assert f"{sum(p.numel() for p in load_model(folder / 'hmar').parameters()):,}" in shown
     assert isinstance(load_model(folder / "hmar"), HMAR)
     assert 'unknown preset "d17-256": did you mean d1' in fail("info", "d17-256")
@@ -239,12 +242,12 @@ def interrupt(arguments, folder: Path, number: int, rows: int) -> subprocess.Com
 
 
 def test_an_interrupted_process_goes_on_to_the_same_weights(folder, tmp_path):
-    run = ["train", "next-scale", *TINY, "steps=150", "log_every=1", "model.drop_path=0.1", "data.workers=1"]
+    run = ["train", "next-scale", *TINY, "steps=100", "log_every=1", "model.drop_path=0.1", "data.workers=1"]
     run.append(f"tokenizer_weights={folder / 'tokenizer'}")
     succeed(*run, f"output_dir={tmp_path / 'whole'}", "--quiet")
 
     parts = tmp_path / "parts"
-    first = interrupt([*run, f"output_dir={parts}"], parts, signal.SIGINT, rows=20)
+    first = interrupt([*run, f"output_dir={parts}"], parts, signal.SIGINT, rows=10)
     assert first.returncode == 130, first.stderr
     assert "stopped by SIGINT after step" in first.stderr
     resume = f"hmar train next-scale --resume output_dir={parts}"
@@ -252,9 +255,9 @@ def test_an_interrupted_process_goes_on_to_the_same_weights(folder, tmp_path):
     assert "Traceback" not in first.stderr
     assert not (parts / "weights").exists()
     done = json.loads((parts / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert 20 <= done < 150
+    assert 10 <= done < 100
 
-    second = interrupt(resume.split()[1:], parts, signal.SIGTERM, rows=done + 20)
+    second = interrupt(resume.split()[1:], parts, signal.SIGTERM, rows=done + 10)
     assert second.returncode == 143, second.stderr
     assert f"holds the state after step {done}" in second.stderr
     succeed(*resume.split()[1:], "--quiet")
@@ -262,4 +265,4 @@ def test_an_interrupted_process_goes_on_to_the_same_weights(folder, tmp_path):
     assert actual.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
     steps = [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 151))
+    assert steps == list(range(1, 101))
