@@ -59,12 +59,12 @@ STAGES = ("tokenizer", "next-scale", "masked", "var")
 class Plan:
     """The numbers of a demo. The steps of VAR are those of HMAR's two stages together."""
 
-    tokenizer_steps: int = 300
+    tokenizer_steps: int = 600
     next_scale_steps: int = 400
     masked_steps: int = 200
-    batch_size: int = 64
-    tokenizer_lr: float = 2e-3
-    model_lr: float = 1e-3
+    tokenizer_batch_size: int = 32
+    batch_size: int = 64  # of HMAR and VAR
+    lr: float = 2e-3
     images_per_class: int = 50
     preset: str = "digits-32"
     seed: int = 0
@@ -86,7 +86,14 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(tokenizer_steps=6, next_scale_steps=3, masked_steps=2, batch_size=16, images_per_class=2)
+QUICK = Plan(
+    tokenizer_steps=6,
+    next_scale_steps=3,
+    masked_steps=2,
+    tokenizer_batch_size=16,
+    batch_size=16,
+    images_per_class=2,
+)
 
 
 def run(
@@ -119,10 +126,10 @@ def run(
     if quick:
         console.print("quick demo: too few steps for recognisable digits", style="yellow")
     for number, stage in enumerate(STAGES, start=1):
-        console.print(f"{number}/{len(STAGES) + 1} {stage}: {plan.steps[stage]} steps of {plan.batch_size} images")
+        config = stage_config(plan, stage, Path(run_folder), device)
+        console.print(f"{number}/{len(STAGES) + 1} {stage}: {config.steps} steps of {config.batch_size} images")
         with ledger.timed(stage):
-            begun = (Path(run_folder) / stage).exists()
-            train(stage_config(plan, stage, Path(run_folder), device), resume=begun, progress=progress)
+            train(config, resume=Path(config.output_dir).exists(), progress=progress)
     console.print(f"{len(STAGES) + 1}/{len(STAGES) + 1} measuring and drawing")
     with ledger.timed("measuring and drawing"):
         results = measure_all(plan, Path(run_folder), where)
@@ -146,10 +153,10 @@ def stage_config(plan: Plan, stage: str, run_folder: Path, device: str = "auto")
         output_dir=str(run_folder / stage),
         preset=plan.preset,
         steps=plan.steps[stage],
-        batch_size=plan.batch_size,
+        batch_size=plan.batch_size if on_codes else plan.tokenizer_batch_size,
         seed=plan.seed,
         data=DataConfig(name="digits"),
-        optimizer=OptimizerConfig(lr=plan.model_lr if on_codes else plan.tokenizer_lr),
+        optimizer=OptimizerConfig(lr=plan.lr),
         tokenizer_weights=str(run_folder / "tokenizer") if on_codes else None,
         next_scale_weights=str(run_folder / "next-scale") if stage == "masked" else None,
         cache_codes=on_codes,
