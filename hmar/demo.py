@@ -201,6 +201,12 @@ def diversity(images_N3HW: Tensor, classes_N: Tensor) -> float:
     return torch.cat(distances).mean().item()
 
 
+def novelty(images_N3HW: Tensor, training_M3HW: Tensor) -> float:
+    """Mean distance from an image to the training digit nearest to it, in the classifier's features; 0 for copies."""
+    features, training = (torch.from_numpy(DigitClassifier.features(images)) for images in (images_N3HW, training_M3HW))
+    return torch.cdist(features, training).min(dim=1).values.mean().item()
+
+
 @dataclass(frozen=True)
 class Measured:
     """One way to generate, on the same classes and seeds as every other."""
@@ -304,17 +310,22 @@ def measure_all(plan: Plan, run_folder: Path, device: torch.device) -> Results:
 
 def table_rows(plan: Plan, results: Results) -> list[dict[str, Any]]:
     """The demo's one table."""
+    training_N3HW, _ = all_images(Digits(results.tokenizer.image_size, "train"))
     spread = diversity(results.real_N3HW, results.real_classes_N)
+    newness = novelty(results.real_N3HW, training_N3HW)
 
-    def share_of_spread(images_N3HW: Tensor, classes_N: Tensor) -> float:
-        return round(diversity(images_N3HW, classes_N) / spread, 3)
+    def relative(images_N3HW: Tensor, classes_N: Tensor) -> dict[str, float]:
+        return {
+            "diversity": round(diversity(images_N3HW, classes_N) / spread, 3),
+            "novelty": round(novelty(images_N3HW, training_N3HW) / newness, 3),
+        }
 
     def of_real(name: str, images_N3HW: Tensor, accuracy: float) -> dict[str, Any]:
         unlike = dict.fromkeys(("passes", "seconds per image", "parameters", "training steps"))
         return {
             "digits": name,
             "class accuracy": accuracy,
-            "diversity": share_of_spread(images_N3HW, results.real_classes_N),
+            **relative(images_N3HW, results.real_classes_N),
             **unlike,
         }
 
@@ -322,7 +333,7 @@ def table_rows(plan: Plan, results: Results) -> list[dict[str, Any]]:
         return {
             "digits": name,
             "class accuracy": measured.accuracy,
-            "diversity": share_of_spread(measured.images_N3HW, results.asked_N),
+            **relative(measured.images_N3HW, results.asked_N),
             "passes": measured.passes,
             "seconds per image": float(f"{measured.seconds_per_image:.3g}"),
             "parameters": parameters,
@@ -349,7 +360,8 @@ def table_notes(plan: Plan, results: Results, device: torch.device) -> list[str]
         f"left out; {len(results.real_classes_N)} real digits that no model was trained on.",
         "Class accuracy: the share that a support vector machine, trained on real digits, names as the class that was "
         "asked for, or that the real digit has.",
-        "Diversity: mean distance between two digits of a class, relative to that of real held-out digits.",
+        "Diversity: mean distance between two digits of a class; novelty: mean distance from a digit to the training "
+        "digit nearest to it. Both relative to real held-out digits: 0 for one digit again and again, or for copies.",
         "Passes: how often an image goes through the transformer. HMAR's parameters include its mask blocks.",
         f"Seconds per image: {device_name(device)}, one batch of {len(results.asked_N)}, decoding included.",
         f"Budget: a step is a batch of {plan.batch_size} images, and HMAR's two stages together take as many steps as "
@@ -486,7 +498,8 @@ def _more_passes(by_schedule: dict[str, Measured], plan: Plan) -> figures.Figure
         row_labels=[f"{row.name}\n{row.passes} passes, {row.accuracy:.1%}" for row in rows],
         column_labels=[str(digit) for digit in range(10)],
         framed_RC=wrong,
-        note=f"Percentages: digits named as intended, of {len(rows[0].named_N)}. Framed: the classifier names another.",
+        note=f"Percentages: digits named as intended, of {len(rows[0].named_N)}."
+        + (" Framed: the classifier names another." if wrong.any() else ""),
     )
 
 
@@ -594,7 +607,7 @@ def _synchronize(device: torch.device) -> None:
 def device_name(device: torch.device) -> str:
     """The GPU's name, or how many CPU cores this process may use."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"CPU, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
 
 

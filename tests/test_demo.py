@@ -83,7 +83,7 @@ def test_table_compares_hmar_and_var(quick):
         rows = list(csv.DictReader(file))
     real, decoded, *rows = rows
     assert (real["digits"], decoded["digits"]) == ("real, held out", "real, through the tokenizer")
-    assert float(real["diversity"]) == 1 and real["passes"] == ""
+    assert float(real["diversity"]) == float(real["novelty"]) == 1 and real["passes"] == ""
     assert float(decoded["class accuracy"]) == summary["reconstruction_accuracy"]
     assert [row["digits"] for row in rows] == ["HMAR without masked passes", "HMAR, default schedule", "VAR"]
     assert [int(row["passes"]) for row in rows] == [4, 8, 4]
@@ -144,6 +144,14 @@ def test_diversity_is_the_mean_distance_within_a_class():
     classes = torch.tensor([0, 0, 1, 1, 1])
     assert demo.diversity(images, classes) == pytest.approx(8 / 4)  # one pair of class 0, three pairs of class 1
     assert demo.diversity(images[2:], classes[2:]) == 0
+
+
+def test_novelty_is_the_distance_to_the_nearest_training_digit():
+    training = torch.full((2, 3, 8, 8), -1.0)
+    training[1] = 1.0
+    images = torch.full((2, 3, 8, 8), 0.5)  # 0.25 from the white one in each of 64 features
+    assert demo.novelty(images, training) == pytest.approx(8 * 0.25)
+    assert demo.novelty(training, training) == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize("sides", [(1, 2, 3, 4), (1, 2, 4), Pyramid.for_resolution(256).sides])
