@@ -39,6 +39,7 @@ def image_grid(
     framed_RC: torch.Tensor | None = None,
     note: str = "",
     row_gaps: Sequence[int] = (),
+    cell_inches: float = CELL_INCHES,
 ) -> Figure:
     """A table of images in [-1, 1], float [R, C, 3, H, W].
 
@@ -47,6 +48,7 @@ def image_grid(
         framed_RC: bool [R, C]; those images get a vermilion frame (say in ``note`` what it means).
         note: a line under the grid.
         row_gaps: rows above which there is a wider gap, to set groups apart.
+        cell_inches: side of one image in print.
     """
     num_rows, num_columns, _, height, width = images_RC3HW.shape
     images = images_RC3HW.detach().float().cpu().clamp(-1, 1).add(1).div(2).permute(0, 1, 3, 4, 2).numpy()
@@ -67,7 +69,7 @@ def image_grid(
                 canvas[top : top + height + 2 * frame, left : left + width + 2 * frame] = colour
             canvas[top + frame : top + frame + height, left + frame : left + frame + width] = images[row, column]
 
-    inches = CELL_INCHES / step_x
+    inches = cell_inches / step_x
     figure = Figure(figsize=(canvas.shape[1] * inches + 1.6, canvas.shape[0] * inches + 0.9), layout="constrained")
     axes = figure.subplots()
     axes.imshow(canvas, interpolation="antialiased", aspect="equal")

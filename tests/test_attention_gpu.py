@@ -104,17 +104,18 @@ def test_torch_compile_and_cuda_graph(impl):
     assert torch.equal(out, expected_out)
     assert torch.equal(torch.autograd.grad(out, q, do)[0], expected_dq)
 
-    # NOTE: a leaf of its own, since autograd remembers the stream on which a leaf was first used
-    q = q.detach().clone().requires_grad_()
+    # NOTE: a leaf of its own on the capturing stream, since autograd remembers where a leaf was first used
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(q)
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        out, dq = step(q)
-    out.detach_().zero_()
+    with torch.cuda.stream(stream):
+        leaf = q.detach().clone().requires_grad_()
+        step(leaf)
+        with torch.cuda.graph(graph, stream=stream):
+            out, dq = step(leaf)
+    torch.cuda.current_stream().wait_stream(stream)
+    out = out.detach()
+    out.zero_()
     dq.zero_()
     graph.replay()
     torch.cuda.synchronize()
