@@ -1,0 +1,69 @@
+"""The README's commands and code, run as they are written (training cut to a few steps)."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = "steps=2 batch_size=4 log_every=1 checkpoint_every=2"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands(language):
+    lines = [line.split("  #")[0].strip() for block in blocks(language) for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def run(line, folder):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_hmar_commands_run_in_their_order(tmp_path):
+    ours = [line for line in commands("bash") if line.startswith("hmar ")]
+    assert any(" masked " in line for line in ours) and any(line.startswith("hmar sample") for line in ours)
+    for line in ours:
+        result = run(f"{line} {SHORT}" if line.startswith("hmar train") else line, tmp_path)
+        assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 21
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_code_runs(code, tmp_path):
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_make_targets_exist():
+    wanted = {shlex.split(line)[1] for line in commands("bash") + commands("console") if line.startswith("make ")}
+    assert {"demo", "test", "test-gpu", "report"} <= wanted
+    for target in wanted:
+        result = run(f"make --dry-run {target}", ROOT)
+        assert result.returncode == 0, result.stderr
+
+
+def test_modules_that_are_run_by_name_tell_their_options(tmp_path):
+    wanted = sorted(set(re.findall(r"python -m ([\w.]+)", README)))
+    assert "bench.tune_attention" in wanted
+    for module in wanted:
+        result = run(f"{sys.executable} -m {module} --help", ROOT)
+        assert result.returncode == 0 and "--output" in result.stdout, result.stderr
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_files_named_in_the_path_of_an_image_exist():
+    for name in re.findall(r"`((?:hmar|kernels|csrc|bench)/[\w./]*)`", README):
+        assert (ROOT / name).exists(), name
