@@ -20,12 +20,12 @@ from typing import Protocol
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from hmar_kernels import attention as masked_attention
-from hmar_kernels.mask import SpanMask
 from torch import Tensor
 
 from hmar.config import ModelConfig
 from hmar.pyramid import Pyramid
+from hmar_kernels import attention as masked_attention
+from hmar_kernels.mask import SpanMask
 
 PATTERNS = ("block_diagonal", "block_causal")
 Scales = tuple[int, int]

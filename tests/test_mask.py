@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+
 from attention_cases import PYRAMIDS, pyramid_mask, small_masks
 from hmar_kernels import SpanMask
 
