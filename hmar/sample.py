@@ -7,8 +7,11 @@ missing, and a larger count adds to those that are there. Read generate.py for h
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,13 @@ from torch import Tensor
 
 from hmar.checkpoint import fingerprint, load_model, load_tokenizer, read_description, replacing
 from hmar.generate import SamplingConfig, ScheduleLike, even_schedule, generate_hmar, generate_var, resolve_schedule
+from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import Pyramid
-from hmar.train import find_device, find_precision
+from hmar.tokenizer import Tokenizer
+from hmar.train import SECONDS_BETWEEN_LINES, find_device, find_precision
 
 GRID_ROWS, GRID_COLUMNS = 10, 20
+NUM_WRITERS = 4  # threads that compress and write images while the next batch is drawn
 
 
 def sample(
@@ -49,12 +55,43 @@ def sample(
     settings are an error unless `overwrite`, which deletes the images. Without tokenizer_folder the tokenizer is the
     one that the model was trained with. Returns the paths of all images. Raises ValueError for bad input.
     """
-    sampling = sampling or SamplingConfig()
-    console = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
-    torch_device = find_device(device)
-    dtype = find_precision(precision, torch_device)
     if count < 1 or batch_size < 1:
         raise ValueError(f"count is {count} and batch size {batch_size}; both must be at least 1")
+    images = open_image_set(
+        model_folder,
+        output,
+        tokenizer_folder=tokenizer_folder,
+        classes=classes,
+        sampling=sampling,
+        device=device,
+        precision=precision,
+        attention=attention,
+        console=Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True),
+    )
+    images.claim(overwrite)
+    # Round by round of all classes, so that a larger count continues the numbers.
+    paths = images.draw(count * len(images.classes), batch_size)
+    images.write_grid(paths)
+    return paths
+
+
+def open_image_set(
+    model_folder: str | Path,
+    output: str | Path,
+    *,
+    tokenizer_folder: str | Path | None = None,
+    classes: Sequence[int] | None = None,
+    sampling: SamplingConfig | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    attention: str = "auto",
+    console: Console | None = None,
+) -> ImageSet:
+    """The images of a model and a sampling configuration, to be drawn into the folder `output`; writes nothing yet."""
+    sampling = sampling or SamplingConfig()
+    console = console or Console(quiet=True)
+    torch_device = find_device(device)
+    dtype = find_precision(precision, torch_device)
     description = read_description(model_folder)
     if description["kind"] == "masked":
         raise ValueError(f"{model_folder} holds the masked stage alone: sample from the assembled model (kind hmar)")
@@ -85,48 +122,126 @@ def sample(
         "precision": "fp32" if dtype is None else "bf16",
     }
     if description["kind"] == "hmar":
-        generate = generate_hmar
         settings["schedule"] = [list(passes) for passes in resolve_schedule(config.pyramid, sampling.schedule)]
-    else:
-        generate = generate_var
-        if sampling.schedule not in (None, "default", "none"):
-            raise ValueError(
-                f'{model_folder} holds a model of kind "{description["kind"]}", which has no masked passes: '
-                "leave the schedule out"
-            )
-
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    _claim(output, settings, overwrite)
-    # Round by round of all classes, so that a larger count continues the numbers.
-    paths = [output / f"{n:06d}-class-{classes[n % len(classes)]}.png" for n in range(count * len(classes))]
-    missing = [n for n, path in enumerate(paths) if not path.exists()]
-    if len(missing) < len(paths):
-        console.print(f"{len(paths) - len(missing)} of {len(paths)} images are in {output} already")
-    bar = Progress(
-        TextColumn("sampling"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not progress,
+    elif sampling.schedule not in (None, "default", "none"):
+        raise ValueError(
+            f'{model_folder} holds a model of kind "{description["kind"]}", which has no masked passes: '
+            "leave the schedule out"
+        )
+    return ImageSet(
+        Path(output),
+        classes,
+        settings,
+        sampling,
+        model,
+        tokenizer,
+        Path(tokenizer_folder),
+        torch_device,
+        dtype,
+        console,
     )
-    started, drawn = time.perf_counter(), 0
-    with bar:
-        task = bar.add_task("sampling", total=len(paths), completed=len(paths) - len(missing), rate="")
-        for first, last in _runs(missing, batch_size):
-            class_B = torch.tensor([classes[n % len(classes)] for n in range(first, last)], device=torch_device)
-            with torch.autocast(torch_device.type, dtype, enabled=dtype is not None):
-                images_BCHW = generate(model, tokenizer, class_B, sampling, first_image=first).images_BCHW
-            for path, pixels_HWC in zip(paths[first:last], to_pixels(images_BCHW), strict=True):
-                with replacing(path) as temporary:
-                    Image.fromarray(pixels_HWC).save(temporary, format="PNG")
-            drawn += last - first
-            bar.update(task, advance=last - first, rate=f"{drawn / (time.perf_counter() - started):.3g} images/s")
-    _write_grid(paths, min(len(classes), GRID_COLUMNS), len(classes), output / "grid.png")
-    return paths
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Numbered images in a folder. Image n is of class classes[n % len(classes)] and follows from n and `settings`."""
+
+    output: Path
+    classes: list[int]
+    settings: dict[str, Any]
+    sampling: SamplingConfig
+    model: HMAR | NextScaleTransformer
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    device: torch.device
+    dtype: torch.dtype | None
+    console: Console
+
+    def path(self, number: int) -> Path:
+        return self.output / f"{number:06d}-class-{self.classes[number % len(self.classes)]}.png"
+
+    def claim(self, overwrite: bool) -> None:
+        """Make sure that the images in the folder were made with these settings, or delete them with `overwrite`."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        _claim(self.output, self.settings, overwrite)
+
+    def draw(self, count: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Path]:
+        """Write those of the first `count` images that are missing; returns the paths of all.
+
+        Of several processes each draws every `world_size`-th batch. A batch always holds the same numbers, also where
+        some of them are there already, so that a run that was stopped goes on as it would have without.
+        """
+        paths = [self.path(number) for number in range(count)]
+        present = {entry.name for entry in os.scandir(self.output)}
+        batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+        batches = batches[rank::world_size]
+        mine = sum(map(len, batches))
+        missing = sum(paths[number].name not in present for batch in batches for number in batch)
+        if missing < mine:
+            self.console.print(f"{mine - missing} of {mine} images are in {self.output} already")
+        generate = generate_hmar if isinstance(self.model, HMAR) else generate_var
+        writing: list[Future] = []
+        with Meter(self.console, "sampling", mine, mine - missing) as meter, ThreadPoolExecutor(NUM_WRITERS) as writers:
+            for batch in batches:
+                wanted = [number for number in batch if paths[number].name not in present]
+                if not wanted:
+                    continue
+                classes = [self.classes[number % len(self.classes)] for number in batch]
+                class_B = torch.tensor(classes, device=self.device)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                    drawn = generate(self.model, self.tokenizer, class_B, self.sampling, first_image=batch[0])
+                pixels_BHWC = to_pixels(drawn.images_BCHW)
+                # The images of the batch before are compressed and written meanwhile.
+                _finish(writing, meter)
+                writing = [writers.submit(_write, paths[n], pixels_BHWC[n - batch[0]]) for n in wanted]
+            _finish(writing, meter)
+        return paths
+
+    def write_grid(self, paths: Sequence[Path]) -> None:
+        """grid.png: the first images, a column a class."""
+        _write_grid(paths, min(len(self.classes), GRID_COLUMNS), len(self.classes), self.output / "grid.png")
+
+
+class Meter:
+    """How far a count of images is: a bar in a terminal, a line now and then elsewhere, nothing if quiet."""
+
+    def __init__(self, console: Console, what: str, total: int, done: int = 0):
+        self.console, self.what, self.total, self.done = console, what, total, done
+        self.first_done, self.last_line = done, time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet or not console.is_terminal,
+        )
+        self.task = self.bar.add_task(what, total=total, completed=done, rate="")
+
+    def __enter__(self) -> Meter:
+        self.started = time.monotonic()
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    @property
+    def images_per_second(self) -> float:
+        """Since the start, without the images that were there before."""
+        return (self.done - self.first_done) / max(time.monotonic() - self.started, 1e-9)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        rate = self.images_per_second
+        self.bar.update(self.task, completed=self.done, rate=f"{rate:.3g} images/s")
+        now = time.monotonic()
+        if not self.console.is_terminal and (now - self.last_line > SECONDS_BETWEEN_LINES or self.done == self.total):
+            left = f"{(self.total - self.done) / rate:.0f} s left" if rate else ""
+            self.console.print(f"{self.what} {self.done}/{self.total}  {rate:.3g} images/s  {left}")
+            self.last_line = now
 
 
 def parse_schedule(text: str, model_folder: str | Path) -> ScheduleLike:
@@ -176,31 +291,39 @@ def _tokenizer_of(
 def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make sure that the images in `output` were made with these settings."""
     path = output / "settings.json"
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    images = list(output.glob("[0-9]*-class-*.png"))
+    remedy = "choose another output folder, or delete them by --overwrite"
+    if overwrite:
+        for image in images:
+            image.unlink()
+    elif path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"cannot tell how the images in {output} were made, {path}: {error}; {remedy}") from error
         changed = [name for name in settings | before if before.get(name) != settings.get(name)]
-        if changed and not overwrite:
+        if changed:
             name = changed[0]
             raise ValueError(
                 f"{output} holds images made with other settings ({name} was {before.get(name)}, now "
-                f"{settings.get(name)}): choose another output folder, or delete them by --overwrite"
+                f"{settings.get(name)}): {remedy}"
             )
-    if overwrite:
-        for image in output.glob("[0-9]*-class-*.png"):
-            image.unlink()
+    elif images:
+        raise ValueError(f"{output} holds {len(images)} images but no settings.json that says how: {remedy}")
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _runs(numbers: Sequence[int], longest: int) -> Iterator[tuple[int, int]]:
-    """Ascending numbers as ranges [first, last) of neighbours, none longer than `longest`."""
-    position = 0
-    while position < len(numbers):
-        end = position + 1
-        while end < len(numbers) and end - position < longest and numbers[end] == numbers[end - 1] + 1:
-            end += 1
-        yield numbers[position], numbers[end - 1] + 1
-        position = end
+def _write(path: Path, pixels_HWC: np.ndarray) -> None:
+    with replacing(path) as temporary:
+        Image.fromarray(pixels_HWC).save(temporary, format="PNG")
+
+
+def _finish(writing: Sequence[Future], meter: Meter) -> None:
+    for written in writing:
+        written.result()
+    if writing:
+        meter.advance(len(writing))
 
 
 def _write_grid(paths: Sequence[Path], columns: int, stride: int, path: Path) -> None:
