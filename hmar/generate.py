@@ -5,6 +5,8 @@
                                   f_hat += contribution of the codes
     image = decode(f_hat)
 
+Codes that are known beforehand (`hmar.edit`) take their places before f_hat grows, and HMAR's masked passes see them.
+
 HMAR, arXiv 2506.04421, sections 4.3 and 4.4; VAR, arXiv 2404.02905, section 3.2. Free functions over `hmar.model` and
 `hmar.tokenizer`, without gradients.
 
@@ -14,10 +16,11 @@ Shapes: B images, n tokens of one scale, L tokens of the pyramid, V codes, E cod
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -30,24 +33,28 @@ from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
 from hmar.tokenizer import Tokenizer
 
 ScheduleLike = str | Mapping[int, Sequence[int]] | Sequence[Sequence[int]] | None
+RampLike = str | Sequence[float]
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """How codes are drawn.
 
-    cfg: strength of classifier-free guidance, rising linearly from 0 at scale 1 to cfg at the last; 0 turns it off.
+    cfg: strength of classifier-free guidance; 0 turns it off.
+    cfg_ramp: how guidance grows from scale to scale, see `resolve_ramp`; "linear" is the published one.
     top_k, top_p: truncation, see `truncate`; 0 turns either off.
     temperature: divides the guided logits.
     schedule: HMAR's masked passes, see `resolve_schedule`; None and "default" are the published ones, "none" is one
-        pass a scale.
+        pass a scale, "one-token" as many passes as codes.
     masked_cfg_factor: guidance in masked passes is cfg times this. The published 1e-6 is all but off; 0 also saves its
         cost, which is half of every masked pass.
-    seed: image i draws from its own generator made of (seed, i), so an image does not depend on its batch.
+    seed: image i draws from its own generator made of (seed, i), so an image does not depend on its batch. Up to
+        rounding, that is: batches of another size may multiply matrices in another order.
     greedy: take the most likely code instead of drawing.
     """
 
     cfg: float = 1.5
+    cfg_ramp: RampLike = "linear"
     top_k: int = 0
     top_p: float = 0.0
     temperature: float = 1.0
@@ -87,10 +94,27 @@ DEFAULT_SCHEDULES = {
 }
 
 
+NAMED_RAMPS: dict[str, Callable[[float], float]] = {
+    "linear": lambda depth: depth,
+    "constant": lambda depth: 1.0,
+    "cosine": lambda depth: (1 - math.cos(math.pi * depth)) / 2,
+}
+
+
 class GenerationOutput(NamedTuple):
     images_BCHW: Tensor  # in [-1, 1]
     codes_BL: Tensor  # int64
     f_hat_BEhw: Tensor
+
+
+class KnownCodes(Protocol):
+    """Codes that are put back instead of drawn; `hmar.edit.KnownLatent` is one."""
+
+    def tokens(self, k: int) -> Tensor:
+        """Which tokens of scale k are known: bool [B, n] on the CPU."""
+
+    def codes(self, f_hat_BEhw: Tensor, k: int) -> Tensor:
+        """Codes [B, n] of scale k, given f_hat so far; only those of known tokens are used."""
 
 
 @torch.no_grad()
@@ -102,6 +126,8 @@ def generate_hmar(
     *,
     on_scale: Callable[[int, Tensor], None] | None = None,
     first_image: int = 0,
+    seeds_B: Sequence[int] | Tensor | None = None,
+    known: KnownCodes | None = None,
 ) -> GenerationOutput:
     """Images of the given classes.
 
@@ -109,41 +135,51 @@ def generate_hmar(
         class_B: int64 classes; `model.config.null_class` for none in particular.
         on_scale: called with (k, f_hat) after each scale, for progress and for early looks through the decoder.
         first_image: index of the first image for its seed, when a large set is generated in several batches.
+        seeds_B: instead, one seed for each image: the image that `sampling.seed` of this value gives as its first.
+        known: codes to put back at every scale. A scale of which some codes are known begins with a masked pass that
+            sees them, and each pass commits the same share of the unknown codes as it would commit of all.
     """
     sampling = sampling or SamplingConfig()
     pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
     schedule = resolve_schedule(pyramid, sampling.schedule)
+    guidance_S = _guidance(sampling, pyramid)
     class_B = _check(model.config, tokenizer, class_B)
     batch = len(class_B)
-    draw = CodeDraw(sampling, class_B, first_image)
+    draw = CodeDraw(sampling, _generator_seeds(sampling, batch, first_image, seeds_B), class_B.device)
     f_hat_BEhw = quantizer.empty_f_hat(batch)
     all_codes = []
     with _evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
             scale = (k, k + 1)
             inputs_BnE = _inputs(model, tokenizer, f_hat_BEhw, k)
-            guidance = _guidance(sampling.cfg, k, pyramid)
 
-            classes, (inputs,) = _with_null(guidance, class_B, model.config, inputs_BnE)
+            classes, (inputs,) = _with_null(guidance_S[k] != 0, class_B, model.config, inputs_BnE)
             logits_BnV = model.next_scale(classes, inputs, scale)
-            codes_Bn, confidence_Bn = draw(_guide(logits_BnV, guidance, batch))
+            codes_Bn, confidence_Bn = draw(_guide(logits_BnV, guidance_S[k], batch))
 
-            num_committed, *passes = schedule[k]
             hidden_Bn = torch.ones_like(codes_Bn, dtype=torch.bool)
-            num_hidden = codes_Bn.shape[1]
+            num_unknown = [pyramid.sizes[k]] * batch
+            if known is not None:
+                known_Bn = known.tokens(k)
+                num_unknown = (~known_Bn).sum(1).tolist()
+                hidden_Bn = ~known_Bn.to(codes_Bn.device)
+                codes_Bn = torch.where(hidden_Bn, codes_Bn, known.codes(f_hat_BEhw, k))
+
             guidance = sampling.cfg * sampling.masked_cfg_factor
-            for next_committed in passes:
-                num_hidden -= num_committed
-                hidden_Bn = least_confident(confidence_Bn, hidden_Bn, num_hidden)
+            for num_hidden in masked_passes(schedule[k], num_unknown) if k > 0 else ():
+                active = [count > 0 for count in num_hidden]
+                active_B1 = torch.tensor(active, device=codes_Bn.device)[:, None]
+                fewer_Bn = least_confident(confidence_Bn, hidden_Bn, torch.tensor(num_hidden, device=codes_Bn.device))
+                hidden_Bn = torch.where(active_B1, fewer_Bn, hidden_Bn)
                 # NOTE: the map holds the last draw for hidden codes too: resizing mixes it into the visible ones.
                 residuals_BnE = quantizer.own_residual(codes_Bn, k).to(inputs_BnE.dtype)
                 classes, (inputs, residuals, hidden) = _with_null(
-                    guidance, class_B, model.config, inputs_BnE, residuals_BnE, hidden_Bn
+                    guidance != 0, class_B, model.config, inputs_BnE, residuals_BnE, hidden_Bn
                 )
                 logits_BnV = model.masked(classes, inputs, residuals, hidden, scale)
-                drawn_Bn, confidence_Bn = draw(_guide(logits_BnV, guidance, batch))
-                codes_Bn = torch.where(hidden_Bn, drawn_Bn, codes_Bn)
-                num_committed = next_committed
+                drawn_Bn, drawn_confidence_Bn = draw(_guide(logits_BnV, guidance, batch), active)
+                codes_Bn = torch.where(hidden_Bn & active_B1, drawn_Bn, codes_Bn)
+                confidence_Bn = torch.where(active_B1, drawn_confidence_Bn, confidence_Bn)
 
             f_hat_BEhw = quantizer.accumulate(f_hat_BEhw, codes_Bn, k)
             all_codes.append(codes_Bn)
@@ -162,6 +198,8 @@ def generate_var(
     use_cache: bool = True,
     on_scale: Callable[[int, Tensor], None] | None = None,
     first_image: int = 0,
+    seeds_B: Sequence[int] | Tensor | None = None,
+    known: KnownCodes | None = None,
 ) -> GenerationOutput:
     """Images of the given classes from next-scale prediction alone; arguments as in `generate_hmar`.
 
@@ -171,9 +209,10 @@ def generate_var(
     """
     sampling = sampling or SamplingConfig()
     pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
+    guidance_S = _guidance(sampling, pyramid)
     class_B = _check(model.config, tokenizer, class_B)
     batch = len(class_B)
-    draw = CodeDraw(sampling, class_B, first_image)
+    draw = CodeDraw(sampling, _generator_seeds(sampling, batch, first_image, seeds_B), class_B.device)
     causal = model.pattern == "block_causal"
     caches = [LayerKeysValues(pyramid.length) for _ in model.blocks] if causal and use_cache else None
     f_hat_BEhw = quantizer.empty_f_hat(batch)
@@ -187,10 +226,13 @@ def generate_var(
                 inputs_BLE = torch.cat(all_inputs, dim=1)
                 scales = (0, k + 1)
 
-            # NOTE: the first scale has no guidance, but the unconditional half must enter the cache all the same.
-            classes, (inputs,) = _with_null(sampling.cfg, class_B, model.config, inputs_BLE)
+            # NOTE: a scale may have no guidance, but the unconditional half must enter the cache all the same.
+            classes, (inputs,) = _with_null(any(guidance_S), class_B, model.config, inputs_BLE)
             logits_BnV = model(classes, inputs, scales, caches)[:, -pyramid.sizes[k] :]
-            codes_Bn, _ = draw(_guide(logits_BnV, _guidance(sampling.cfg, k, pyramid), batch))
+            codes_Bn, _ = draw(_guide(logits_BnV, guidance_S[k], batch))
+            if known is not None:
+                known_Bn = known.tokens(k).to(codes_Bn.device)
+                codes_Bn = torch.where(known_Bn, known.codes(f_hat_BEhw, k), codes_Bn)
 
             f_hat_BEhw = quantizer.accumulate(f_hat_BEhw, codes_Bn, k)
             all_codes.append(codes_Bn)
@@ -224,15 +266,15 @@ class LayerKeysValues:
 class CodeDraw:
     """Draws codes from logits, with a random generator for every image."""
 
-    def __init__(self, sampling: SamplingConfig, class_B: Tensor, first_image: int):
+    def __init__(self, sampling: SamplingConfig, seeds: Sequence[int], device: torch.device | str):
         self.sampling = sampling
-        self.generators = [
-            torch.Generator(class_B.device).manual_seed(image_seed(sampling.seed, first_image + i))
-            for i in range(len(class_B))
-        ]
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
-    def __call__(self, logits_BnV: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [B, n] and the probability [B, n] with which each was chosen, after guidance and truncation."""
+    def __call__(self, logits_BnV: Tensor, active: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """Codes [B, n] and the probability [B, n] with which each was chosen, after guidance and truncation.
+
+        Images that are not active use up no random numbers, and their codes are to be ignored.
+        """
         sampling = self.sampling
         logits_BnV = logits_BnV.to(torch.promote_types(logits_BnV.dtype, torch.float32))
         if sampling.greedy:
@@ -242,15 +284,17 @@ class CodeDraw:
             codes_Bn = logits_BnV.argmax(-1)
         else:
             probs_BnV = truncate(logits_BnV / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
-            codes_Bn = (probs_BnV / self._exponential(probs_BnV)).argmax(-1)
+            codes_Bn = (probs_BnV / self._exponential(probs_BnV, active)).argmax(-1)
         return codes_Bn, probs_BnV.gather(-1, codes_Bn[..., None]).squeeze(-1)
 
-    def _exponential(self, like_BnV: Tensor) -> Tensor:
+    def _exponential(self, like_BnV: Tensor, active: Sequence[bool] | None) -> Tensor:
         # NOTE: argmax of p / Exp(1) is a draw from p that needs no synchronisation with a GPU, unlike multinomial. A
         # noise of exactly 0 would make 0 / 0 of a truncated code.
-        noise_BnV = torch.empty_like(like_BnV)
-        for noise_nV, generator in zip(noise_BnV, self.generators, strict=True):
-            noise_nV.exponential_(generator=generator)
+        noise_BnV = torch.ones_like(like_BnV)
+        active = active if active is not None else [True] * len(noise_BnV)
+        for noise_nV, generator, draws in zip(noise_BnV, self.generators, active, strict=True):
+            if draws:
+                noise_nV.exponential_(generator=generator)
         return noise_BnV.clamp_min_(torch.finfo(noise_BnV.dtype).tiny)
 
 
@@ -272,10 +316,36 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
     return logits
 
 
-def least_confident(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden: int) -> Tensor:
-    """The `num_hidden` positions of lowest confidence among those still hidden, as a bool mask [B, n]."""
+def least_confident(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden_B: Tensor | int) -> Tensor:
+    """The positions of lowest confidence among those still hidden, so many of each image, as a bool mask [B, n]."""
     order_Bn = confidence_Bn.masked_fill(~hidden_Bn, math.inf).argsort(dim=1, stable=True)
-    return torch.zeros_like(hidden_Bn).scatter(1, order_Bn[:, :num_hidden], True)
+    ranks_n = torch.arange(order_Bn.shape[1], device=order_Bn.device)
+    stays_Bn = ranks_n < torch.as_tensor(num_hidden_B, device=order_Bn.device).view(-1, 1)
+    return torch.zeros_like(hidden_Bn).scatter(1, order_Bn, stays_Bn.expand_as(order_Bn))
+
+
+def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[list[int]]:
+    """How many codes are hidden in each masked pass of one scale, by image; 0 where an image skips the pass.
+
+    Args:
+        passes: what the scale's schedule commits, first in the next-scale pass and then in masked ones.
+        num_unknown: by image, the codes of the scale that are not put back.
+
+    An image of which every code is unknown follows the schedule. One with known codes lets the next-scale pass commit
+    nothing, for that pass does not see them: a masked pass does so in its place. Each of its passes begins with the
+    share of its unknown codes that the schedule leaves, rounded up, and passes that would commit none are skipped.
+    """
+    size = sum(passes)
+    left = [size - sum(passes[:i]) for i in range(len(passes))]
+
+    def of_image(unknown: int) -> list[int]:
+        if unknown == size:
+            return [0, *left[1:]]
+        hidden = [-(-unknown * count // size) for count in left]
+        return [now if now > later else 0 for now, later in zip(hidden, [*hidden[1:], 0], strict=True)]
+
+    by_pass = zip(*map(of_image, num_unknown), strict=True)
+    return [list(counts) for counts in by_pass if any(counts)]
 
 
 def image_seed(seed: int, image: int) -> int:
@@ -284,23 +354,46 @@ def image_seed(seed: int, image: int) -> int:
     return int(np.random.SeedSequence((seed, image)).generate_state(1, np.uint64)[0]) >> 1
 
 
+def resolve_ramp(pyramid: Pyramid, ramp: RampLike = "linear") -> tuple[float, ...]:
+    """The factor on `cfg` at each scale.
+
+    Args:
+        ramp: "linear": (k - 1) / (K - 1) for scale k of K, as published. "constant": 1. "cosine": the same from 0 to 1
+            along half a cosine, slow at both ends. Or a number of at least 0 for each scale.
+    """
+    scales = range(pyramid.num_scales)
+    if isinstance(ramp, str):
+        if ramp not in NAMED_RAMPS:
+            known = ", ".join(NAMED_RAMPS)
+            raise ValueError(f'No guidance ramp is called "{ramp}"; known are {known}, or give one factor a scale.')
+        return tuple(NAMED_RAMPS[ramp](k / max(1, pyramid.num_scales - 1)) for k in scales)
+    if len(ramp) != pyramid.num_scales:
+        raise ValueError(
+            f"The guidance ramp has {len(ramp)} factors, but the pyramid {pyramid.sides} has {pyramid.num_scales} "
+            "scales."
+        )
+    for factor in ramp:
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 <= factor < math.inf:
+            raise ValueError(f"The guidance ramp has the factor {factor!r}; each must be a number of at least 0.")
+    return tuple(float(factor) for factor in ramp)
+
+
 def resolve_schedule(pyramid: Pyramid, schedule: ScheduleLike = None) -> tuple[tuple[int, ...], ...]:
     """How many codes each pass of each scale commits; the first pass of a scale is next-scale prediction.
 
     Args:
         schedule: None or "default": the published schedule of the pyramid (for pyramids of one's own: 1, 3 at 2x2 and
-            1, 1, 2, 5 at 3x3). "none": one pass a scale. A mapping side -> numbers, one pass for scales it does not
-            name; or one list of numbers for each scale.
+            1, 1, 2, 5 at 3x3). "none": one pass a scale. "one-token": one code a pass. "even-N" and "cosine-N": N
+            passes a scale, see `even_schedule` and `cosine_schedule`. A mapping side -> numbers, one pass for scales
+            it does not name; or one list of numbers for each scale.
     Raises:
         ValueError: unless the numbers of every scale are positive integers with sum n_k^2, and one pass for scale 1.
     """
     if schedule is None or schedule == "default":
         by_side = DEFAULT_SCHEDULES.get(pyramid.sides, SMALL_SCALES)
         schedule = [(n * n,) if k == 0 else by_side.get(n, (n * n,)) for k, n in enumerate(pyramid.sides)]
-    elif schedule == "none":
-        schedule = [(size,) for size in pyramid.sizes]
     elif isinstance(schedule, str):
-        raise ValueError(f'No schedule is called {schedule!r}; known are "default" and "none", or give the numbers.')
+        schedule = _named_schedule(pyramid, schedule)
     elif isinstance(schedule, Mapping):
         unknown = sorted(set(schedule) - set(pyramid.sides))
         if unknown:
@@ -333,6 +426,55 @@ def even_schedule(pyramid: Pyramid, num_passes: int) -> tuple[tuple[int, ...], .
     return tuple(schedule)
 
 
+def cosine_schedule(pyramid: Pyramid, num_passes: int) -> tuple[tuple[int, ...], ...]:
+    """A schedule that begins with few codes and ends with many: a cosine of the codes still hidden (MaskGIT).
+
+    After pass i of N about cos(pi/2 i/N) of a scale's codes are hidden (arXiv 2202.04200, section 3.3); every pass
+    commits at least one, and a scale of fewer codes than passes takes one pass for each code.
+    """
+    if num_passes < 1:
+        raise ValueError(f"A scale takes at least one pass, got {num_passes}.")
+    schedule = []
+    for k, size in enumerate(pyramid.sizes):
+        passes = 1 if k == 0 else min(num_passes, size)
+        hidden = [size]
+        for i in range(1, passes + 1):
+            target = round(size * math.cos(math.pi / 2 * i / passes))
+            hidden.append(max(passes - i, min(hidden[-1] - 1, target)))
+        schedule.append(tuple(hidden[i] - hidden[i + 1] for i in range(passes)))
+    return tuple(schedule)
+
+
+def _named_schedule(pyramid: Pyramid, name: str) -> tuple[tuple[int, ...], ...]:
+    if name == "none":
+        return even_schedule(pyramid, 1)
+    if name == "one-token":
+        return even_schedule(pyramid, max(pyramid.sizes))
+    shaped = re.fullmatch(r"(even|cosine)-([1-9][0-9]{0,5})", name)
+    if shaped is None:
+        raise ValueError(
+            f'No schedule is called "{name}"; known are default, none, one-token, even-N and cosine-N (N passes a '
+            "scale, as in even-4), or give the numbers."
+        )
+    make = even_schedule if shaped[1] == "even" else cosine_schedule
+    return make(pyramid, int(shaped[2]))
+
+
+def _generator_seeds(
+    sampling: SamplingConfig, batch: int, first_image: int, seeds_B: Sequence[int] | Tensor | None
+) -> list[int]:
+    if seeds_B is None:
+        return [image_seed(sampling.seed, first_image + i) for i in range(batch)]
+    seeds = seeds_B.tolist() if isinstance(seeds_B, Tensor) else list(seeds_B)
+    whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
+    if len(seeds) != batch or not whole or first_image != 0:
+        raise ValueError(
+            f"seeds_B is {seeds} with first_image {first_image}; expected a non-negative integer for each of {batch} "
+            "images, and no first_image beside them."
+        )
+    return [image_seed(seed, 0) for seed in seeds]
+
+
 def _inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw: Tensor, k: int) -> Tensor:
     """What scale k reads [B, n, E], in the model's dtype; nothing for the first scale."""
     if k == 0:
@@ -342,13 +484,13 @@ def _inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw
     return inputs_BnE.to(model.embedding.codes.weight.dtype)
 
 
-def _guidance(cfg: float, k: int, pyramid: Pyramid) -> float:
-    return cfg * k / max(1, pyramid.num_scales - 1)
+def _guidance(sampling: SamplingConfig, pyramid: Pyramid) -> list[float]:
+    return [sampling.cfg * factor for factor in resolve_ramp(pyramid, sampling.cfg_ramp)]
 
 
-def _with_null(guidance: float, class_B: Tensor, config: ModelConfig, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _with_null(guided: bool, class_B: Tensor, config: ModelConfig, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The batch as it is without guidance, else twice: with its classes, then with the null class."""
-    if guidance == 0:
+    if not guided:
         return class_B, list(tensors)
     null_B = torch.full_like(class_B, config.null_class)
     return torch.cat([class_B, null_B]), [torch.cat([tensor, tensor]) for tensor in tensors]

@@ -102,7 +102,7 @@ def test_truncate_keeps_ties_with_the_last_kept():
 
 def test_draws_follow_the_truncated_tempered_distribution():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(1, 20000, 4)
-    draw = CodeDraw(SamplingConfig(top_k=3, temperature=0.7), CLASSES[:1], 0)
+    draw = CodeDraw(SamplingConfig(top_k=3, temperature=0.7), [0], "cpu")
     codes, confidence = draw(logits)
     expected = (torch.tensor([2.0, 1.0, 0.0]) / 0.7).softmax(0)
     counts = Counter(codes.flatten().tolist())
@@ -114,7 +114,7 @@ def test_draws_follow_the_truncated_tempered_distribution():
 
 def test_greedy_takes_the_most_likely_with_its_plain_probability():
     logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
-    codes, confidence = CodeDraw(SamplingConfig(greedy=True, top_k=1, temperature=0.3), CLASSES[:2], 0)(logits)
+    codes, confidence = CodeDraw(SamplingConfig(greedy=True, top_k=1, temperature=0.3), [0, 1], "cpu")(logits)
     assert torch.equal(codes, logits.argmax(-1))
     torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
 
@@ -152,7 +152,9 @@ def test_schedules_in_every_form():
 @pytest.mark.parametrize(
     "schedule, message",
     [
-        ("fast", '"default" and "none"'),
+        ("fast", "known are default, none, one-token, even-N and cosine-N"),
+        ("even-0", "known are"),
+        ("even-", "known are"),
         ([[1], [4]], "2 scales"),
         ([[1], [1, 2], [9]], "add up to 4"),
         ([[1], [4, 0], [9]], "positive integers"),
@@ -210,9 +212,9 @@ def test_guidance_is_a_linear_ramp(hmar, tokenizer):
     """The first scale ignores cfg; guidance of a doubled batch equals the formula on two single ones."""
     seen = []
 
-    def spy(self, logits):
+    def spy(self, logits, active=None):
         seen.append(logits)
-        return original(self, logits)
+        return original(self, logits, active)
 
     original = CodeDraw.__call__
     with pytest.MonkeyPatch.context() as patch:
