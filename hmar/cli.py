@@ -87,7 +87,14 @@ def sample(
     classes: Annotated[str | None, typer.Option(help="Class numbers, as in 0,1,7 or 0-9.", show_default="all")] = None,
     count: Annotated[int, typer.Option(help="Images of each class.")] = 1,
     seed: Annotated[int, typer.Option(help="Same seed, same images, whatever the batch size.")] = 0,
+    seeds: Annotated[
+        str | None, typer.Option(help="Instead of --count and --seed: an image of each class for each, as in 3,7-9.")
+    ] = None,
     cfg: Annotated[float, typer.Option(help="Strength of guidance, 0 for none.")] = 1.5,
+    cfg_ramp: Annotated[
+        str,
+        typer.Option(help="Guidance by scale: linear, constant, cosine, or a factor for each, as in '[0, 0.5, 1]'."),
+    ] = "linear",
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest codes, 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest codes of this total probability.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="Below 1: closer to the likeliest codes.")] = 1.0,
@@ -95,8 +102,8 @@ def sample(
     schedule: Annotated[
         str,
         typer.Option(
-            help="Masked passes: default, none, a number of passes for every scale, or codes committed by each pass "
-            "by side of the scale, as in '{2: [1, 3], 3: [1, 1, 2, 5]}'."
+            help="Masked passes: default, none, one-token, even-N (or just N) or cosine-N, N passes a scale; or "
+            "codes committed by each pass by side of the scale, as in '{2: [1, 3], 3: [1, 1, 2, 5]}'."
         ),
     ] = "default",
     masked_cfg_factor: Annotated[float, typer.Option(help="Guidance in masked passes, as a factor on --cfg.")] = 1e-6,
@@ -108,18 +115,19 @@ def sample(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Generate images, one PNG each. Images that are in the folder already are not drawn again."""
-    wanted = _parse_classes(classes)
+    wanted, wanted_seeds = _parse_numbers("classes", classes), _parse_numbers("seeds", seeds)
 
     from hmar.generate import SamplingConfig
-    from hmar.sample import parse_schedule
+    from hmar.sample import parse_ramp, parse_schedule
     from hmar.sample import sample as sample_images
 
     sampling = SamplingConfig(
         cfg=cfg,
+        cfg_ramp=parse_ramp(cfg_ramp),
         top_k=top_k,
         top_p=top_p,
         temperature=temperature,
-        schedule=parse_schedule(schedule, model),
+        schedule=parse_schedule(schedule),
         masked_cfg_factor=masked_cfg_factor,
         seed=seed,
         greedy=greedy,
@@ -131,6 +139,7 @@ def sample(
             tokenizer_folder=tokenizer,
             classes=wanted,
             count=count,
+            seeds=wanted_seeds,
             sampling=sampling,
             batch_size=batch_size,
             device=device,
@@ -221,14 +230,14 @@ def _fail(message: str, code: int, error: BaseException | None = None) -> None:
     raise SystemExit(code)
 
 
-def _parse_classes(text: str | None) -> list[int] | None:
+def _parse_numbers(option: str, text: str | None) -> list[int] | None:
     """Numbers from "0,1,7" and "0-9"; None stays None."""
     if text is None:
         return None
-    classes: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
-            raise ValueError(f'--classes is "{text}": expected numbers as in 0,1,7 or 0-9')
-        classes += range(int(first), int(last if dash else first) + 1)
-    return classes
+            raise ValueError(f'--{option} is "{text}": expected numbers as in 0,1,7 or 0-9')
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return numbers

@@ -24,9 +24,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from hmar.checkpoint import fingerprint, load_model, load_tokenizer, read_description, replacing
-from hmar.generate import SamplingConfig, ScheduleLike, even_schedule, generate_hmar, generate_var, resolve_schedule
+from hmar.generate import (
+    RampLike,
+    SamplingConfig,
+    ScheduleLike,
+    generate_hmar,
+    generate_var,
+    resolve_ramp,
+    resolve_schedule,
+)
 from hmar.model import HMAR, NextScaleTransformer
-from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
 from hmar.train import SECONDS_BETWEEN_LINES, find_device, find_precision
 
@@ -41,6 +48,7 @@ def sample(
     tokenizer_folder: str | Path | None = None,
     classes: Sequence[int] | None = None,
     count: int = 1,
+    seeds: Sequence[int] | None = None,
     sampling: SamplingConfig | None = None,
     batch_size: int = 16,
     device: str = "auto",
@@ -50,6 +58,9 @@ def sample(
     progress: bool = True,
 ) -> list[Path]:
     """Write `count` images of each class (all classes by default) as output/NNNNNN-class-C.png, and output/grid.png.
+
+    With `seeds`, one image of each class for each of them, as output/seed-S-class-C.png; `count` and `sampling.seed`
+    then say nothing. The classes share a seed, and the same seed is the same image in every folder.
 
     Images that are there already are kept if they were made with the same settings (output/settings.json); other
     settings are an error unless `overwrite`, which deletes the images. Without tokenizer_folder the tokenizer is the
@@ -62,6 +73,7 @@ def sample(
         output,
         tokenizer_folder=tokenizer_folder,
         classes=classes,
+        seeds=seeds,
         sampling=sampling,
         device=device,
         precision=precision,
@@ -70,7 +82,8 @@ def sample(
     )
     images.claim(overwrite)
     # Round by round of all classes, so that a larger count continues the numbers.
-    paths = images.draw(count * len(images.classes), batch_size)
+    rounds = count if seeds is None else len(seeds)
+    paths = images.draw(rounds * len(images.classes), batch_size)
     images.write_grid(paths)
     return paths
 
@@ -81,6 +94,7 @@ def open_image_set(
     *,
     tokenizer_folder: str | Path | None = None,
     classes: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
     sampling: SamplingConfig | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -89,6 +103,8 @@ def open_image_set(
 ) -> ImageSet:
     """The images of a model and a sampling configuration, to be drawn into the folder `output`; writes nothing yet."""
     sampling = sampling or SamplingConfig()
+    if seeds is not None and (len(set(seeds)) < max(1, len(seeds)) or min(seeds) < 0):
+        raise ValueError(f"seeds are {list(seeds)}: expected different non-negative numbers")
     console = console or Console(quiet=True)
     torch_device = find_device(device)
     dtype = find_precision(precision, torch_device)
@@ -113,11 +129,12 @@ def open_image_set(
         "tokenizer": fingerprint(tokenizer_folder),
         "classes": classes,
         "cfg": sampling.cfg,
+        "cfg_ramp": list(resolve_ramp(config.pyramid, sampling.cfg_ramp)),
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
         "temperature": sampling.temperature,
         "masked_cfg_factor": sampling.masked_cfg_factor,
-        "seed": sampling.seed,
+        "seed": sampling.seed if seeds is None else "in the names of the files",
         "greedy": sampling.greedy,
         "precision": "fp32" if dtype is None else "bf16",
     }
@@ -139,12 +156,16 @@ def open_image_set(
         torch_device,
         dtype,
         console,
+        seeds,
     )
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Numbered images in a folder. Image n is of class classes[n % len(classes)] and follows from n and `settings`."""
+    """Numbered images in a folder. Image n is of class classes[n % len(classes)] and follows from n and `settings`.
+
+    With `seeds` it follows from seeds[n // len(classes)], which its file is named after, instead of n.
+    """
 
     output: Path
     classes: list[int]
@@ -156,9 +177,11 @@ class ImageSet:
     device: torch.device
     dtype: torch.dtype | None
     console: Console
+    seeds: Sequence[int] | None = None
 
     def path(self, number: int) -> Path:
-        return self.output / f"{number:06d}-class-{self.classes[number % len(self.classes)]}.png"
+        name = f"{number:06d}" if self.seeds is None else f"seed-{self.seeds[number // len(self.classes)]}"
+        return self.output / f"{name}-class-{self.classes[number % len(self.classes)]}.png"
 
     def claim(self, overwrite: bool) -> None:
         """Make sure that the images in the folder were made with these settings, or delete them with `overwrite`."""
@@ -188,8 +211,12 @@ class ImageSet:
                     continue
                 classes = [self.classes[number % len(self.classes)] for number in batch]
                 class_B = torch.tensor(classes, device=self.device)
+                if self.seeds is None:
+                    randomness = {"first_image": batch[0]}
+                else:
+                    randomness = {"seeds_B": [self.seeds[number // len(self.classes)] for number in batch]}
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    drawn = generate(self.model, self.tokenizer, class_B, self.sampling, first_image=batch[0])
+                    drawn = generate(self.model, self.tokenizer, class_B, self.sampling, **randomness)
                 pixels_BHWC = to_pixels(drawn.images_BCHW)
                 # The images of the batch before are compressed and written meanwhile.
                 _finish(writing, meter)
@@ -244,25 +271,37 @@ class Meter:
             self.last_line = now
 
 
-def parse_schedule(text: str, model_folder: str | Path) -> ScheduleLike:
+def parse_schedule(text: str) -> ScheduleLike:
     """A schedule as people type it: a name, a number of passes for every scale, or YAML lists of codes per pass."""
-    try:
-        schedule = yaml.safe_load(text)
-    except yaml.YAMLError:
-        schedule = None
+    schedule = _yaml(text)
     if isinstance(schedule, int) and not isinstance(schedule, bool):
-        model = read_description(model_folder).get("model")
-        if model is None:
-            raise ValueError(f"{model_folder} holds no transformer, so it has no passes to schedule")
-        return even_schedule(Pyramid(tuple(model["sides"])), schedule)
+        return f"even-{schedule}"
     by_side = isinstance(schedule, dict) and all(isinstance(passes, list) for passes in schedule.values())
     by_scale = isinstance(schedule, list) and all(isinstance(passes, list) for passes in schedule)
     if not (isinstance(schedule, str) or by_side or by_scale):
         raise ValueError(
-            f'"{text}" is not a schedule: expected default, none, a number of passes, or lists as in '
-            "{2: [1, 3], 3: [1, 1, 2, 5]}"
+            f'"{text}" is not a schedule: expected default, none, one-token, even-N, cosine-N, a number of passes, or '
+            "lists as in {2: [1, 3], 3: [1, 1, 2, 5]}"
         )
     return schedule
+
+
+def parse_ramp(text: str) -> RampLike:
+    """A guidance ramp as people type it: a name, or a YAML list of factors."""
+    ramp = _yaml(text)
+    numbers = isinstance(ramp, list) and all(isinstance(factor, (int, float)) for factor in ramp)
+    if not (isinstance(ramp, str) or numbers):
+        raise ValueError(
+            f'"{text}" is not a guidance ramp: expected linear, constant, cosine, or a list as in [0, 0.5, 1]'
+        )
+    return ramp
+
+
+def _yaml(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def to_pixels(images_BCHW: Tensor) -> np.ndarray:
@@ -291,7 +330,7 @@ def _tokenizer_of(
 def _claim(output: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Make sure that the images in `output` were made with these settings."""
     path = output / "settings.json"
-    images = list(output.glob("[0-9]*-class-*.png"))
+    images = [*output.glob("[0-9]*-class-*.png"), *output.glob("seed-*-class-*.png")]
     remedy = "choose another output folder, or delete them by --overwrite"
     if overwrite:
         for image in images:
