@@ -1,4 +1,4 @@
-"""The command `hmar`: train, sample, demo, info.
+"""The command `hmar`: train, sample, evaluate, demo, info.
 
 Arguments are read here and given to the functions that do the work; torch is imported by the commands that need it, so
 that help and mistakes in the arguments answer at once. Bad input ends with one sentence and exit code 2.
@@ -20,6 +20,34 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Options that more than one command takes.
+TokenizerFolder = Annotated[
+    Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one the model was trained with")
+]
+Classes = Annotated[str | None, typer.Option(help="Class numbers, as in 0,1,7 or 0-9.", show_default="all")]
+Cfg = Annotated[float, typer.Option(help="Strength of guidance, 0 for none.")]
+CfgRamp = Annotated[
+    str,
+    typer.Option(help="Guidance by scale: linear, constant, cosine, or a factor for each, as in '[0, 0.5, 1]'."),
+]
+TopK = Annotated[int, typer.Option(help="Draw from the k likeliest codes, 0 for all.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest codes of this total probability.")]
+Temperature = Annotated[float, typer.Option(help="Below 1: closer to the likeliest codes.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="The likeliest code instead of a draw.")]
+Schedule = Annotated[
+    str,
+    typer.Option(
+        help="Masked passes: default, none, one-token, even-N (or just N) or cosine-N, N passes a scale; or "
+        "codes committed by each pass by side of the scale, as in '{2: [1, 3], 3: [1, 1, 2, 5]}'."
+    ),
+]
+MaskedCfgFactor = Annotated[float, typer.Option(help="Guidance in masked passes, as a factor on --cfg.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA), fp32 or bf16.")]
+Attention = Annotated[str, typer.Option(help="Attention implementation, see hmar info.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete images made with other settings.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 @app.callback()
@@ -81,38 +109,27 @@ def train(
 def sample(
     model: Annotated[Path, typer.Option(help="Folder of weights, or of a finished run of masked, next-scale or var.")],
     output: Annotated[Path, typer.Option(help="Folder for the PNG files, grid.png and settings.json.")],
-    tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of the tokenizer.", show_default="the one the model was trained with")
-    ] = None,
-    classes: Annotated[str | None, typer.Option(help="Class numbers, as in 0,1,7 or 0-9.", show_default="all")] = None,
+    tokenizer: TokenizerFolder = None,
+    classes: Classes = None,
     count: Annotated[int, typer.Option(help="Images of each class.")] = 1,
     seed: Annotated[int, typer.Option(help="Same seed, same images, whatever the batch size.")] = 0,
     seeds: Annotated[
         str | None, typer.Option(help="Instead of --count and --seed: an image of each class for each, as in 3,7-9.")
     ] = None,
-    cfg: Annotated[float, typer.Option(help="Strength of guidance, 0 for none.")] = 1.5,
-    cfg_ramp: Annotated[
-        str,
-        typer.Option(help="Guidance by scale: linear, constant, cosine, or a factor for each, as in '[0, 0.5, 1]'."),
-    ] = "linear",
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest codes, 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest codes of this total probability.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="Below 1: closer to the likeliest codes.")] = 1.0,
-    greedy: Annotated[bool, typer.Option("--greedy", help="The likeliest code instead of a draw.")] = False,
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="Masked passes: default, none, one-token, even-N (or just N) or cosine-N, N passes a scale; or "
-            "codes committed by each pass by side of the scale, as in '{2: [1, 3], 3: [1, 1, 2, 5]}'."
-        ),
-    ] = "default",
-    masked_cfg_factor: Annotated[float, typer.Option(help="Guidance in masked passes, as a factor on --cfg.")] = 1e-6,
+    cfg: Cfg = 1.5,
+    cfg_ramp: CfgRamp = "linear",
+    top_k: TopK = 0,
+    top_p: TopP = 0.0,
+    temperature: Temperature = 1.0,
+    greedy: Greedy = False,
+    schedule: Schedule = "default",
+    masked_cfg_factor: MaskedCfgFactor = 1e-6,
     batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto (bf16 on CUDA), fp32 or bf16.")] = "auto",
-    attention: Annotated[str, typer.Option(help="Attention implementation, see hmar info.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete images made with other settings.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    attention: Attention = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate images, one PNG each. Images that are in the folder already are not drawn again."""
     wanted, wanted_seeds = _parse_numbers("classes", classes), _parse_numbers("seeds", seeds)
@@ -152,6 +169,122 @@ def sample(
         typer.echo("stopped: the same command goes on with the images that are missing", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{len(paths)} images in {output}, the first ones together in {output / 'grid.png'}")
+
+
+@app.command(short_help="Draw many images of a model and measure them: FID, IS, KID, precision, recall.")
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Folder of weights, or of a finished run of masked, next-scale or var.")],
+    output: Annotated[Path, typer.Option(help="Folder for images, samples.npz and evaluation.json.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="What to compare with: digits or photographs (:test for the other split), a folder of images, or an "
+            ".npz of mean and covariance (mu, sigma) or images (arr_0), as ADM's reference batches.",
+            show_default=False,
+        ),
+    ] = None,
+    count: Annotated[int, typer.Option(help="Images in all, equally many of each class.")] = 50_000,
+    metrics: Annotated[str, typer.Option(help="Any of fid,is,kid,precision,recall; or none: only draw.")] = "all",
+    extractor: Annotated[
+        str,
+        typer.Option(help="What turns images into features: a name (a wrong one lists them), or file.py:Name."),
+    ] = "inception-v3-compat",
+    extractor_weights: Annotated[
+        Path | None, typer.Option(help="File of the extractor's weights.", show_default="downloaded once")
+    ] = None,
+    save_reference: Annotated[
+        Path | None, typer.Option(help=".npz for the reference's features, to be the --reference of later calls.")
+    ] = None,
+    kid_subsets: Annotated[int, typer.Option(help="KID: random subsets.")] = 100,
+    kid_subset_size: Annotated[int, typer.Option(help="KID: images in each subset.")] = 1000,
+    is_splits: Annotated[int, typer.Option(help="IS: parts of the images.")] = 10,
+    neighbours: Annotated[int, typer.Option(help="Precision and recall: nearest neighbours.")] = 3,
+    npz: Annotated[bool, typer.Option("--npz/--no-npz", help="Write samples.npz for ADM's evaluator.")] = True,
+    tokenizer: TokenizerFolder = None,
+    classes: Classes = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same images, whatever the number of processes.")] = 0,
+    cfg: Cfg = 1.5,
+    cfg_ramp: CfgRamp = "linear",
+    top_k: TopK = 0,
+    top_p: TopP = 0.0,
+    temperature: Temperature = 1.0,
+    greedy: Greedy = False,
+    schedule: Schedule = "default",
+    masked_cfg_factor: MaskedCfgFactor = 1e-6,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 64,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    attention: Attention = "auto",
+    rank: Annotated[int, typer.Option(envvar="RANK", help="Which of several processes this is.")] = 0,
+    world_size: Annotated[int, typer.Option(envvar="WORLD_SIZE", help="How many processes share the images.")] = 1,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw images and compare them with real ones. The same command goes on where it was stopped, to the same images.
+
+    hmar evaluate --model runs/hmar --reference digits --extractor digits --count 2000 --output runs/evaluation
+
+    torchrun --nproc-per-node 8 -m hmar evaluate ... shares the images among GPUs. Processes that are not started
+    together take --rank and --world-size and only draw; the same command without them measures in the end.
+    """
+    wanted = _parse_numbers("classes", classes)
+
+    from hmar.evaluate import METRICS, MetricsConfig, join_processes
+    from hmar.evaluate import evaluate as evaluate_model
+    from hmar.generate import SamplingConfig
+    from hmar.sample import parse_ramp, parse_schedule
+
+    names = {"all": METRICS, "none": ()}.get(metrics, [name.strip() for name in metrics.split(",")])
+    config = MetricsConfig(
+        metrics=tuple(names),
+        extractor=extractor,
+        extractor_weights=None if extractor_weights is None else str(extractor_weights),
+        kid_subsets=kid_subsets,
+        kid_subset_size=kid_subset_size,
+        is_splits=is_splits,
+        neighbours=neighbours,
+    )
+    sampling = SamplingConfig(
+        cfg=cfg,
+        cfg_ramp=parse_ramp(cfg_ramp),
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        schedule=parse_schedule(schedule),
+        masked_cfg_factor=masked_cfg_factor,
+        seed=seed,
+        greedy=greedy,
+    )
+    join_processes(rank, world_size)
+    try:
+        result = evaluate_model(
+            model,
+            output,
+            reference=reference,
+            count=count,
+            tokenizer_folder=tokenizer,
+            classes=wanted,
+            sampling=sampling,
+            config=config,
+            save_reference=save_reference,
+            npz=npz,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            attention=attention,
+            rank=rank,
+            world_size=world_size,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo("stopped: the same command goes on with the images that are missing", err=True)
+        raise typer.Exit(130) from None
+    if result is None:
+        return
+    for name, value in result["metrics"].items():
+        typer.echo(f"{name:9s}  {value:.6g}")
+    typer.echo(f"{count} images, {output / 'evaluation.json'}")
 
 
 @app.command(short_help="Train and compare everything on handwritten digits, in minutes.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +94,7 @@ def open_image_set(
     *,
     tokenizer_folder: str | Path | None = None,
     classes: Sequence[int] | None = None,
+    order: Callable[[Sequence[int]], list[int]] = list,
     seeds: Sequence[int] | None = None,
     sampling: SamplingConfig | None = None,
     device: str = "auto",
@@ -101,7 +102,10 @@ def open_image_set(
     attention: str = "auto",
     console: Console | None = None,
 ) -> ImageSet:
-    """The images of a model and a sampling configuration, to be drawn into the folder `output`; writes nothing yet."""
+    """The images of a model and a sampling configuration, to be drawn into the folder `output`; writes nothing yet.
+
+    `order` puts the classes into the order in which they take turns.
+    """
     sampling = sampling or SamplingConfig()
     if seeds is not None and (len(set(seeds)) < max(1, len(seeds)) or min(seeds) < 0):
         raise ValueError(f"seeds are {list(seeds)}: expected different non-negative numbers")
@@ -124,6 +128,7 @@ def open_image_set(
             f"classes {unknown or '(none)'}: expected numbers from 0 to {config.num_classes - 1}, or "
             f"{config.null_class} for no class in particular"
         )
+    classes = order(classes)
     settings = {
         "model": fingerprint(model_folder),
         "tokenizer": fingerprint(tokenizer_folder),
@@ -150,6 +155,7 @@ def open_image_set(
         classes,
         settings,
         sampling,
+        description["kind"],
         model,
         tokenizer,
         Path(tokenizer_folder),
@@ -171,6 +177,7 @@ class ImageSet:
     classes: list[int]
     settings: dict[str, Any]
     sampling: SamplingConfig
+    kind: str
     model: HMAR | NextScaleTransformer
     tokenizer: Tokenizer
     tokenizer_folder: Path
@@ -178,6 +185,11 @@ class ImageSet:
     dtype: torch.dtype | None
     console: Console
     seeds: Sequence[int] | None = None
+
+    @property
+    def size(self) -> int:
+        """Height and width of an image."""
+        return self.tokenizer.pyramid.side * self.tokenizer.config.stride
 
     def path(self, number: int) -> Path:
         name = f"{number:06d}" if self.seeds is None else f"seed-{self.seeds[number // len(self.classes)]}"
@@ -204,7 +216,8 @@ class ImageSet:
             self.console.print(f"{mine - missing} of {mine} images are in {self.output} already")
         generate = generate_hmar if isinstance(self.model, HMAR) else generate_var
         writing: list[Future] = []
-        with Meter(self.console, "sampling", mine, mine - missing) as meter, ThreadPoolExecutor(NUM_WRITERS) as writers:
+        what = "sampling" if world_size == 1 else f"sampling, process {rank} of {world_size}"
+        with Meter(self.console, what, mine, mine - missing) as meter, ThreadPoolExecutor(NUM_WRITERS) as writers:
             for batch in batches:
                 wanted = [number for number in batch if paths[number].name not in present]
                 if not wanted:
