@@ -63,13 +63,15 @@ def test_it_learns_to_reconstruct_and_keeps_its_codebook():
     images = torch.where(torch.arange(16)[:, None] < split, colours[:, 0], colours[:, 1]).expand(16, 3, 16, 16)
     optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=3e-3)
     loss_of = TokenizerLoss()
-    for _ in range(120):
+    for step in range(180):
         output = tokenizer(images)
         loss = loss_of(output.reconstruction, images)[0] + output.quantizer_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        tokenizer.quantizer.restart_unused_codes(output.latent_BEhw, output.codes_BL, generator)
+        # NOTE: a restart disturbs for some steps; the last ones go without, so that the error is a settled one
+        if step < 120:
+            tokenizer.quantizer.restart_unused_codes(output.latent_BEhw, output.codes_BL, generator)
     with torch.no_grad():
         codes_BL = tokenizer.encode(images)
         error = (tokenizer.decode(codes_BL) - images).square().mean()
