@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 setup: $(READY)  ## create .venv and install the package with its test and demo extras
 
 test: $(READY)  ## CPU tests
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -m 'not gpu' -n auto --dist loadfile
 
 test-gpu:  ## GPU tests, in the current Python environment (needs an NVIDIA GPU, torch with CUDA, pip install -e '.[test]')
 	$(PYTHON) -m pytest -m gpu

@@ -1,6 +1,12 @@
-"""Shared set-up: without a GPU, Triton kernels run under Triton's interpreter (before anything imports them)."""
+"""Shared set-up: one thread a process, and without a GPU Triton's interpreter; both before anything imports torch.
+
+One thread, because the tensors here are small, tests run in several processes at once, and results then do not depend
+on how many cores the machine has.
+"""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
