@@ -3,18 +3,21 @@
 A checkpoint is one file with all that a run needs to go on as if it had never stopped. It is written whole or not at
 all (temporary file, fsync, rename), and a damaged one is found by its checksums, named and passed over. A folder of
 weights (model.safetensors and config.json) is what other programs load: a stage that builds on another, sampling, the
-user. Read next: train.py, which decides what goes into a checkpoint and when.
+user. `from_pretrained` reads either, and published files too. Read next: train.py, which decides what goes into a
+checkpoint and when; published.py for the files of others; convert.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 import pickle
 import random
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,11 +30,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hmar.config import ModelConfig, TokenizerConfig
+from hmar.hub import fetch_weights, is_id
+from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
+from hmar.published import Imported, MisfitError, import_published, make_module, preset_values
 from hmar.pyramid import Pyramid
-from hmar.recipe import structure, unknown, unstructure
+from hmar.recipe import make_config, structure, unknown, unstructure
+from hmar.tokenizer import Tokenizer
+from hmar.weightfile import first_line, read_weightfile
 
 FORMAT = 1
 KINDS = ("tokenizer", "next-scale", "masked", "hmar", "var")
+# Where `hmar convert` puts a transformer's tokenizer, within its folder.
+TOKENIZER_FOLDER = "tokenizer"
+_METADATA = "hmar"
+_CHECKED = ("format", "weights_sha256")
 _STEP_FILE = re.compile(r"step-(\d{8})\.pt")
 
 
@@ -61,6 +73,30 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"could not write {path}: {error}. Is the disk full? Files written before are intact.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place if the block succeeds; else nothing is left of it.
+
+    What was in `folder` before is deleted, after the new one has its name.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir()
+        yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
@@ -95,7 +131,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise DamagedCheckpointError(f"checkpoint {path} is damaged: wrong checksum in its part {broken}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {first_line(error)}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DamagedCheckpointError(f"{path} is not a training checkpoint of format {FORMAT}")
     return state
@@ -138,17 +174,99 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
 def save_pretrained(folder: str | Path, module: nn.Module, **notes: Any) -> Path:
     """Write a Tokenizer, NextScaleTransformer, MaskedTransformer or HMAR as model.safetensors and config.json.
 
-    `notes` are kept in config.json beside the kind and the sizes (JSON values). Returns the folder.
+    `notes` are kept in config.json beside the kind, the sizes and the checksum of the weights (JSON values). The sizes
+    are in model.safetensors too, so that it can be loaded by itself. Returns the folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    description = {"format": FORMAT, **_describe(module), **notes}
+    description = {"format": FORMAT, **_describe(module)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={_METADATA: json.dumps(description)})
+        checksum = _sha256(temporary)
     with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        content = {**description, "weights_sha256": checksum, **notes}
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def from_pretrained(
+    source: str | Path,
+    *,
+    kind: str | None = None,
+    preset: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    part: str | None = None,
+    device: str | torch.device = "cpu",
+    attention: str = "auto",
+    revision: str | None = None,
+) -> nn.Module:
+    """The module in a file, a folder or a Hugging Face repository, in eval mode and without gradients.
+
+    Args:
+        source: a folder that `save_pretrained` wrote, or of a finished run; a checkpoint of a run; a model.safetensors;
+            a published .pth, .pt or .safetensors file of VAR or HMAR, or a training checkpoint that contains one; or,
+            when nothing here has that name, a Hugging Face id: owner/name of a repository with a folder of weights,
+            owner/name/file.pth of one with a published file.
+        kind: "tokenizer", "next-scale", "masked", "hmar" or "var"; None for what is there. See `import_published`.
+        preset, given: sizes that are known beforehand, see `import_published`. A tokenizer can be given other "sides"
+            than it was trained with.
+        part: which state dict of a file with several.
+        device, attention: where it shall run, and with which implementation of attention.
+        revision: branch, tag or commit of the Hugging Face repository.
+    Returns:
+        Tokenizer, NextScaleTransformer, MaskedTransformer or HMAR.
+    Raises:
+        ValueError: a sentence that names the file and what is wrong with it; `MisfitError.problems` of its cause lists
+            tensors that do not fit. Nothing in a file is ever executed.
+        ModuleNotFoundError: a Hugging Face id without huggingface_hub.
+    """
+    imported = read_pretrained(
+        source, kind=kind, preset=preset, given=given, part=part, attention=attention, revision=revision
+    )
+    return imported.module.to(device).eval().requires_grad_(False)
+
+
+def read_pretrained(
+    source: str | Path,
+    *,
+    kind: str | None = None,
+    preset: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    part: str | None = None,
+    attention: str = "auto",
+    revision: str | None = None,
+) -> Imported:
+    """What `from_pretrained` loads, on the CPU, with where it was found."""
+    if kind is not None and kind not in KINDS:
+        raise ValueError(unknown("kind", kind, KINDS))
+    path = Path(source)
+    if not path.exists() and is_id(str(source)):
+        path = fetch_weights(str(source), revision)
+    if path.is_dir():
+        path = _tokenizer_beside(path) if kind == "tokenizer" else path
+        module = load_pretrained(path, KINDS if kind is None else (kind,), attention=attention)
+        own = _describe(module)
+        notes = {name: value for name, value in read_description(path).items() if name not in (*own, *_CHECKED)}
+        return Imported(_with_given(path, module, preset, given), own["kind"], str(find_weights(path)), notes=notes)
+    if not path.exists():
+        raise ValueError(
+            f"there is no file or folder {source}, and it has not the form of a Hugging Face id, owner/name"
+        )
+    tree, metadata = read_weightfile(path)
+    try:
+        if _METADATA in metadata:
+            imported = _import_own(json.loads(metadata[_METADATA]), tree, attention, "the file itself")
+        elif isinstance(tree, Mapping) and tree.get("format") == FORMAT and "config" in tree:
+            imported = _import_run(tree, part, attention)
+        else:
+            return import_published(tree, kind=kind, preset=preset, given=given, part=part, attention=attention)
+        if kind not in (None, imported.kind):
+            raise ValueError(f'it holds weights of kind "{imported.kind}", not "{kind}"')
+    except (ValueError, KeyError) as error:
+        problem = f"lacks the entry {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: {problem}") from error
+    return dataclasses.replace(imported, module=_with_given(path, imported.module, preset, given))
 
 
 def find_weights(folder: str | Path) -> Path:
@@ -157,6 +275,8 @@ def find_weights(folder: str | Path) -> Path:
     for candidate in (folder, folder / "weights"):
         if (candidate / "config.json").is_file():
             return candidate
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, expected a folder of weights: hmar convert {folder} FOLDER makes one")
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: expected a folder of weights or the output folder of a finished run")
     if (folder / "checkpoints").is_dir():
@@ -181,8 +301,9 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 
 def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu"):
-    """The Tokenizer in a folder of weights or of a finished run, in eval mode. Raises ValueError in one sentence."""
-    return load_pretrained(folder, ("tokenizer",), device)
+    """The Tokenizer in a folder of weights or of a finished run, or the one that `hmar convert` has put into a model's
+    folder, in eval mode. Raises ValueError in one sentence."""
+    return load_pretrained(_tokenizer_beside(Path(folder)), ("tokenizer",), device)
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu", attention: str = "auto"):
@@ -211,10 +332,12 @@ def load_pretrained(
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {folder} holds only a config.json") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or cut short: {_first_line(error)}") from error
+        raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
     differences = compare_tensors(tensors, module.state_dict())
     if differences:
         raise ValueError(f"{path} does not fit its config.json: {differences}")
+    if description.get("weights_sha256", checksum := fingerprint(folder)) != checksum:
+        raise ValueError(f"{path} is damaged: its checksum is not the one in its config.json")
     module.load_state_dict(tensors)
     return module.to(device).eval().requires_grad_(False)
 
@@ -236,14 +359,70 @@ def compare_tensors(got: Mapping[str, torch.Tensor], expected: Mapping[str, torc
 
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of the weights in a folder, to tell whether two folders hold the same ones."""
-    with open(find_weights(folder) / "model.safetensors", "rb") as file:
+    return _sha256(find_weights(folder) / "model.safetensors")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _describe(module: nn.Module) -> dict[str, Any]:
-    from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
-    from hmar.tokenizer import Tokenizer
+def _tokenizer_beside(folder: Path) -> Path:
+    """The tokenizer's folder within that of a converted model, if there is one; else the folder."""
+    inner = folder / TOKENIZER_FOLDER
+    return inner if (inner / "config.json").is_file() and (folder / "config.json").is_file() else folder
 
+
+def _import_own(description: Any, tensors: Mapping[str, Any], attention: str, origin: str) -> Imported:
+    """A module from tensors under this package's names."""
+    kind = description.get("kind") if isinstance(description, dict) else None
+    if kind not in KINDS:
+        raise ValueError(unknown("kind", kind, KINDS))
+    module = _build(description, attention)
+    differences = compare_tensors(tensors, module.state_dict())
+    if differences:
+        raise ValueError(f"its tensors do not fit its description: {differences}")
+    module.load_state_dict(tensors)
+    return Imported(module, kind, origin)
+
+
+def _import_run(state: Mapping[str, Any], part: str | None, attention: str) -> Imported:
+    """The module in a checkpoint of a run: its moving average if it has one, unless `part` says "model"."""
+    config = make_config(json.loads(state["config"]))
+    part = part or ("model" if state["ema"] is None else "ema")
+    if part not in ("model", "ema") or state[part] is None:
+        raise ValueError(f'it has no part "{part}"; it has model{"" if state["ema"] is None else " and ema"}')
+    tensors = state[part]
+    if part == "ema":
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items() if name != "n_averaged"}
+    if config.stage == "tokenizer":
+        description = {"tokenizer": unstructure(config.tokenizer), "sides": list(config.model.sides)}
+    else:
+        description = {"model": unstructure(config.model)}
+    return _import_own({"kind": config.stage, **description}, tensors, attention, part)
+
+
+def _with_given(path: Path, module: nn.Module, preset: str | None, given: Mapping[str, Any] | None) -> nn.Module:
+    """The module, if it has the given sizes; a tokenizer is fitted to the given sides."""
+    is_tokenizer = isinstance(module, Tokenizer)
+    wanted = preset_values("tokenizer" if is_tokenizer else "transformer", preset) | dict(given or {})
+    wanted = {name: list(value) if isinstance(value, tuple) else value for name, value in wanted.items()}
+    sides = wanted.pop("sides", None) if is_tokenizer else None
+    has = unstructure(module.config)
+    for name in wanted:
+        if name not in has:
+            raise ValueError(unknown("key", name, [*has, "sides"] if is_tokenizer else has))
+    differences = [f"{name} is {has[name]}, not {wanted[name]}" for name in wanted if wanted[name] != has[name]]
+    if differences:
+        raise MisfitError(f"{path} has other sizes than asked for", differences)
+    if sides is None or tuple(sides) == module.pyramid.sides:
+        return module
+    fitted = Tokenizer(module.config, Pyramid(tuple(sides)))
+    fitted.load_state_dict(module.state_dict())
+    return fitted
+
+
+def _describe(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, Tokenizer):
         return {"kind": "tokenizer", "tokenizer": unstructure(module.config), "sides": list(module.pyramid.sides)}
     if isinstance(module, NextScaleTransformer):
@@ -256,26 +435,13 @@ def _describe(module: nn.Module) -> dict[str, Any]:
 
 
 def _build(description: Mapping[str, Any], attention: str) -> nn.Module:
-    from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
-    from hmar.tokenizer import Tokenizer
-
     if description["kind"] == "tokenizer":
-        sides = tuple(description["sides"])
-        return Tokenizer(structure(description["tokenizer"], TokenizerConfig), Pyramid(sides))
-    config = structure(description["model"], ModelConfig)
-    match description["kind"]:
-        case "next-scale":
-            return NextScaleTransformer(config, pattern="block_diagonal", attention=attention)
-        case "var":
-            return NextScaleTransformer(config, pattern="block_causal", attention=attention)
-        case "masked":
-            return MaskedTransformer(config, attention)
-    return HMAR(config, attention)
+        config, sides = structure(description["tokenizer"], TokenizerConfig), tuple(description["sides"])
+    else:
+        config = structure(description["model"], ModelConfig)
+        sides = config.sides
+    return make_module(description["kind"], config, sides, attention)
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

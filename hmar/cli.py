@@ -1,4 +1,4 @@
-"""The command `hmar`: train, sample, evaluate, demo, info.
+"""The command `hmar`: train, sample, convert, evaluate, demo, info.
 
 Arguments are read here and given to the functions that do the work; torch is imported by the commands that need it, so
 that help and mistakes in the arguments answer at once. Bad input ends with one sentence and exit code 2.
@@ -285,6 +285,68 @@ def evaluate(
     for name, value in result["metrics"].items():
         typer.echo(f"{name:9s}  {value:.6g}")
     typer.echo(f"{count} images, {output / 'evaluation.json'}")
+
+
+@app.command(short_help="Make a folder of weights of published files, training checkpoints or stages.")
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A published file or training checkpoint (.pth, .pt, .safetensors), a folder of weights, a run, or a "
+            "Hugging Face id (owner/name or owner/name/file.pth).",
+            show_default=False,
+        ),
+    ],
+    destination: Annotated[
+        Path,
+        typer.Argument(help="A folder; or a .pth or .safetensors file, for the published names.", show_default=False),
+    ],
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Sizes the tensors do not tell, as in sides=[1,2,3,4]."),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="tokenizer, var, next-scale, masked or hmar; next-scale also makes VAR's weights a start for stage 1.",
+            show_default="what the source holds",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer of a transformer, in any of these forms.")
+    ] = None,
+    next_scale: Annotated[
+        str | None, typer.Option(help="Stage 1, when the source is stage 2: writes the HMAR they make.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset that the source must have the sizes of.")] = None,
+    part: Annotated[str | None, typer.Option(help="One state dict of several, as in trainer.var_wo_ddp.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace weights that are there.")] = False,
+) -> None:
+    """Convert weights, strictly: every tensor has its place, or is named in the error and nothing is written.
+
+    hmar convert vae_ch160v4096z32.pth weights/vae
+
+    hmar convert hmar-d16.pth weights/hmar-d16 --tokenizer vae_ch160v4096z32.pth
+
+    hmar convert stage2.pth weights/hmar --next-scale stage1.pth
+    """
+    from hmar.convert import convert as convert_weights
+    from hmar.recipe import apply_overrides
+
+    for sentence in convert_weights(
+        source,
+        destination,
+        kind=kind,
+        tokenizer=tokenizer,
+        next_scale=next_scale,
+        preset=preset,
+        given=apply_overrides({}, given or []),
+        part=part,
+        revision=revision,
+        overwrite=overwrite,
+    ):
+        typer.echo(sentence)
 
 
 @app.command(short_help="Train and compare everything on handwritten digits, in minutes.")

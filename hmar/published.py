@@ -1,23 +1,30 @@
 """Published weight files of VAR and HMAR: their tensor names and shapes, to and from this package's modules.
 
 Names are translated by a table of renamings for each kind of module, and strictly: every published tensor is loaded,
-checked and dropped, or reported. Read `hmar.model` and `hmar.tokenizer` for the modules on this side.
+checked and dropped, or reported. What a file holds and how large it is are read off its tensors. Read
+`hmar.weightfile` for how a file is opened, `hmar.model` and `hmar.tokenizer` for the modules on this side.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from hmar.config import ModelConfig, TokenizerConfig
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
+from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
+from hmar.recipe import find_preset, structure, unstructure
 from hmar.tokenizer import Tokenizer
+from hmar.weightfile import StateDict, find_state_dicts
 
 # Our name -> published name: regular expressions, all applied in this order.
 TRANSFORMER_NAMES = (
@@ -69,6 +76,20 @@ UNIT_AXES = (
 # Published tensors that hold no weights: recomputed here, or statistics of the training.
 DERIVED = r"^lvl_1L$|^attn_bias_for_masking$|\.attn\.zero_k_bias$|^quantize\.ema_vocab_hit_SV$"
 
+# Names by which the state dicts are found among others; published files have all of them.
+FAMILIES = {
+    "tokenizer": (
+        "quantize.embedding.weight",
+        "quant_conv.weight",
+        "post_quant_conv.weight",
+        "encoder.conv_in.weight",
+        "decoder.conv_in.weight",
+    ),
+    "transformer": ("pos_start", "pos_1LC", "class_emb.weight", "lvl_embed.weight", "word_embed.weight"),
+}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAX_LISTED = 40
+
 
 class Published(NamedTuple):
     """Where one of our tensors stands in a published file."""
@@ -94,14 +115,33 @@ def published_layout(module: nn.Module) -> dict[str, Published]:
     return layout
 
 
+class MisfitError(ValueError):
+    """Weights that do not fit; `problems` has one entry a tensor or setting, and the message lists them."""
+
+    def __init__(self, what: str, problems: list[str]):
+        listed = problems[:MAX_LISTED]
+        if len(problems) > MAX_LISTED:
+            listed.append(f"and {len(problems) - MAX_LISTED} more")
+        super().__init__(f"{what}: {'; '.join(listed)}")
+        self.problems = problems
+
+
 def load_published(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy published weights into a Tokenizer, NextScaleTransformer, MaskedTransformer or HMAR, as its dtype.
 
-    Raises ValueError that lists all missing, unexpected and misshapen tensors, for a `lvl_1L` that belongs to another
-    pyramid and for a key bias that is not zero.
+    Raises MisfitError, a ValueError that lists all missing, unexpected and misshapen tensors, those that hold no
+    finite floating-point numbers, a `lvl_1L` that belongs to another pyramid and key biases that are not zero.
     """
+    check_published(module, weights)
     layout = published_layout(module)
-    expected = {published.name: published.shape for published in layout.values()}
+    with torch.no_grad():
+        for ours, parameter in module.named_parameters():
+            parameter.copy_(weights[layout[ours].name].reshape(parameter.shape))
+
+
+def check_published(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """The checks of `load_published` alone, for a module that may be on the meta device."""
+    expected = {published.name: published.shape for published in published_layout(module).values()}
     problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in weights]
     for name, tensor in weights.items():
         if re.search(DERIVED, name):
@@ -110,31 +150,178 @@ def load_published(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             problems.append(f"unexpected {name} {list(tensor.shape)}")
         elif tuple(tensor.shape) != expected[name]:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"{name} has dtype {tensor.dtype}, expected floating-point numbers")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} holds numbers that are not finite")
     if problems:
-        raise ValueError(f"The weights do not fit this {type(module).__name__}:\n  " + "\n  ".join(problems))
-    with torch.no_grad():
-        for ours, parameter in module.named_parameters():
-            parameter.copy_(weights[layout[ours].name].reshape(parameter.shape))
+        raise MisfitError(f"the weights do not fit this {type(module).__name__}", problems)
 
 
 def to_published(module: nn.Module) -> dict[str, Tensor]:
-    """The module's weights under their published names and in their published shapes, without derived tensors."""
+    """The module's weights under their published names and in their published shapes.
+
+    The derived tensors are there too, so that the published code and `read_config` find all they look for; the
+    statistics of the codebook's use, which nothing reads, are zero.
+    """
     layout = published_layout(module)
-    return {
+    weights = {
         layout[ours].name: parameter.detach().reshape(layout[ours].shape)
         for ours, parameter in module.named_parameters()
     }
+    if isinstance(module, Tokenizer):
+        size = (module.pyramid.num_scales, module.config.vocab_size)
+        return {**weights, "quantize.ema_vocab_hit_SV": torch.zeros(size)}
+    pattern = getattr(module, "pattern", "block_diagonal")
+    for name in list(weights):
+        if name.endswith(".attn.v_bias"):
+            weights[name.replace("v_bias", "zero_k_bias")] = torch.zeros_like(weights[name])
+    weights["lvl_1L"] = _scale_of_token(module.config.pyramid)[None]
+    weights["attn_bias_for_masking"] = _attention_bias(module.config.pyramid, pattern)
+    return weights
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a published file: safetensors, or a flat PyTorch state dict."""
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise ValueError(f"{path} holds no flat mapping of names to tensors; take the state dict out of it first.")
-    return dict(weights)
+def find_published(tree: Any) -> list[StateDict]:
+    """The published state dicts in what a file holds: a flat one, or a training checkpoint's nested ones."""
+    return find_state_dicts(tree, FAMILIES)
+
+
+def recognise(found: StateDict, given: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The kinds of module that a state dict may be, that of its own first.
+
+    VAR and HMAR's stage 1 have the same tensors; the stored attention mask tells them apart, and without one both are
+    possible. VAR's weights may also start stage 1 ("next-scale"). Raises ValueError for a mask that is neither.
+    """
+    weights = found.tensors
+    if found.family == "tokenizer":
+        return ("tokenizer",)
+    if any(name.startswith(("base_blocks.", "ns_blocks.", "mask_blocks.")) for name in weights):
+        return ("hmar",)
+    if "mask_embed.weight" in weights:
+        return ("masked",)
+    bias = weights.get("attn_bias_for_masking")
+    if bias is None:
+        return ("var", "next-scale")
+    pyramid = Pyramid(_sides_of_transformer(weights, given or {}))
+    for pattern, kinds in (("block_causal", ("var", "next-scale")), ("block_diagonal", ("next-scale",))):
+        if torch.equal(bias.float(), _attention_bias(pyramid, pattern)):
+            return kinds
+    raise ValueError(
+        f"attn_bias_for_masking {list(bias.shape)} is neither VAR's block-causal mask nor HMAR's block-diagonal one "
+        f"over the pyramid {pyramid.sides}"
+    )
+
+
+def read_config(
+    kind: str, weights: Mapping[str, Tensor], given: Mapping[str, Any] | None = None
+) -> tuple[TokenizerConfig | ModelConfig, tuple[int, ...]]:
+    """Sizes read off published tensors: the configuration, and the sides of the pyramid.
+
+    given: values of the configuration, and "sides", that are known beforehand. They decide where the tensors do not
+    tell (a tokenizer's sides, a lone stage 2's mask_depth, drop-path) and must agree with the tensors where they do.
+
+    Raises MisfitError, a ValueError, where they disagree, and ValueError where the pyramid cannot be told or blocks
+    seem to be missing. Sizes whose tensors are missing are the published ones, for `check_published` to report them.
+    """
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    told = _told_by_tokenizer(weights) if kind == "tokenizer" else _told_by_transformer(weights, given)
+    differences = [
+        f"{name} is {_plain(told[name])}, not {_plain(given[name])}"
+        for name in told
+        if name in given and _plain(told[name]) != _plain(given[name])
+    ]
+    if differences:
+        raise MisfitError("the tensors have other sizes than asked for", differences)
+    values = {**given, **told}
+    if kind == "tokenizer":
+        sides = values.pop("sides", None) or _sides_of_tokenizer(weights)
+        return structure(values, TokenizerConfig), Pyramid(tuple(sides)).sides
+    config = structure(values, ModelConfig)
+    if "depth" not in given and config.head_dim == 64 and config.depth != config.num_heads:
+        raise ValueError(
+            f"it holds {config.depth} blocks of {config.num_heads} heads, but published models have as many blocks as "
+            f"heads, so blocks seem to be missing or surplus; if that is how it was made, say depth={config.depth}"
+        )
+    return config, config.sides
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A module made from a file or folder.
+
+    origin: where its tensors stood; others: what else was found there; notes: what its config.json says beside sizes.
+    """
+
+    module: nn.Module
+    kind: str
+    origin: str
+    others: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def import_published(
+    tree: Any,
+    *,
+    kind: str | None = None,
+    preset: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    part: str | None = None,
+    attention: str = "auto",
+) -> Imported:
+    """The module whose published weights a file holds, flat or inside a training checkpoint.
+
+    Args:
+        tree: what `hmar.weightfile.read_weightfile` read.
+        kind: "tokenizer", "var", "next-scale", "masked" or "hmar"; None for what the file holds, and of a transformer
+            and a tokenizer the transformer. "next-scale" for VAR's weights makes them the start of stage 1.
+        preset: name of a preset that it must have the sizes of.
+        given: see `read_config`; wins over the preset.
+        part: path of one state dict where the file has several, as "trainer.var_wo_ddp".
+    Raises:
+        ValueError: no or several state dicts of that kind, or anything that `read_config` or `load_published` reports.
+    """
+    found = [state for state in find_published(tree) if part in (None, state.where)]
+    if not found:
+        raise ValueError(_nothing_found(tree, part))
+    values = preset_values("transformer", preset) | dict(given or {})
+    kinds = {id(state): recognise(state, values) for state in found}
+    if kind is not None:
+        fitting = [state for state in found if kind in kinds[id(state)]]
+    else:
+        fitting = [state for state in found if state.family == "transformer"] or found
+    if not fitting:
+        held = ", ".join(f"{kinds[id(state)][0]} in {state}" for state in found)
+        raise ValueError(f'it holds no weights for kind "{kind}", but {held}')
+    if len(fitting) > 1:
+        parts = ", ".join(state.where or "the file itself" for state in fitting)
+        raise ValueError(f"it holds several state dicts that fit ({parts}): choose one by its part")
+    (state,) = fitting
+    if kind is None and len(kinds[id(state)]) > 1 and "attn_bias_for_masking" not in state.tensors:
+        raise ValueError('it does not tell VAR from HMAR\'s stage 1: say kind "var" or "next-scale"')
+    kind = kind or kinds[id(state)][0]
+    values = preset_values(state.family, preset) | dict(given or {})
+    config, sides = read_config(kind, state.tensors, values)
+    with torch.device("meta"):
+        outline = make_module(kind, config, sides, attention)
+    check_published(outline, state.tensors)
+    module = make_module(kind, config, sides, attention)
+    load_published(module, state.tensors)
+    others = tuple(f"{kinds[id(other)][0]} in {other}" for other in found if other is not state)
+    return Imported(module, kind, str(state), others)
+
+
+def make_module(kind: str, config: TokenizerConfig | ModelConfig, sides: tuple[int, ...], attention: str) -> nn.Module:
+    """The module of a kind, with initial weights."""
+    match kind:
+        case "tokenizer":
+            return Tokenizer(config, Pyramid(sides))
+        case "next-scale":
+            return NextScaleTransformer(config, pattern="block_diagonal", attention=attention)
+        case "var":
+            return NextScaleTransformer(config, pattern="block_causal", attention=attention)
+        case "masked":
+            return MaskedTransformer(config, attention)
+    return HMAR(config, attention)
 
 
 def _renamings(module: nn.Module) -> tuple[tuple[str, str], ...]:
@@ -157,9 +344,123 @@ def _renamings(module: nn.Module) -> tuple[tuple[str, str], ...]:
     )
 
 
+def _scale_of_token(pyramid: Pyramid) -> Tensor:
+    return torch.tensor([k for k, size in enumerate(pyramid.sizes) for _ in range(size)])
+
+
+def _attention_bias(pyramid: Pyramid, pattern: str) -> Tensor:
+    """The published form of a mask: [1, 1, L, L], 0 where a token may look and -inf elsewhere."""
+    scale_L = _scale_of_token(pyramid)
+    query_L1, key_1L = scale_L[:, None], scale_L[None]
+    allowed_LL = query_L1 >= key_1L if pattern == "block_causal" else query_L1 == key_1L
+    return torch.zeros(allowed_LL.shape).masked_fill(~allowed_LL, -math.inf)[None, None]
+
+
 def _check_derived(module: nn.Module, name: str, tensor: Tensor) -> list[str]:
     if name.endswith("zero_k_bias") and tensor.count_nonzero() > 0:
         return [f"{name} is not zero; keys have no bias here"]
-    if name == "lvl_1L" and not torch.equal(tensor.flatten().cpu(), module.embedding.scale_of_token_L.cpu()):
+    if name == "lvl_1L" and not torch.equal(tensor.flatten().cpu(), _scale_of_token(module.config.pyramid)):
         return [f"{name} describes another pyramid than {module.config.sides}"]
     return []
+
+
+def _told_by_transformer(weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    width = _size(weights, 2, 1, "class_emb.weight", "lvl_embed.weight", "head.weight", "ns_head.weight")
+    classes = _size(weights, 2, 0, "class_emb.weight")
+    hidden = _size(weights, 2, 0, "*.ffn.fc1.weight")
+    depth, mask_depth = _count(weights, r"(?:base_)?blocks"), _count(weights, r"(?:ns|mask)_blocks")
+    if depth + mask_depth == 0:
+        raise ValueError("it holds no blocks")
+    told = {
+        "depth": depth + mask_depth,
+        "width": width,
+        "num_heads": _size(weights, 4, 1, "*.attn.scale_mul_1H11"),
+        "mlp_ratio": hidden / width if hidden and width else None,
+        "num_classes": classes - 1 if classes else None,
+        "vocab_size": _size(weights, 2, 0, "head.weight", "ns_head.weight", "mask_head.weight"),
+        "code_dim": _size(weights, 2, 1, "word_embed.weight"),
+        "sides": _sides_of_transformer(weights, given),
+        "mask_depth": mask_depth or None,
+        "shared_modulation": "shared_ada_lin.1.weight" in weights,
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _told_by_tokenizer(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    channels = _size(weights, 4, 0, "encoder.conv_in.weight", "decoder.norm_out.weight")
+    levels = _count(weights, r"encoder\.down")
+    widths = [_size(weights, 4, 0, f"encoder.down.{i}.block.*.conv?.weight") for i in range(levels)]
+    told = {
+        "channels": channels,
+        "multipliers": tuple(width // channels for width in widths) if channels and all(widths) else None,
+        "num_res_blocks": _count(weights, r"encoder\.down\.0\.block") or None,
+        "code_dim": _size(weights, 2, 1, "quantize.embedding.weight"),
+        "vocab_size": _size(weights, 2, 0, "quantize.embedding.weight"),
+        "image_channels": _size(weights, 4, 1, "encoder.conv_in.weight"),
+        "num_phis": _count(weights, r"quantize\.quant_resi\.qresi_ls") or None,
+    }
+    return {name: value for name, value in told.items() if value is not None}
+
+
+def _sides_of_transformer(weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> tuple[int, ...]:
+    if "lvl_1L" in weights:
+        scales, counts = weights["lvl_1L"].flatten().unique_consecutive(return_counts=True)
+        sides = tuple(math.isqrt(count) for count in counts.tolist())
+        if scales.tolist() != list(range(len(sides))) or [side * side for side in sides] != counts.tolist():
+            raise ValueError("lvl_1L does not count the tokens of square scales, one scale after another")
+        return Pyramid(sides).sides
+    if "sides" in given:
+        return Pyramid(tuple(given["sides"])).sides
+    num_scales, length = _size(weights, 2, 0, "lvl_embed.weight"), _size(weights, 3, 1, "pos_1LC")
+    for sides in SIDES_BY_RESOLUTION.values():
+        if (len(sides), Pyramid(sides).length) == (num_scales, length):
+            return sides
+    raise ValueError(
+        f"it does not tell its pyramid: there is no lvl_1L, and no published pyramid has {num_scales} scales of "
+        f"{length} tokens in all; say sides=[1,2,3,4], with the sides it has"
+    )
+
+
+def _sides_of_tokenizer(weights: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The published tokenizer's, which was trained at 256 pixels; the weights themselves serve any pyramid."""
+    num_scales = _size(weights, 2, 0, "quantize.ema_vocab_hit_SV")
+    if num_scales != len(SIDES_BY_RESOLUTION[256]):
+        scales = "the sides of its scales" if num_scales is None else f"the sides of its {num_scales} scales"
+        raise ValueError(f"a tokenizer does not tell {scales}: say sides=[1,2,3,4], with the sides it shall have")
+    return SIDES_BY_RESOLUTION[256]
+
+
+def _size(weights: Mapping[str, Tensor], ndim: int, axis: int, *names: str) -> int | None:
+    """The most common size of an axis among the tensors of these names (with wildcards) that have `ndim` axes."""
+    found = [name for pattern in names for name in fnmatch.filter(weights, pattern)]
+    sizes = Counter(weights[name].shape[axis] for name in found if weights[name].ndim == ndim)
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _count(weights: Mapping[str, Tensor], name: str) -> int:
+    """One more than the largest N of the tensors called name.N."""
+    numbers = [int(match[1]) for key in weights if (match := re.match(rf"{name}\.(\d{{1,3}})\.", key))]
+    return max(numbers, default=-1) + 1
+
+
+def preset_values(family: str, preset: str | None) -> dict[str, Any]:
+    """What a preset says about a "tokenizer" or "transformer", for `read_config`; nothing without a preset."""
+    if preset is None:
+        return {}
+    tokenizer, model = find_preset(preset)
+    if family == "transformer":
+        return unstructure(model)
+    return {**unstructure(tokenizer), "sides": list(model.sides)}
+
+
+def _nothing_found(tree: Any, part: str | None) -> str:
+    places = [state.where or "the file itself" for state in find_published(tree)]
+    if part is not None and places:
+        return f'it has no part "{part}" with weights; it has {", ".join(places)}'
+    names = list(tree) if isinstance(tree, Mapping) else []
+    entries = f"entries called {', '.join(map(str, names[:5]))}" if names else f"only a {type(tree).__name__}"
+    return f"it holds no weights of a VAR or HMAR tokenizer or transformer, but {entries}"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value

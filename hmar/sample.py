@@ -23,7 +23,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from hmar.checkpoint import fingerprint, load_model, load_tokenizer, read_description, replacing
+from hmar.checkpoint import (
+    TOKENIZER_FOLDER,
+    find_weights,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    read_description,
+    replacing,
+)
 from hmar.generate import (
     RampLike,
     SamplingConfig,
@@ -327,6 +335,9 @@ def _tokenizer_of(
 ) -> str | Path:
     """The tokenizer's folder: the given one, or the one that the model's notes name. Says so if it is another one."""
     folder = given or description.get("tokenizer_weights")
+    beside = find_weights(model_folder) / TOKENIZER_FOLDER
+    if given is None and folder == TOKENIZER_FOLDER and beside.is_dir():
+        folder = beside
     if folder is None:
         raise ValueError(
             f"{model_folder} does not say which tokenizer it was trained with: give its folder as --tokenizer"
