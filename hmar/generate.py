@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -107,14 +107,11 @@ class GenerationOutput(NamedTuple):
     f_hat_BEhw: Tensor
 
 
-class KnownCodes(Protocol):
-    """Codes that are put back instead of drawn; `hmar.edit.KnownLatent` is one."""
+class KnownCodes(NamedTuple):
+    """Codes that are put back instead of drawn; one row does for a batch of equal images. `hmar.edit` makes them."""
 
-    def tokens(self, k: int) -> Tensor:
-        """Which tokens of scale k are known: bool [B, n] on the CPU."""
-
-    def codes(self, f_hat_BEhw: Tensor, k: int) -> Tensor:
-        """Codes [B, n] of scale k, given f_hat so far; only those of known tokens are used."""
+    codes_BL: Tensor  # int64
+    tokens_BL: Tensor  # bool: which of them are known
 
 
 @torch.no_grad()
@@ -136,8 +133,8 @@ def generate_hmar(
         on_scale: called with (k, f_hat) after each scale, for progress and for early looks through the decoder.
         first_image: index of the first image for its seed, when a large set is generated in several batches.
         seeds_B: instead, one seed for each image: the image that `sampling.seed` of this value gives as its first.
-        known: codes to put back at every scale. A scale of which some codes are known begins with a masked pass that
-            sees them, and each pass commits the same share of the unknown codes as it would commit of all.
+        known: codes to put back at every scale. Where some codes of a scale are known, a masked pass that sees them
+            follows on the next-scale pass in its place, with its guidance; see `masked_passes`.
     """
     sampling = sampling or SamplingConfig()
     pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
@@ -148,7 +145,7 @@ def generate_hmar(
     draw = CodeDraw(sampling, _generator_seeds(sampling, batch, first_image, seeds_B), class_B.device)
     f_hat_BEhw = quantizer.empty_f_hat(batch)
     all_codes = []
-    with _evaluating(model, tokenizer):
+    with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
             scale = (k, k + 1)
             inputs_BnE = _inputs(model, tokenizer, f_hat_BEhw, k)
@@ -160,14 +157,15 @@ def generate_hmar(
             hidden_Bn = torch.ones_like(codes_Bn, dtype=torch.bool)
             num_unknown = [pyramid.sizes[k]] * batch
             if known is not None:
-                known_Bn = known.tokens(k)
-                num_unknown = (~known_Bn).sum(1).tolist()
-                hidden_Bn = ~known_Bn.to(codes_Bn.device)
-                codes_Bn = torch.where(hidden_Bn, codes_Bn, known.codes(f_hat_BEhw, k))
+                hidden_Bn = ~known.tokens_BL[:, pyramid.slice(k)].expand(batch, -1)
+                num_unknown = hidden_Bn.sum(1).tolist()
+                codes_Bn = torch.where(hidden_Bn, codes_Bn, known.codes_BL[:, pyramid.slice(k)])
 
-            guidance = sampling.cfg * sampling.masked_cfg_factor
-            for num_hidden in masked_passes(schedule[k], num_unknown) if k > 0 else ():
+            for i, num_hidden in enumerate(masked_passes(schedule[k], num_unknown) if k > 0 else ()):
                 active = [count > 0 for count in num_hidden]
+                if not any(active):
+                    continue
+                guidance = guidance_S[k] if i == 0 else sampling.cfg * sampling.masked_cfg_factor
                 active_B1 = torch.tensor(active, device=codes_Bn.device)[:, None]
                 fewer_Bn = least_confident(confidence_Bn, hidden_Bn, torch.tensor(num_hidden, device=codes_Bn.device))
                 hidden_Bn = torch.where(active_B1, fewer_Bn, hidden_Bn)
@@ -217,7 +215,7 @@ def generate_var(
     caches = [LayerKeysValues(pyramid.length) for _ in model.blocks] if causal and use_cache else None
     f_hat_BEhw = quantizer.empty_f_hat(batch)
     all_codes, all_inputs = [], []
-    with _evaluating(model, tokenizer):
+    with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
             inputs_BLE = _inputs(model, tokenizer, f_hat_BEhw, k)
             scales = (k, k + 1)
@@ -231,8 +229,8 @@ def generate_var(
             logits_BnV = model(classes, inputs, scales, caches)[:, -pyramid.sizes[k] :]
             codes_Bn, _ = draw(_guide(logits_BnV, guidance_S[k], batch))
             if known is not None:
-                known_Bn = known.tokens(k).to(codes_Bn.device)
-                codes_Bn = torch.where(known_Bn, known.codes(f_hat_BEhw, k), codes_Bn)
+                span = pyramid.slice(k)
+                codes_Bn = torch.where(known.tokens_BL[:, span], known.codes_BL[:, span], codes_Bn)
 
             f_hat_BEhw = quantizer.accumulate(f_hat_BEhw, codes_Bn, k)
             all_codes.append(codes_Bn)
@@ -331,9 +329,10 @@ def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[lis
         passes: what the scale's schedule commits, first in the next-scale pass and then in masked ones.
         num_unknown: by image, the codes of the scale that are not put back.
 
-    An image of which every code is unknown follows the schedule. One with known codes lets the next-scale pass commit
-    nothing, for that pass does not see them: a masked pass does so in its place. Each of its passes begins with the
-    share of its unknown codes that the schedule leaves, rounded up, and passes that would commit none are skipped.
+    Row i stands for entry i of the schedule. An image of which every code is unknown follows the schedule, and skips
+    row 0, for the next-scale pass has committed that entry. That pass does not see known codes, so for an image that
+    has some it commits nothing, and the masked pass of row 0 does so in its place. Every row then begins with the share
+    of the unknown codes that the schedule leaves, rounded up, and a pass that would commit none is skipped.
     """
     size = sum(passes)
     left = [size - sum(passes[:i]) for i in range(len(passes))]
@@ -344,8 +343,7 @@ def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[lis
         hidden = [-(-unknown * count // size) for count in left]
         return [now if now > later else 0 for now, later in zip(hidden, [*hidden[1:], 0], strict=True)]
 
-    by_pass = zip(*map(of_image, num_unknown), strict=True)
-    return [list(counts) for counts in by_pass if any(counts)]
+    return [list(counts) for counts in zip(*map(of_image, num_unknown), strict=True)]
 
 
 def image_seed(seed: int, image: int) -> int:
@@ -523,7 +521,7 @@ def _check(config: ModelConfig, tokenizer: Tokenizer, class_B: Tensor) -> Tensor
 
 
 @contextmanager
-def _evaluating(*modules: nn.Module) -> Iterator[None]:
+def evaluating(*modules: nn.Module) -> Iterator[None]:
     """Without dropout and drop-path, whatever mode the modules were in."""
     modes = [module.training for module in modules]
     for module in modules:

@@ -33,6 +33,7 @@ from hmar.checkpoint import (
     replacing,
 )
 from hmar.generate import (
+    KnownCodes,
     RampLike,
     SamplingConfig,
     ScheduleLike,
@@ -193,6 +194,7 @@ class ImageSet:
     dtype: torch.dtype | None
     console: Console
     seeds: Sequence[int] | None = None
+    known: KnownCodes | None = None  # put back in every image, see hmar.edit
 
     @property
     def size(self) -> int:
@@ -222,7 +224,6 @@ class ImageSet:
         missing = sum(paths[number].name not in present for batch in batches for number in batch)
         if missing < mine:
             self.console.print(f"{mine - missing} of {mine} images are in {self.output} already")
-        generate = generate_hmar if isinstance(self.model, HMAR) else generate_var
         writing: list[Future] = []
         what = "sampling" if world_size == 1 else f"sampling, process {rank} of {world_size}"
         with Meter(self.console, what, mine, mine - missing) as meter, ThreadPoolExecutor(NUM_WRITERS) as writers:
@@ -230,20 +231,26 @@ class ImageSet:
                 wanted = [number for number in batch if paths[number].name not in present]
                 if not wanted:
                     continue
-                classes = [self.classes[number % len(self.classes)] for number in batch]
-                class_B = torch.tensor(classes, device=self.device)
-                if self.seeds is None:
-                    randomness = {"first_image": batch[0]}
-                else:
-                    randomness = {"seeds_B": [self.seeds[number // len(self.classes)] for number in batch]}
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    drawn = generate(self.model, self.tokenizer, class_B, self.sampling, **randomness)
-                pixels_BHWC = to_pixels(drawn.images_BCHW)
+                pixels_BHWC = to_pixels(self.generate(batch))
                 # The images of the batch before are compressed and written meanwhile.
                 _finish(writing, meter)
                 writing = [writers.submit(_write, paths[n], pixels_BHWC[n - batch[0]]) for n in wanted]
             _finish(writing, meter)
         return paths
+
+    def generate(self, numbers: range) -> Tensor:
+        """The images of neighbouring numbers, [B, 3, H, W] in [-1, 1]."""
+        classes = [self.classes[number % len(self.classes)] for number in numbers]
+        class_B = torch.tensor(classes, device=self.device)
+        if self.seeds is None:
+            randomness = {"first_image": numbers[0]}
+        else:
+            randomness = {"seeds_B": [self.seeds[number // len(self.classes)] for number in numbers]}
+        generate = generate_hmar if isinstance(self.model, HMAR) else generate_var
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return generate(
+                self.model, self.tokenizer, class_B, self.sampling, known=self.known, **randomness
+            ).images_BCHW
 
     def write_grid(self, paths: Sequence[Path]) -> None:
         """grid.png: the first images, a column a class."""
