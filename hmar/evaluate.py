@@ -17,7 +17,7 @@ import platform
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -140,6 +140,8 @@ def evaluate(
         reference: "digits" or "photographs" (with ":test" for the other split), a folder of images, or an .npz
             (see `open_reference`). Not needed for IS alone.
         classes: the classes that take turns, all by default.
+        batch_size: images drawn at once, one of the settings that the images follow from: another size can round a
+            pixel otherwise.
         save_reference: .npz for the reference's statistics and features, to be given as `reference` next time.
         npz: whether to write samples.npz (N x H x W x 3 bytes).
         rank, world_size: of several processes this one draws its share. If torch.distributed is initialised
@@ -174,6 +176,7 @@ def evaluate(
         attention=attention,
         console=console,
     )
+    images = replace(images, settings={**images.settings, "batch_size": batch_size})
     result_path, npz_path = output / "evaluation.json", output / "samples.npz"
     prepared = None
     with _sharing_failures(together):
@@ -189,11 +192,10 @@ def evaluate(
                 result_path.unlink(missing_ok=True)
                 npz_path.unlink(missing_ok=True)
     with _sharing_failures(together):
-        paths = images.draw(count, batch_size, rank=rank, world_size=world_size)
+        paths = images.draw(count, batch_size, rank=rank, world_size=world_size, whole_batches=True)
     if prepared is None:
         return None
 
-    images.write_grid(paths)
     extractor, opened, measured = prepared
     labels_N = [images.classes[number % len(images.classes)] for number in range(count)]
     with _npz_writer(npz_path if npz else None, labels_N, images.size) as write:
@@ -217,7 +219,6 @@ def evaluate(
             "classes": len(per_class),
             "fewest_of_a_class": int(per_class.min()),
             "most_of_a_class": int(per_class.max()),
-            "batch_size": batch_size,
             "processes": world_size,
         },
         "sampling": images.settings,
@@ -233,6 +234,7 @@ def evaluate(
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in VERSIONS}},
         "device": torch.cuda.get_device_name(images.device) if images.device.type == "cuda" else "cpu",
     }
+    images.write_grid(paths)
     with replacing(result_path) as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for note in measured.notes:
@@ -529,11 +531,12 @@ def _prepare(
             f"the metrics {', '.join(config.metrics)} compare with real images: give a reference (a folder of images, "
             f"an .npz file, {' or '.join(BUILT_IN_REFERENCES)}); only the metric is needs none"
         )
+    import_torch_fidelity()
     extractor = open_extractor(
         config.extractor, logits="is" in config.metrics, weights=config.extractor_weights, device=images.device
     )
     num_features = extractor.num_features(images.size)
-    reference = None if source is None else open_reference(source, images.size)
+    reference = open_reference(source, images.size) if set(config.metrics) != {"is"} else None
     if reference is not None:
         _check_classes(reference, set(images.classes) - {images.model.config.null_class})
         _check_statistics(reference, extractor, num_features, config, measured.notes)
@@ -623,13 +626,20 @@ def _npz_writer(path: Path | None, labels_N: Sequence[int], size: int) -> Iterat
         yield None
         return
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels_N), size, size, 3)}
-    # NOTE: uncompressed members of a fixed date, as ADM's evaluator streams them and equal runs give equal files.
-    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
-            npy.write_array_header_1_0(file, header)
-            yield lambda images_B3HW: file.write(images_B3HW.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
-        with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as file:
-            npy.write_array(file, np.asarray(labels_N, dtype=np.int64))
+    # NOTE: not inside of `replacing`, which would take any error of an extractor for one of the disk.
+    begun = path.with_name(f".{path.name}.begun.tmp")
+    try:
+        # Uncompressed members of a fixed date: ADM's evaluator streams them, and equal images give equal files.
+        with zipfile.ZipFile(begun, "w", zipfile.ZIP_STORED) as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as file:
+                npy.write_array_header_1_0(file, header)
+                yield lambda images_B3HW: file.write(images_B3HW.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w", force_zip64=True) as file:
+                npy.write_array(file, np.asarray(labels_N, dtype=np.int64))
+        with replacing(path) as temporary:
+            os.replace(begun, temporary)
+    finally:
+        begun.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -67,12 +67,13 @@ class Extractor:
         checked = {}
         for name in filter(None, (self.features_layer, self.logits_layer)):
             layer = layers.get(name)
-            shape = tuple(layer.shape) if isinstance(layer, Tensor) else layer if layer is None else type(layer)
+            if layer is None and name == self.logits_layer:
+                raise ValueError(f'the extractor {self.name} returned no "{name}": leave "is" out of the metrics')
             if not isinstance(layer, Tensor) or layer.ndim != 2 or len(layer) != len(images_B3HW):
-                what = "" if name != self.logits_layer else '; without class logits leave "is" out of the metrics'
+                got = f"of shape {tuple(layer.shape)}" if isinstance(layer, Tensor) else f"as {type(layer).__name__}"
                 raise ValueError(
-                    f'the extractor {self.name} returned "{name}" of shape {shape} for {len(images_B3HW)} images, '
-                    f"expected one row of numbers an image{what}"
+                    f'the extractor {self.name} returned "{name}" {got} for {len(images_B3HW)} images, expected a '
+                    "tensor with a row of numbers for each"
                 )
             if not layer.isfinite().all():
                 raise ValueError(f'the extractor {self.name} returned "{name}" that are not finite')
@@ -133,8 +134,8 @@ def open_extractor(
         layers = [make.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")[: 1 + logits]]
         # In the order of the network, each once.
         wanted = [layer for layer in make.get_provided_features_list() if layer in layers]
-        path = None if weights is None else str(weights)
-        module = _make(name, make, name, wanted, feature_extractor_weights_path=path)
+        keywords = {} if weights is None else {"feature_extractor_weights_path": str(weights)}
+        module = _make(name, make, name, wanted, **keywords)
 
         def extract(images_B3HW: Tensor) -> Mapping[str, Tensor]:
             return module.convert_features_tuple_to_dict(module(images_B3HW))

@@ -210,11 +210,15 @@ class ImageSet:
         self.output.mkdir(parents=True, exist_ok=True)
         _claim(self.output, self.settings, overwrite)
 
-    def draw(self, count: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Path]:
+    def draw(
+        self, count: int, batch_size: int, *, rank: int = 0, world_size: int = 1, whole_batches: bool = False
+    ) -> list[Path]:
         """Write those of the first `count` images that are missing; returns the paths of all.
 
         Of several processes each draws every `world_size`-th batch. A batch always holds the same numbers, also where
-        some of them are there already, so that a run that was stopped goes on as it would have without.
+        some of them are there already, so that a run that was stopped goes on to the same bits. (A batch of another
+        size can differ in the rounding of a pixel.) With `whole_batches` the last batch is as large as the others,
+        though not all of it is kept, so that a larger count adds to the same bits, too.
         """
         paths = [self.path(number) for number in range(count)]
         present = {entry.name for entry in os.scandir(self.output)}
