@@ -39,9 +39,10 @@ from hmar.data import BrokenImageError, EpochSampler, open_dataset
 from hmar.discriminator import PatchDiscriminator
 from hmar.loss import TokenizerLoss, draw_mask, masked_loss, next_scale_loss, token_accuracy, token_weights
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, drop_classes
-from hmar.recipe import STAGES, TrainConfig, config_mapping, config_yaml, find_preset, learning_rate
+from hmar.recipe import STAGES, TrainConfig, config_mapping, config_yaml, find_preset, learning_rate, unknown
 from hmar.tokenizer import Tokenizer
 
+PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SKIPPED_IN_A_ROW = 20
 SECONDS_BETWEEN_LINES = 10  # of progress, where the output is not a terminal
 
@@ -636,7 +637,12 @@ def find_device(name: str) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """The autocast dtype, None for float32: "auto" is bf16 on GPUs that have it and float32 on the CPU."""
+    """The autocast dtype, None for float32: "auto" is bf16 on GPUs that have it and float32 on the CPU.
+
+    Raises ValueError for a name that is not known.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(unknown("precision", name, PRECISIONS))
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16}[name]

@@ -146,6 +146,7 @@ def test_sampling_errors(folder, tmp_path):
     assert '--classes is "a": expected numbers' in fail(*common, "--classes", "a", cwd=folder)
     assert '"{1: 2}" is not a schedule' in fail(*common, "--schedule", "{1: 2}", cwd=folder)
     assert "add up to 4" in fail(*common, "--schedule", "{2: [1, 1]}", cwd=folder)
+    assert "known: auto, fp32, bf16" in fail(*common, "--precision", "fp16", cwd=folder)
     assert "holds a tokenizer" in fail("sample", "--model", "tokenizer", "--output", tmp_path / "none", cwd=folder)
     assert "no folder nowhere" in fail("sample", "--model", "nowhere", "--output", tmp_path / "none", cwd=folder)
     assert "no folder tokenizer of the tokenizer, with which" in fail(
