@@ -259,7 +259,8 @@ def open_dataset(
 
     A folder is either divided (``path/train/class_name/*`` and ``path/test/...`` or ``path/val/...``, nothing else
     beside them) or not (``path/class_name/*``, used for both splits); "train" crops at random, "test" in the middle.
-    ``seed`` decides random crops. Raises ValueError for a name that is not known.
+    "test" is ``path/test`` if that has class folders with images, else ``path/val``. ``seed`` decides random crops.
+    Raises ValueError for a name that is not known, and for splits beside other folders.
     """
     _checked_split(split)
     if name not in DATASETS:
@@ -355,13 +356,45 @@ def _image_files(root: Path, class_name: str) -> list[bytes]:
 
 
 def _split_folder(path: Path, split: str) -> Path:
-    if path.is_dir() and set(_class_folders(path)) <= {"train", "test", "val"}:
-        names = ("train",) if split == "train" else ("test", "val")
-        for name in names:
-            if (path / name).is_dir():
-                return path / name
-        raise ValueError(f'{path} is divided into splits but has no {" or ".join(names)} folder, asked for "{split}".')
-    return path
+    """The folder of class folders that serves a split; `path` itself where it is not divided."""
+    if not path.is_dir():
+        return path
+    names = _class_folders(path)
+    splits = [name for name in names if name in ("train", "val", "test")]
+    others = [name for name in names if name not in splits]
+    # Beside other classes, "train" may be one itself, of locomotives; then it holds images and no folders.
+    divided = [name for name in splits if _has_folders(path / name)] if others else splits
+    if not divided:
+        return path
+    if others:
+        raise ValueError(
+            f"{path} holds {', '.join(divided)} beside {', '.join(others)}, so it is not clear what its classes are: "
+            f"move {', '.join(others)} elsewhere if {', '.join(divided)} are splits, or give {path / divided[0]} "
+            "alone; a folder of classes must not have one with sub-folders called train, val or test."
+        )
+    if split == "train":
+        if "train" in splits:
+            return path / "train"
+        raise ValueError(f'{path} is divided into splits but has no train folder, asked for "train".')
+    held_out = [name for name in ("test", "val") if name in splits]
+    for name in held_out:
+        if _has_classes(path / name):  # ImageNet's test folder has images without classes; its val folder serves then
+            return path / name
+    if not held_out:
+        raise ValueError(f'{path} is divided into splits but has no test or val folder, asked for "{split}".')
+    raise ValueError(
+        f"{path} has {' and '.join(held_out)}, but without a sub-folder of images per class, as in "
+        f'{path / held_out[-1]}/class_name/image.jpg; asked for "{split}".'
+    )
+
+
+def _has_folders(path: Path) -> bool:
+    with os.scandir(path) as entries:
+        return any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+
+
+def _has_classes(path: Path) -> bool:
+    return _has_folders(path) and any(_image_files(path, name) for name in _class_folders(path))
 
 
 def _packaged_file(name: str) -> Path:

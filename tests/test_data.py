@@ -1,6 +1,7 @@
 """Data sets: what an item is, that it depends on (seed, epoch, index) alone, and what bad input says."""
 
 import pickle
+import shutil
 from itertools import islice
 
 import numpy as np
@@ -288,6 +289,48 @@ def test_a_divided_folder_gives_each_split_its_own_files(folder, tmp_path):
     Image.fromarray(ramp(20, 20)).save(root / "val" / "n01" / "x.png")
     assert len(open_dataset("folder", size=16, path=root)) == 6
     assert len(open_dataset("folder", size=16, split="test", path=root)) == 1
+
+
+@pytest.fixture
+def divided(folder, tmp_path):
+    """train and val with the classes n01 and n02."""
+    root = tmp_path / "divided"
+    shutil.copytree(folder, root / "train")
+    shutil.copytree(folder, root / "val")
+    return root
+
+
+def test_folders_beside_splits_do_not_become_classes(divided):
+    for name in ("annotations", "meta"):
+        (divided / name).mkdir()
+        Image.fromarray(ramp(20, 20)).save(divided / name / "x.png")
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=r"train, val beside annotations, meta, .*move annotations, meta .*/train"):
+            open_dataset("folder", size=16, split=split, path=divided)
+    assert open_dataset("folder", size=16, path=divided / "train").class_names == ("n01", "n02")
+
+
+def test_a_class_may_be_called_train(folder):
+    (folder / "n01").rename(folder / "train")
+    dataset = open_dataset("folder", size=16, path=folder)
+    assert dataset.class_names == ("n02", "train") and len(dataset) == 6
+
+
+def test_a_test_folder_without_classes_gives_way_to_val(divided):
+    (divided / "test").mkdir()
+    held_out = divided / "test" / "ILSVRC2012_test_00000001.png"
+    Image.fromarray(ramp(20, 20)).save(held_out)
+    assert open_dataset("folder", size=16, split="test", path=divided).root == divided / "val"
+    (divided / "test" / "empty").mkdir()
+    assert open_dataset("folder", size=16, split="test", path=divided).root == divided / "val"
+    (divided / "test" / "n01").mkdir()
+    held_out.rename(divided / "test" / "n01" / "x.png")
+    (divided / "test" / "empty").rmdir()
+    assert open_dataset("folder", size=16, split="test", path=divided).root == divided / "test"
+    shutil.rmtree(divided / "val")
+    (divided / "test" / "n01" / "x.png").unlink()
+    with pytest.raises(ValueError, match=r"has test, but without a sub-folder of images per class, .*test/class"):
+        open_dataset("folder", size=16, split="test", path=divided)
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
