@@ -401,7 +401,7 @@ def test_devices_and_precisions():
             find_device(name)
     assert (find_precision("auto", cpu), find_precision("fp32", cpu)) == (None, None)
     assert find_precision("bf16", cpu) == torch.bfloat16
-    with pytest.raises(ValueError, match='unknown precision "fp16": did you mean .*known: auto, fp32, bf16'):
+    with pytest.raises(ValueError, match=r'unknown precision "fp16": did you mean .*known: auto, fp32, bf16'):
         find_precision("fp16", cpu)
 
 
