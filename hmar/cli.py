@@ -1,4 +1,4 @@
-"""The command `hmar`: train, sample, convert, evaluate, demo, info.
+"""The command `hmar`: train, sample, edit, convert, evaluate, demo, info.
 
 Arguments are read here and given to the functions that do the work; torch is imported by the commands that need it, so
 that help and mistakes in the arguments answer at once. Bad input ends with one sentence and exit code 2.
@@ -169,6 +169,112 @@ def sample(
         typer.echo("stopped: the same command goes on with the images that are missing", err=True)
         raise typer.Exit(130) from None
     typer.echo(f"{len(paths)} images in {output}, the first ones together in {output / 'grid.png'}")
+
+
+@app.command(short_help="Paint a part of an image, or around it: in-painting, out-painting, editing by class.")
+def edit(
+    model: Annotated[Path, typer.Option(help="Folder of weights, or of a finished run of masked, next-scale or var.")],
+    image: Annotated[Path, typer.Option(help="The image to edit.")],
+    output: Annotated[Path, typer.Option(help="Folder for the PNG files, input.png, grid.png and settings.json.")],
+    mask: Annotated[
+        Path | None, typer.Option(help="Image of the same size, white where to paint.", show_default=False)
+    ] = None,
+    box: Annotated[
+        str | None,
+        typer.Option(help="Where to paint, instead: x0,y0,x1,y1 in pixels of it.", show_default=False),
+    ] = None,
+    around: Annotated[
+        str | None,
+        typer.Option(
+            help="Paint around the image, instead: it lies at x0,y0,x1,y1 of the model's canvas and may stick out.",
+            show_default=False,
+        ),
+    ] = None,
+    tokenizer: TokenizerFolder = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class numbers, as in 0,1,7 or 0-9.", show_default="no class")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Results, of each class if there are some.")] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same results, whatever the batch size.")] = 0,
+    seeds: Annotated[
+        str | None, typer.Option(help="Instead of --count and --seed: one result of each class for each, as in 3,7-9.")
+    ] = None,
+    fit: Annotated[
+        str, typer.Option(help="An image of another size than the model's: refuse, resize (stretch) or crop.")
+    ] = "refuse",
+    composite: Annotated[
+        bool, typer.Option("--composite", help="Put the original pixels back outside of the hole.")
+    ] = False,
+    known_share: Annotated[
+        float, typer.Option(help="A coarse token counts as known if so much of its cell is; 1 keeps whole cells only.")
+    ] = 0.5,
+    cfg: Cfg = 1.5,
+    cfg_ramp: CfgRamp = "linear",
+    top_k: TopK = 0,
+    top_p: TopP = 0.0,
+    temperature: Temperature = 1.0,
+    greedy: Greedy = False,
+    schedule: Schedule = "default",
+    masked_cfg_factor: MaskedCfgFactor = 1e-6,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 16,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    attention: Attention = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Paint a part of an image, without training for it. Give one of --mask, --box and --around.
+
+    hmar edit --model runs/hmar --image digit.png --box 8,8,24,24 --count 3 --output edits
+
+    What the hole showed does not matter: it is painted over before the model sees the image. Without --classes the
+    surroundings alone say what belongs there.
+    """
+    wanted, wanted_seeds = _parse_numbers("classes", classes), _parse_numbers("seeds", seeds)
+    hole, place = _parse_box("box", box), _parse_box("around", around)
+
+    from hmar.edit_image import edit_image
+    from hmar.generate import SamplingConfig
+    from hmar.sample import parse_ramp, parse_schedule
+
+    sampling = SamplingConfig(
+        cfg=cfg,
+        cfg_ramp=parse_ramp(cfg_ramp),
+        top_k=top_k,
+        top_p=top_p,
+        temperature=temperature,
+        schedule=parse_schedule(schedule),
+        masked_cfg_factor=masked_cfg_factor,
+        seed=seed,
+        greedy=greedy,
+    )
+    try:
+        paths = edit_image(
+            model,
+            image,
+            output,
+            mask=mask,
+            box=hole,
+            around=place,
+            classes=wanted,
+            count=count,
+            seeds=wanted_seeds,
+            sampling=sampling,
+            fit=fit,
+            known_share=known_share,
+            composite=composite,
+            tokenizer_folder=tokenizer,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            attention=attention,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo("stopped: the same command goes on with the images that are missing", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"{len(paths)} images in {output}, what the model saw in {output / 'input.png'}")
 
 
 @app.command(short_help="Draw many images of a model and measure them: FID, IS, KID, precision, recall.")
@@ -436,3 +542,16 @@ def _parse_numbers(option: str, text: str | None) -> list[int] | None:
             raise ValueError(f'--{option} is "{text}": expected numbers as in 0,1,7 or 0-9')
         numbers += range(int(first), int(last if dash else first) + 1)
     return numbers
+
+
+def _parse_box(option: str, text: str | None) -> list[int] | None:
+    """Four whole numbers, which may be negative; None stays None."""
+    if text is None:
+        return None
+    try:
+        box = [int(part) for part in text.split(",")]
+    except ValueError:
+        box = []
+    if len(box) != 4:
+        raise ValueError(f'--{option} is "{text}": expected x0,y0,x1,y1 in pixels, as in 64,64,192,192')
+    return box
