@@ -80,3 +80,66 @@ def assert_accurate(inputs, mask, impl, scale=None, with_lse=True):
     out, lse, dq = actual[0], actual[1], actual[2]
     assert not out[..., ~sighted, :].any() and not dq[..., ~sighted, :].any()
     assert (lse[..., ~sighted] == float("-inf")).all()
+
+
+def probe_positions(mask, count, num_positions, edges):
+    """`count` positions in [0, num_positions): both sides of every edge of a run, then others at random."""
+    near = sorted({p for edge in edges for p in (edge - 1, edge) if 0 <= p < num_positions})
+    generator = torch.Generator().manual_seed(len(near))
+    if len(near) > count:
+        near = [near[i] for i in torch.randperm(len(near), generator=generator)[:count].tolist()]
+    others = [p for p in torch.randperm(num_positions, generator=generator).tolist() if p not in set(near)]
+    return torch.tensor((near + others)[:count])
+
+
+def assert_exact_support(mask, impl, head_dim, dtype, device):
+    """`impl` sees exactly the mask's pairs: one key too many or too few in any probed row or column is found.
+
+    Uniform logits make every probability 1 / (number of keys). Up to `head_dim` probed keys j_d, as one-hot rows of v,
+    show in out[i, d] which queries see them; probed queries i_d, as one-hot rows of do, show in dv[j, d] which keys
+    they see. With one-hot k (or q) and the other of the two zero, dq (or dk) shows the same of the remaining pass.
+    """
+    num_q, num_k = mask.num_queries, mask.num_keys
+    keys = probe_positions(mask, min(head_dim, num_k), num_k, [e for run in mask.runs for e in run[2:]])
+    rows = probe_positions(mask, min(head_dim, num_q), num_q, [e for run in mask.runs for e in run[:2]])
+    start, end = mask.intervals(device)
+    seen_by_row = (end - start).double()
+    weight = torch.where(end > start, 1 / seen_by_row.clamp(min=1), 0.0)
+    keys, rows = keys.to(device), rows.to(device)
+    row_sees_key = (keys >= start[:, None]) & (keys < end[:, None])  # [Lq, probed keys]
+    positions = torch.arange(num_k, device=device)[:, None]
+    key_in_row = (positions >= start[rows]) & (positions < end[rows])  # [Lk, probed rows]
+
+    def one_hot(length, chosen):
+        x = torch.zeros(1, 1, length, head_dim, device=device, dtype=dtype)
+        x[0, 0, chosen, torch.arange(len(chosen), device=device)] = 1
+        return x
+
+    zero_q = torch.zeros(1, 1, num_q, head_dim, device=device, dtype=dtype)
+    zero_k = torch.zeros(1, 1, num_k, head_dim, device=device, dtype=dtype)
+    _, _, v, do, dlse = draw_inputs(mask, 1, 1, head_dim, dtype, device)
+
+    out, lse, _, _, dv = run(zero_q, zero_k, one_hot(num_k, keys), one_hot(num_q, rows), dlse, mask, impl, 1.0, False)
+    torch.testing.assert_close(lse[0, 0].double(), torch.log(seen_by_row), rtol=0, atol=2e-6 * float(num_k) ** 0.5)
+    ulp = torch.finfo(dtype).eps
+    for actual, visible, expected in (
+        (out[0, 0, :, : len(keys)], row_sees_key, weight[:, None]),
+        (dv[0, 0, :, : len(rows)], key_in_row, weight[rows]),
+    ):
+        assert torch.equal(actual != 0, visible)
+        torch.testing.assert_close(actual.double(), visible * expected, rtol=8 * ulp, atol=0)
+
+    sums = torch.cat([v.new_zeros(1, head_dim, dtype=torch.float64), v[0, 0].double().cumsum(0)])
+    delta = (do[0, 0].double() * (sums[end.long()] - sums[start.long()])).sum(-1) * weight
+    for q, k, index, probed, visible in (
+        (zero_q, one_hot(num_k, keys), 2, keys, row_sees_key),
+        (one_hot(num_q, rows), zero_k, 3, rows, key_in_row),
+    ):
+        gradient = run(q, k, v, do, dlse, mask, impl, 1.0, False)[index][0, 0, :, : len(probed)]
+        if index == 2:
+            ds = weight[:, None] * (do[0, 0].double() @ v[0, 0, keys].double().T - delta[:, None])
+        else:
+            ds = weight[rows] * (v[0, 0].double() @ do[0, 0, rows].double().T - delta[rows])
+        assert not gradient[~visible].any()
+        clear = visible & (ds.abs() > 1e-5)  # NOTE: above what float16 underflows or cancellation may hide
+        assert (gradient[clear] != 0).all()

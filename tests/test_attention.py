@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attention_cases import assert_accurate, draw_inputs, pyramid_mask, run, small_masks
+from attention_cases import assert_accurate, assert_exact_support, draw_inputs, pyramid_mask, run, small_masks
 from hmar_kernels import SpanMask, attention, choose
 from hmar_kernels.attention import api
 from hmar_kernels.attention import triton as triton_attention
@@ -57,6 +57,26 @@ def test_reference_gradients_against_finite_differences(name):
 @pytest.mark.parametrize("name", MASKS)
 def test_triton_kernels_under_the_interpreter(name, dtype, poisoned_memory):
     assert_accurate(draw_inputs(MASKS[name], 1, 2, 32, dtype, "cpu"), MASKS[name], "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", MASKS)
+def test_triton_sees_exactly_the_pairs_of_the_mask(name, dtype):
+    assert_exact_support(MASKS[name], "triton", 32, dtype, "cpu")
+
+
+@interpreted
+@pytest.mark.parametrize("change", ["one key less", "one key more"])
+def test_the_check_of_pairs_finds_one_wrong_key(change, monkeypatch):
+    mask = SpanMask.block_causal([1, 4, 9, 16])
+    end = mask.key_end.clone()
+    end[13] += 1 if change == "one key more" else -1
+    wrong = SpanMask.from_intervals(mask.key_start, end, num_keys=30)
+    forward = api.reference.forward
+    monkeypatch.setattr(api.reference, "forward", lambda q, k, v, mask, scale: forward(q, k, v, wrong, scale))
+    with pytest.raises(AssertionError):
+        assert_exact_support(mask, "reference", 32, torch.float16, "cpu")
 
 
 @interpreted
@@ -117,6 +137,54 @@ def test_compiles_without_graph_breaks_and_sees_a_changed_mask(impl):
 
 
 @interpreted
+def test_compiles_with_dynamic_shapes():
+    torch._dynamo.reset()
+
+    def f(q, k, v, mask):
+        return attention(q, k, v, mask, impl="triton").square().sum()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, head_dim, length in ((1, 16, 14), (2, 16, 20), (3, 32, 14)):
+        mask = SpanMask.causal(length)
+        q, k, v, _, _ = draw_inputs(mask, batch, 2, head_dim, torch.float32, "cpu")
+        torch.testing.assert_close(compiled(q, k, v, mask), f(q, k, v, mask))
+
+
+@interpreted
+def test_expanded_inputs_and_gradients_of_stride_zero():
+    mask = SpanMask.window([1, 4, 9], 2)
+    q, k, v, _, _ = draw_inputs(mask, 1, 1, 16, torch.float32, "cpu")
+    k, v = k.expand(2, 3, -1, -1), v.expand(2, 3, -1, -1)
+    grads = []
+    for impl in ("reference", "triton"):
+        leaf = q.repeat(2, 3, 1, 1).requires_grad_()
+        out = attention(leaf, k, v, mask, impl=impl)
+        grads.append((out, *torch.autograd.grad(out.sum(), leaf)))
+    torch.testing.assert_close(grads[1], grads[0], atol=1e-5, rtol=1e-5)
+
+
+def test_flex_compiles_every_shape_for_itself(monkeypatch):
+    """A shared compiled function would stop compiling after eight shapes and run dense instead."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    real = torch.compile
+    monkeypatch.setattr(api.flex.torch, "compile", lambda f, **options: real(f, backend=backend, **options))
+    for length in range(16, 28):
+        mask = SpanMask.causal(length)
+        q, k, v, _, _ = draw_inputs(mask, 1, 1, 16, torch.float32, "cpu")
+        for _ in range(2):
+            out, lse = api.flex.forward(q, k, v, mask, 0.25)
+        expected = api.reference.forward(q, k, v, mask, 0.25)
+        torch.testing.assert_close((out, lse), expected, atol=1e-5, rtol=1e-5)
+    assert len(compiled) == 12
+
+
+@interpreted
 def test_custom_op_passes_opcheck():
     mask = SpanMask.window([1, 4, 9], 2)
     q, k, v, _, _ = draw_inputs(mask, 1, 2, 16, torch.float32, "cpu")
@@ -171,6 +239,7 @@ def test_bad_arguments_are_refused_with_a_reason():
     mask = SpanMask.causal(5)
     q, k, v, _, _ = draw_inputs(mask, 2, 3, 16, torch.float32, "cpu")
     for arguments, options, message in [
+        ((q[..., :0], k[..., :0], v[..., :0], mask), {}, "head dim is 0"),
         ((q[0], k, v, mask), {}, r"must be \[B, H, L, D\]"),
         ((q, k[:, :2], v, mask), {}, r"must both be \[2, 3, Lk, 16\]"),
         ((q, k[:, :, :4], v[:, :, :4], mask), {}, "5 queries and 5 keys, but q has 5 and k has 4"),

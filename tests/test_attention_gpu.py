@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from attention_cases import assert_accurate, draw_inputs, pyramid_mask, run, small_masks
+from attention_cases import assert_accurate, assert_exact_support, draw_inputs, pyramid_mask, run, small_masks
 from hmar_kernels import IMPLEMENTATIONS, SpanMask, attention, choose, unavailable
+from hmar_kernels.attention import api
 
 pytestmark = pytest.mark.gpu
 
 MASKS = small_masks()
+OURS = ["triton", "cuda"]
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,14 +30,45 @@ def test_published_pyramids(impl, pattern, resolution, dtype, poisoned_memory):
     batch, heads = {256: (2, 3), 512: (1, 2), 1024: (1, 1)}[resolution]
     inputs = draw_inputs(mask, batch, heads, 64, DTYPES[dtype], "cuda")
     skip_unless_available(impl, inputs, mask)
-    # NOTE: FlexAttention and variable-length FlashAttention give no gradient of lse for some releases; ours must.
-    assert_accurate(inputs, mask, impl, with_lse=impl in ("triton", "cuda"))
+    # NOTE: variable-length FlashAttention has no gradient of lse.
+    assert_accurate(inputs, mask, impl, with_lse=impl != "varlen")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("resolution", [256, 512, 1024])
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+@pytest.mark.parametrize("impl", OURS)
+def test_sees_exactly_the_pairs_of_the_mask(impl, pattern, resolution, head_dim, dtype):
+    mask = pyramid_mask(pattern, resolution)
+    skip_unless_available(impl, draw_inputs(mask, 1, 1, head_dim, DTYPES[dtype], "cuda"), mask)
+    assert_exact_support(mask, impl, head_dim, DTYPES[dtype], "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("impl", OURS)
+def test_tensors_on_a_gpu_that_is_not_the_current_one(impl):
+    mask = pyramid_mask("block_causal", 256)
+    inputs = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda:1")
+    skip_unless_available(impl, inputs, mask)
+    assert torch.cuda.current_device() == 0
+    assert_accurate(inputs, mask, impl)
+
+
+@pytest.mark.parametrize("impl", OURS)
+def test_custom_op_passes_opcheck(impl):
+    mask = pyramid_mask("block_causal", 256)
+    q, k, v, *_ = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
+    skip_unless_available(impl, (q, k, v), mask)
+    tensors, tiles = api._plan_arguments(impl, mask, q.device, 64, q.dtype)
+    operator = {"triton": api._attention_triton, "cuda": api._attention_cuda}[impl]
+    torch.library.opcheck(operator, (*(x.requires_grad_() for x in (q, k, v)), *tensors, tiles, 0.3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [16, 24, 32, 64, 96, 128])
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+@pytest.mark.parametrize("impl", OURS)
 def test_odd_masks_and_head_dims(impl, name, head_dim, dtype, poisoned_memory):
     inputs = draw_inputs(MASKS[name], 2, 3, head_dim, DTYPES[dtype], "cuda")
     skip_unless_available(impl, inputs, MASKS[name])
@@ -48,10 +81,10 @@ def test_packed_qkv(impl, head_dim, poisoned_memory):
     mask = pyramid_mask("block_diagonal", 256)
     inputs = draw_inputs(mask, 2, 4, head_dim, torch.bfloat16, "cuda", packed=True)
     skip_unless_available(impl, inputs, mask)
-    assert_accurate(inputs, mask, impl, with_lse=impl in ("triton", "cuda"))
+    assert_accurate(inputs, mask, impl, with_lse=impl != "varlen")
 
 
-@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+@pytest.mark.parametrize("impl", OURS)
 def test_large_logits_stay_finite(impl):
     """q and k of length 100 give logits up to 100 after L2 normalisation with the largest learned scale."""
     mask = pyramid_mask("block_causal", 256)
@@ -62,7 +95,7 @@ def test_large_logits_stay_finite(impl):
 
 
 @pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
-@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+@pytest.mark.parametrize("impl", OURS)
 def test_bit_equal_twice(impl, pattern):
     mask = pyramid_mask(pattern, 512)
     inputs = draw_inputs(mask, 4, 8, 64, torch.bfloat16, "cuda")
@@ -71,7 +104,7 @@ def test_bit_equal_twice(impl, pattern):
         assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+@pytest.mark.parametrize("impl", OURS)
 def test_block_diagonal_is_local_to_a_scale(impl):
     mask, touched = pyramid_mask("block_diagonal", 256), slice(91, 155)
     q, k, v, do, dlse = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
@@ -84,7 +117,7 @@ def test_block_diagonal_is_local_to_a_scale(impl):
         assert not torch.equal(a[:, :, touched], b[:, :, touched])
 
 
-@pytest.mark.parametrize("impl", [name for name in FAST if name in ("triton", "cuda")])
+@pytest.mark.parametrize("impl", OURS)
 def test_torch_compile_and_cuda_graph(impl):
     torch._dynamo.reset()
     mask = pyramid_mask("block_causal", 256)

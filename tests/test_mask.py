@@ -113,6 +113,7 @@ def test_draw_covers_the_attending_pairs():
         (lambda: SpanMask.block_causal([1.5, 2.0]), "integers"),
         (lambda: SpanMask.window([1, 4], 0), "at least 1 scale"),
         (lambda: SpanMask.causal(0), "at least 1"),
+        (lambda: SpanMask.from_intervals([0], [0]), "num_keys must be at least 1"),
         (lambda: SpanMask.from_intervals([0, 1], [1]), "2 entries and key_end 1"),
         (lambda: SpanMask.from_intervals([0, 3], [1, 2]), r"query 1 has the key interval \[3, 2\)"),
         (lambda: SpanMask.from_intervals([0], [9], num_keys=8), "<= 8"),

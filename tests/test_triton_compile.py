@@ -1,4 +1,7 @@
-"""Triton kernels compiled for sm_90 and sm_80 without a GPU: every row of the tile table fits, and nothing spills."""
+"""Triton kernels compiled for sm_90 and sm_80 without a GPU: every row of the tile table fits, and nothing spills.
+
+Beside the table in bf16: fp16, a padded head dim with the gradient of lse, and the float32 tiles.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ from dataclasses import astuple
 
 import pytest
 
-from hmar_kernels.attention.triton import TILES
+from hmar_kernels.attention.triton import FLOAT32_TILES, SHORT, TILES
 
 SCRIPT = """
 import json, re, subprocess, sys, tempfile
@@ -22,10 +25,10 @@ arch, jobs = int(sys.argv[1]), json.loads(sys.argv[2])
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 kernels = {"forward": attention._forward_kernel, "dq": attention._dq_kernel, "dkdv": attention._dkdv_kernel}
 report = []
-for head_dim, name, shape in jobs:
+for head_dim, name, shape, dtype, has_dlse in jobs:
     kernel, tile = kernels[name], attention.Tile(*shape)
     rows, cols = ("BLOCK_N", "BLOCK_M") if name == "dkdv" else ("BLOCK_M", "BLOCK_N")
-    constants = {"D": head_dim, "BLOCK_D": head_dim, rows: tile.rows, cols: tile.cols, "HAS_DLSE": False}
+    constants = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), rows: tile.rows, cols: tile.cols, "HAS_DLSE": has_dlse}
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument.endswith("_strides"):
@@ -35,7 +38,7 @@ for head_dim, name, shape in jobs:
         elif argument.endswith("_ptr"):
             vectors = ("lse_ptr", "dlse_ptr", "delta_ptr")
             integers = ("key_start_ptr", "key_end_ptr", "tiles_ptr")
-            signature[argument] = "*fp32" if argument in vectors else "*i32" if argument in integers else "*bf16"
+            signature[argument] = "*fp32" if argument in vectors else "*i32" if argument in integers else "*" + dtype
             attributes[i,] = [["tt.divisibility", 16]]
         elif argument in constants:
             signature[argument] = "constexpr"
@@ -59,6 +62,7 @@ for head_dim, name, shape in jobs:
         "head_dim": head_dim,
         "pass": name,
         "tile": shape,
+        "dtype": dtype,
         "registers": registers,
         "stack": stack,
         "shared": compiled.metadata.shared,
@@ -74,11 +78,18 @@ SHARED_LIMIT = {90: 232_448, 80: 166_912}
 @pytest.mark.parametrize("capability", [8, 9])
 def test_tile_table_compiles_without_spills(capability):
     arch = 10 * capability
+    passes = ("forward", "dq", "dkdv")
+    rows = {(head_dim, tiles) for (major, head_dim, _), tiles in TILES.items() if major == capability}
     jobs = {
-        (head_dim, name, astuple(getattr(tiles, name)))
-        for (major, head_dim, _), tiles in TILES.items()
-        if major == capability
-        for name in ("forward", "dq", "dkdv")
+        (head_dim, name, astuple(getattr(tiles, name)), "bf16", False) for head_dim, tiles in rows for name in passes
+    }
+    short = TILES[capability, 64, SHORT]
+    jobs |= {(64, name, astuple(getattr(short, name)), "fp16", False) for name in passes}
+    jobs |= {(48, name, astuple(getattr(short, name)), "bf16", True) for name in passes}
+    jobs |= {
+        (head_dim, name, astuple(getattr(FLOAT32_TILES, name)), "fp32", True)
+        for head_dim in (64, 128)
+        for name in passes
     }
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -92,5 +103,6 @@ def test_tile_table_compiles_without_spills(capability):
     assert len(report) == len(jobs)
     for usage in report:
         assert usage["shared"] <= SHARED_LIMIT[arch], usage
-        assert usage["wgmma" if arch == 90 else "mma"] > 0, usage
+        if usage["dtype"] != "fp32":
+            assert usage["wgmma" if arch == 90 else "mma"] > 0, usage
         assert usage["spills"] == 0 and usage["stack"] == 0, usage

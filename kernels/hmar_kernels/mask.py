@@ -70,6 +70,7 @@ class SpanMask:
             )
         if num_keys is None:
             num_keys = int(end.max())
+        _check_length(num_keys, "num_keys")
         bad = np.flatnonzero((start < 0) | (end < start) | (end > num_keys))
         if len(bad):
             i = bad[0]

@@ -6,6 +6,7 @@ The mathematics is in reference.py. Read next: plan.py (tiles), triton.py (the k
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import astuple, replace
 
 import torch
@@ -37,7 +38,8 @@ def attention(
         scale: positive factor on the logits; default 1 / sqrt(D).
         impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises; `choose` tells what "auto"
             takes and why.
-        return_lse: also return the log-sum-exp of each query's logits.
+        return_lse: also return the log-sum-exp of each query's logits; differentiable, but for impl="varlen", whose
+            lse is detached.
     Returns:
         out [B, H, Lq, D] in q's dtype, with memory order [B, Lq, H, D], so that merging heads is a view; with
         return_lse also lse [B, H, Lq] (float32; float64 for float64 inputs), -inf for a query that sees no key. Such a
@@ -46,8 +48,9 @@ def attention(
         ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
     """
     _check(q, k, v, mask)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
+    head_dim = operator.index(q.shape[-1])  # NOTE: makes it a constant where torch.compile has dynamic shapes
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
     if impl == "auto":
         impl, _ = choose(q, k, v, mask)
@@ -59,9 +62,9 @@ def attention(
             )
 
     if impl in ("triton", "cuda"):
-        tensors, tiles = _plan_arguments(impl, mask, q.device, q.shape[-1], q.dtype)
-        operator = _attention_triton if impl == "triton" else _attention_cuda
-        out, lse = operator(q, k, v, *tensors, tiles, scale)
+        tensors, tiles = _plan_arguments(impl, mask, q.device, head_dim, q.dtype)
+        attend = _attention_triton if impl == "triton" else _attention_cuda
+        out, lse = attend(q, k, v, *tensors, tiles, scale)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
     elif impl == "varlen":
@@ -102,6 +105,8 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) ->
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise ValueError(f"q, k and v must be [B, H, L, D], got shapes {_shape(q)}, {_shape(k)}, {_shape(v)}")
     b, h, num_queries, d = q.shape
+    if d == 0:
+        raise ValueError(f"the head dim is 0 in q of shape {_shape(q)}: at least 1 is needed")
     if k.shape != v.shape or (k.shape[0], k.shape[1], k.shape[3]) != (b, h, d):
         raise ValueError(
             f"k and v must both be [{b}, {h}, Lk, {d}] to go with q {_shape(q)}, got {_shape(k)} and {_shape(v)}"

@@ -1,6 +1,12 @@
-"""The mask handed to torch.nn.attention.flex_attention, compiled with its default options."""
+"""The mask handed to torch.nn.attention.flex_attention, compiled with its default options.
+
+Each mask, shape and dtype has a compiled function of its own, kept on the mask: sharing one would run into
+torch.compile's recompile limit after eight of them and fall back to the dense form without a word.
+"""
 
 from __future__ import annotations
+
+from types import FunctionType
 
 import torch
 
@@ -13,19 +19,30 @@ def forward(
     """q [B,H,Lq,D], k v [B,H,Lk,D] -> out [B,H,Lq,D], lse float32 [B,H,Lq]; differentiable."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    out, aux = _compiled(flex_attention)(
-        q, k, v, block_mask=mask.to_flex(q.device), scale=scale, return_aux=AuxRequest(lse=True)
-    )
+    def attend(q, k, v):
+        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, return_aux=AuxRequest(lse=True))
+
+    block_mask = mask.to_flex(q.device)
+    if torch.compiler.is_compiling():
+        out, aux = attend(q, k, v)
+    else:
+        needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        signature = tuple((x.shape, x.stride()) for x in (q, k, v))
+        key = ("flex_compiled", str(q.device), q.dtype, signature, scale, needs_grad)
+        # NOTE: a code object of its own, because the recompile limit counts per code object
+        compiled = mask.cached(key, lambda: torch.compile(_own_code(attend), dynamic=False, fullgraph=True))
+        out, aux = compiled(q, k, v)
     return out, aux.lse
 
 
-_compiled_functions: dict = {}
-
-
-def _compiled(function):
-    if function not in _compiled_functions:
-        _compiled_functions[function] = torch.compile(function, dynamic=False)
-    return _compiled_functions[function]
+def _own_code(function: FunctionType) -> FunctionType:
+    return FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -13,6 +13,7 @@ The equations are stated in reference.py, the tiles in plan.py; autograd and arg
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +112,7 @@ def make_plan(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> Atten
 @triton.jit
 def _load_rows(ptr, offs_row, offs_d, strides, row_limit, D: tl.constexpr, MASK_ROWS: tl.constexpr):
     """A [rows, BLOCK_D] tile; rows from `row_limit` on and columns from D on read as zero."""
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * strides[2] + offs_d[None, :] * strides[3]
+    ptrs = ptr + offs_row.to(tl.int64)[:, None] * strides[2] + offs_d.to(tl.int64)[None, :] * strides[3]
     if MASK_ROWS:
         return tl.load(ptrs, mask=(offs_row < row_limit)[:, None] & (offs_d < D)[None, :], other=0.0)
     if offs_d.shape[0] != D:
@@ -121,7 +122,7 @@ def _load_rows(ptr, offs_row, offs_d, strides, row_limit, D: tl.constexpr, MASK_
 
 @triton.jit
 def _store_rows(ptr, tile, offs_row, offs_d, strides, row_limit, D: tl.constexpr):
-    ptrs = ptr + offs_row.to(tl.int64)[:, None] * strides[2] + offs_d[None, :] * strides[3]
+    ptrs = ptr + offs_row.to(tl.int64)[:, None] * strides[2] + offs_d.to(tl.int64)[None, :] * strides[3]
     tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(offs_row < row_limit)[:, None] & (offs_d < D)[None, :])
 
 
@@ -466,17 +467,19 @@ def _dkdv_kernel(
 
 def _launch(kernel, plan: TilePlan, tile: Tile, q: torch.Tensor, **arguments) -> None:
     head_dim = q.shape[-1]
-    kernel[(plan.num_tiles * q.shape[0] * q.shape[1],)](
-        **arguments,
-        tiles_ptr=plan.tiles,
-        num_heads=q.shape[1],
-        num_queries=q.shape[2],
-        num_tiles=plan.num_tiles,
-        D=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    # NOTE: Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        kernel[(plan.num_tiles * q.shape[0] * q.shape[1],)](
+            **arguments,
+            tiles_ptr=plan.tiles,
+            num_heads=q.shape[1],
+            num_queries=q.shape[2],
+            num_tiles=plan.num_tiles,
+            D=head_dim,
+            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
 
 
 def empty_rows_like(x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,9 @@ variable-length kernels cannot express block-causal masks.
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
+
 import torch
 
 from ..mask import SpanMask
@@ -14,7 +17,10 @@ from ..mask import SpanMask
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [B,H,Lq,D], k v [B,H,Lk,D] -> out [B,H,Lq,D], lse float32 [B,H,Lq]; differentiable with respect to out."""
+    """q [B,H,Lq,D], k v [B,H,Lk,D] -> out [B,H,Lq,D], lse float32 [B,H,Lq].
+
+    Gradients flow through out only: the library has none for lse, which is therefore returned detached.
+    """
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     batch = q.shape[0]
@@ -25,7 +31,7 @@ def forward(
     num_heads, num_queries = q.shape[1], q.shape[2]
     return (
         out.view(batch, num_queries, num_heads, -1).transpose(1, 2),
-        lse.view(num_heads, batch, num_queries).transpose(0, 1),
+        lse.detach().view(num_heads, batch, num_queries).transpose(0, 1),
     )
 
 
@@ -46,8 +52,19 @@ def _offsets(mask: SpanMask, batch: int, device: torch.device) -> tuple[torch.Te
     return mask.cached(("varlen", batch, str(device)), make)
 
 
+@cache
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "return_aux"} <= set(inspect.signature(varlen_attn).parameters)
+
+
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int, mask: SpanMask) -> str | None:
     """Why variable-length FlashAttention cannot run on such inputs; None when it can."""
+    if not _has_varlen():
+        return "this torch has no variable-length attention with a scale argument; torch 2.11 has"
     if mask.cu_seqlens() is None:
         return "the mask is not block-diagonal, so it has no cu_seqlens"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
