@@ -22,8 +22,10 @@ from cattrs.errors import ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
 from hmar.config import PRESETS, ModelConfig, TokenizerConfig
+from hmar_kernels import IMPLEMENTATIONS
 
 STAGES = ("tokenizer", "next-scale", "masked", "var")
+ATTENTION = ("auto", *IMPLEMENTATIONS)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class TrainConfig:
     tokenizer_weights, and "masked" needs next_scale_weights as well.
 
     precision      "auto" is bf16 autocast on CUDA and fp32 on the CPU
+    attention      "auto" or one of hmar_kernels.IMPLEMENTATIONS
     cache_codes    encode the whole data set once and keep the codes in memory (only for data without random crops)
     ema            decay of the averaged weights that are written at the end; 0 switches averaging off
     on_nonfinite   a step whose loss or gradient is not finite stops the run ("raise") or is skipped, counted ("skip")
@@ -145,6 +148,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(unknown("stage", self.stage, STAGES))
+        if self.attention not in ATTENTION:
+            raise ValueError(unknown("attention", self.attention, ATTENTION))
         tokenizer, model = find_preset(self.preset)
         object.__setattr__(self, "tokenizer", self.tokenizer or tokenizer)
         object.__setattr__(self, "model", self.model or model)

@@ -130,18 +130,18 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train from where the run stands to its last step."""
         config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with checkpoint.replacing(self.folder / "config.yaml") as temporary:
-            temporary.write_text(config_yaml(config), encoding="utf-8")
         dataset = self.stage.prepare(self.dataset, self.console)
         batches = load_batches(dataset, config, self.samples, self.device)
         self.stage.compile(config.compile)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with (
             StopSignals() as stop,
             Logs(self.folder, self.step) as logs,
             Display(self.console, config, self.step) as display,
             contextlib.closing(batches),
         ):
+            with checkpoint.replacing(self.folder / "config.yaml") as temporary:
+                temporary.write_text(config_yaml(config), encoding="utf-8")
             # Last of all, so that nothing of the set-up draws from the generators of a resumed run.
             if self.rng is not None:
                 checkpoint.set_rng_state(self.rng)
@@ -754,12 +754,18 @@ def load_stage_one(config: TrainConfig) -> NextScaleTransformer:
 
 
 def make_room(folder: Path, overwrite: bool) -> None:
-    """Make sure that no earlier run is in the folder; with overwrite, delete its files and nothing else."""
+    """Make sure that no earlier run is in the folder; with overwrite, delete its files and nothing else.
+
+    A run that failed before its first checkpoint left nothing to go on with: what it logged is deleted.
+    """
     ours = [folder / name for name in ("config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "weights")]
     found = [path for path in ours if path.exists()]
     if not found:
         return
-    if not overwrite:
+    # Without metrics.jsonl, which every run begins with, config.yaml may be anybody's.
+    logged = (folder / "metrics.jsonl").exists()
+    left_over = logged and not checkpoint.checkpoints(folder / "checkpoints") and not (folder / "weights").exists()
+    if not overwrite and not left_over:
         raise ValueError(
             f"{folder} already holds a run ({', '.join(path.name for path in found)}): go on with it by --resume, "
             "delete it by --overwrite, or choose another output_dir"

@@ -178,6 +178,9 @@ def test_mistakes_are_answered_in_one_sentence(folder, tmp_path):
     assert "known: optimizer.lr, optimizer.betas" in message
     assert "known: d16-256" in fail("train", "tokenizer", "preset=d99", "output_dir=x")
     assert "known: tokenizer, next-scale, masked, var" in fail("train", "tokenizers", *short)
+    assert "known: auto, reference, triton" in fail(
+        "train", "var", *short, "attention=fast", f"tokenizer_weights={folder / 'tokenizer'}"
+    )
     missing = fail("train", "var", *short, "tokenizer_weights=nowhere")
     assert "no folder nowhere" in missing
     assert "already holds a run" in fail("train", "tokenizer", *TINY, "output_dir=tokenizer", cwd=folder)

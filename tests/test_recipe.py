@@ -78,6 +78,7 @@ def test_a_file_and_overrides_meet_and_the_override_wins(tmp_path):
         ("steps.more=1", "steps: expected a whole number"),
         ("compile=1", "compile: expected true or false, got 1"),
         ("precision=fp8", 'precision: unknown value "fp8": .*known: auto, fp32, bf16'),
+        ("attention=fast", 'unknown attention "fast": .*known: auto, reference, triton'),
         ("model.sides=4", r"model.sides: expected a list such as \[1, 2\], got 4"),
         ("model.sides=[1,a]", "model.sides: expected a whole number, got 'a'"),
         ("optimizer=3", "optimizer: expected a section with keys, got 3"),

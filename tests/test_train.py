@@ -16,7 +16,7 @@ from hmar import checkpoint
 from hmar.checkpoint import load_model, load_tokenizer, read_description
 from hmar.config import PRESETS
 from hmar.model import HMAR, NextScaleTransformer
-from hmar.recipe import apply_overrides, make_config
+from hmar.recipe import apply_overrides, make_config, read_config
 from hmar.tokenizer import Tokenizer
 from hmar.train import (
     Interrupted,
@@ -193,6 +193,30 @@ def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path, runs):
     run(configure("var", tmp_path, "steps=2", "seed=1", runs=runs), overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not torch.equal(weights(tmp_path)["head.linear.weight"], before["head.linear.weight"])
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_is_not_in_the_way(tmp_path, runs, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setattr(NextScaleTransformer, "forward", lambda *inputs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(configure("var", tmp_path / "run", "seed=3", runs=runs))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard"}
+    run(configure("var", tmp_path / "run", "steps=2", runs=runs))
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1
+    assert make_config(read_config(tmp_path / "run" / "config.yaml")).seed == 0
+    with pytest.raises(ValueError, match="already holds a run"):
+        run(configure("var", tmp_path / "run", "steps=2", runs=runs))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("mine")
+    with pytest.raises(ValueError, match=r"already holds a run \(config.yaml\)"):
+        run(configure("var", tmp_path / "mine", runs=runs))
+    assert (tmp_path / "mine" / "config.yaml").read_text() == "mine"
+
+
+def test_a_run_that_cannot_begin_writes_nothing(tmp_path, runs):
+    with pytest.raises(ValueError, match=r"the data has 10 classes, but model.num_classes=4"):
+        run(configure("var", tmp_path / "run", "model.num_classes=4", runs=runs))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_order_of_images_does_not_depend_on_workers(tmp_path, runs):
