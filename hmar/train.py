@@ -182,26 +182,27 @@ class Trainer:
         loss_value, norm_value, *part_values = torch.stack(
             [value.detach().float() for value in (loss, norm, *parts.values())]
         ).tolist()
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
+        problem = _not_finite({"the loss": loss_value, "the gradient's norm": norm_value})
+        if problem is None:
             optimizer.step()
             with self.autocast():
-                self.stage.after_step(optimizer, self.ema, generator, self.step)
+                after = self.stage.after_step(optimizer, self.ema, generator, self.step)
             if self.ema is not None:
                 self.ema.update_parameters(self.stage.module)
+            row = {"loss": loss_value, "grad_norm": norm_value, **dict(zip(parts, part_values, strict=True))}
+            problem = _not_finite({f"the {name.replace('_', ' ')}": value for name, value in after.items()})
+            self.interval.add({**row, **after} if problem is None else row)
+        if problem is None:
             self.skipped_in_a_row = 0
-            self.interval.add(
-                {"loss": loss_value, "grad_norm": norm_value, **dict(zip(parts, part_values, strict=True))}
-            )
         else:
-            self._skip(loss_value, norm_value)
+            self._skip(problem)
         optimizer.zero_grad(set_to_none=True)
         self.interval.lr = lr
         self.interval.images += len(classes_B)
         self.samples += len(classes_B)
         self.step += 1
 
-    def _skip(self, loss: float, norm: float) -> None:
-        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    def _skip(self, what: str) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.config.on_nonfinite == "raise":
@@ -335,8 +336,8 @@ class TokenizerStage:
         parts["codebook_use"] = self.module.quantizer.usage(self.output.codes_BL)
         return loss + self.config.reconstruction.quantizer * self.output.quantizer_loss, parts
 
-    def after_step(self, optimizer, ema, generator, step) -> None:
-        """Put unused codes back into use; train the adversary on the same images."""
+    def after_step(self, optimizer, ema, generator, step) -> dict[str, float]:
+        """Put unused codes back into use; train the adversary on the same images, and return what to log of that."""
         output, self.output = self.output, None
         quantizer = self.module.quantizer
         moved_V = quantizer.restart_unused_codes(output.latent_BEhw.detach(), output.codes_BL, generator)
@@ -347,17 +348,23 @@ class TokenizerStage:
         if ema is not None:
             averaged = ema.module.quantizer.codebook.weight
             averaged.data.copy_(torch.where(moved_V[:, None], codebook.data, averaged.data))
-        if self.criterion.discriminator is not None and step >= self.criterion.adversarial_start:
-            self._train_discriminator(output.reconstruction.detach().float(), optimizer, step)
+        if self.criterion.discriminator is None or step < self.criterion.adversarial_start:
+            return {}
+        return self._train_discriminator(output.reconstruction.detach().float(), optimizer, step)
 
-    def _train_discriminator(self, reconstruction: Tensor, optimizer, step: int) -> None:
-        self.criterion.requires_grad_(True)
+    def _train_discriminator(self, reconstruction: Tensor, optimizer, step: int) -> dict[str, float]:
+        """A step of the adversary, unless its loss or gradient is not finite; clipped like the tokenizer's."""
+        discriminator = self.criterion.discriminator.requires_grad_(True)
         loss = self.criterion.discriminator_loss(reconstruction, self.images, step)
         loss.backward()
-        for group in self.discriminator_optimizer.param_groups:
-            group["lr"] = optimizer.param_groups[0]["lr"]
-        self.discriminator_optimizer.step()
+        norm = nn.utils.clip_grad_norm_(discriminator.parameters(), self.config.optimizer.clip or math.inf)
+        values = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        if all(map(math.isfinite, values)):
+            for group in self.discriminator_optimizer.param_groups:
+                group["lr"] = optimizer.param_groups[0]["lr"]
+            self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad(set_to_none=True)
+        return dict(zip(("discriminator_loss", "discriminator_grad_norm"), values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         if self.criterion.discriminator is None:
@@ -417,8 +424,9 @@ class CodesStage:
             inputs_BLE = self.tokenizer.quantizer.next_scale_inputs(codes_BL)
         return codes_BL, classes_B, inputs_BLE
 
-    def after_step(self, optimizer, ema, generator, step) -> None:
+    def after_step(self, optimizer, ema, generator, step) -> dict[str, float]:
         """Nothing beside the optimizer's step."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -784,6 +792,11 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def _not_finite(values: Mapping[str, float]) -> str | None:
+    """The first of the named values that is inf or nan, in words."""
+    return next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -313,7 +314,9 @@ def test_weight_decay_spares_biases_tables_scales_and_the_codebook():
     assert id(tokenizer.decoder.norm_out.weight) in spared
 
 
-def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tmp_path, runs, monkeypatch):
+@pytest.fixture
+def norms(monkeypatch):
+    """The norms of the gradients with which optimizers took their steps."""
     norms = []
     step = torch.optim.AdamW.step
 
@@ -323,6 +326,10 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tmp_path, runs, mo
         return step(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    return norms
+
+
+def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tmp_path, runs, norms):
     row = run(configure("var", tmp_path / "clipped", "optimizer.clip=0.01", "steps=2", runs=runs)).metrics
     assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
     assert row["grad_norm"] > 0.1
@@ -363,6 +370,37 @@ def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(tmp_path, runs
     poison(monkeypatch, set(range(1000)))
     with pytest.raises(NonFiniteError, match="20th in a row"):
         run(configure("var", tmp_path / "all", "on_nonfinite=skip", "steps=50", runs=runs))
+
+
+ADVERSARIAL = ("reconstruction.adversarial=0.5", "reconstruction.adversarial_start=1")
+
+
+def test_the_discriminator_is_clipped_and_logged(tmp_path, norms):
+    options = (*ADVERSARIAL, "optimizer.clip=0.001", "steps=3")
+    row = run(configure("tokenizer", tmp_path, *options)).metrics
+    assert norms == pytest.approx([0.001] * 5, rel=1e-3)  # tokenizer, then twice tokenizer and discriminator
+    assert row["discriminator_grad_norm"] > 0.01 and 0 < row["discriminator_loss"] < 10
+
+
+def test_a_discriminator_that_is_not_finite_stops_the_run_or_skips_its_step(tmp_path, monkeypatch):
+    from hmar.loss import TokenizerLoss
+
+    loss, seen = TokenizerLoss.discriminator_loss, []
+
+    def poisoned(self, reconstruction, images, step):
+        seen.append([p.detach().clone() for p in self.discriminator.parameters()])
+        return loss(self, reconstruction, images, step) * (math.inf if step == 3 else 1)
+
+    monkeypatch.setattr(TokenizerLoss, "discriminator_loss", poisoned)
+    with pytest.raises(NonFiniteError, match="the discriminator loss is inf at step 3"):
+        run(configure("tokenizer", tmp_path / "strict", *ADVERSARIAL))
+    seen.clear()
+    result = run(configure("tokenizer", tmp_path / "lenient", *ADVERSARIAL, "on_nonfinite=skip"))
+    assert (result.step, result.metrics["skipped_steps"]) == (6, 1)
+    rows = read_metrics(tmp_path / "lenient" / "metrics.jsonl")
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["discriminator_loss"]) for row in rows)
+    same = [all(map(torch.equal, a, b)) for a, b in pairwise(seen)]
+    assert same == [False, False, True, False]  # at steps 1 to 5; step 3 left it as it was
 
 
 def test_cached_codes_are_the_codes(tmp_path, runs):
