@@ -297,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="others than float32 report agreement only")
     parser.add_argument("--attention", default="auto", help="attention implementation, see hmar info")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--output", type=Path, help="also write the rows to this JSON file")
     options = parser.parse_args(arguments)
     rows: list[Row] = []
     try:
@@ -308,8 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(HEADING)
             print(format_row(row), flush=True)
             rows.append(row)
-        if options.json is not None:
-            _write_json(options.json, rows, options)
+        if options.output is not None:
+            _write_json(options.output, rows, options)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

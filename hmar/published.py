@@ -377,7 +377,7 @@ def _told_by_transformer(weights: Mapping[str, Tensor], given: Mapping[str, Any]
         "num_heads": _size(weights, 4, 1, "*.attn.scale_mul_1H11"),
         "mlp_ratio": hidden / width if hidden and width else None,
         "num_classes": classes - 1 if classes else None,
-        "vocab_size": _size(weights, 2, 0, "head.weight", "ns_head.weight", "mask_head.weight"),
+        "vocab_size": _size(weights, 2, 0, "*head.weight") or _size(weights, 1, 0, "*head.bias"),
         "code_dim": _size(weights, 2, 1, "word_embed.weight"),
         "sides": _sides_of_transformer(weights, given),
         "mask_depth": mask_depth or None,
@@ -387,14 +387,14 @@ def _told_by_transformer(weights: Mapping[str, Tensor], given: Mapping[str, Any]
 
 
 def _told_by_tokenizer(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    channels = _size(weights, 4, 0, "encoder.conv_in.weight", "decoder.norm_out.weight")
+    channels = _size(weights, 1, 0, "encoder.conv_in.bias", "decoder.norm_out.weight", "decoder.norm_out.bias")
     levels = _count(weights, r"encoder\.down")
     widths = [_size(weights, 4, 0, f"encoder.down.{i}.block.*.conv?.weight") for i in range(levels)]
     told = {
         "channels": channels,
         "multipliers": tuple(width // channels for width in widths) if channels and all(widths) else None,
         "num_res_blocks": _count(weights, r"encoder\.down\.0\.block") or None,
-        "code_dim": _size(weights, 2, 1, "quantize.embedding.weight"),
+        "code_dim": _size(weights, 2, 1, "quantize.embedding.weight") or _size(weights, 4, 0, "*quant_conv.weight"),
         "vocab_size": _size(weights, 2, 0, "quantize.embedding.weight"),
         "image_channels": _size(weights, 4, 1, "encoder.conv_in.weight"),
         "num_phis": _count(weights, r"quantize\.quant_resi\.qresi_ls") or None,

@@ -37,7 +37,7 @@ def copy(folders, tmp_path):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_other_sizes_pass(folders, capsys, tmp_path, name):
-    assert main([str(folders[name]), "--json", str(tmp_path / "rows.json")]) == 0
+    assert main([str(folders[name]), "--output", str(tmp_path / "rows.json")]) == 0
     heading, *lines, verdict = capsys.readouterr().out.splitlines()
     assert heading.split() == ["file", "quantity", "equal", "median", "99", "%", "largest", "error", "limit", "result"]
     assert all(line.endswith("  pass") for line in lines)
