@@ -18,6 +18,7 @@ import importlib.util
 import inspect
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -268,7 +269,8 @@ def _check_state_dict(name: str, path: str | Path | None) -> None:
     if path is None:
         return
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles of an unusual protocol, refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is damaged or holds more than weights: {reason}. {_alternatives(name)}") from error

@@ -90,11 +90,11 @@ def test_help_is_there_at_once_and_names_every_command():
     started = time.monotonic()
     result = succeed("--help")
     elapsed = time.monotonic() - started
-    assert all(command in result.stdout for command in ("train", "sample", "demo", "info"))
+    assert all(command in result.stdout for command in ("train", "sample", "evaluate", "demo", "info"))
     imported = "import sys; import hmar.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imported], capture_output=True, text=True).stdout == "False\n"
     assert elapsed < 30
-    for command in ("train", "sample", "demo", "info"):
+    for command in ("train", "sample", "evaluate", "demo", "info"):
         assert "Usage: " in succeed(command, "--help", run=hmar_here).stdout
 
 
