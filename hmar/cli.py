@@ -98,7 +98,8 @@ def train(
     try:
         result = train_stage(run, resume=resume, overwrite=overwrite, progress=not quiet)
     except Interrupted as interruption:
-        typer.echo(f"{interruption}. To go on: hmar train {stage} --resume output_dir={run.output_dir}", err=True)
+        to_go_on = f"To go on: hmar train {stage} --resume output_dir={run.output_dir}"
+        typer.echo(f"{interruption}. {'The run is complete' if interruption.finished else to_go_on}", err=True)
         raise typer.Exit(128 + interruption.signal_number) from None
     except NonFiniteError as error:
         _fail(str(error), 1, error)

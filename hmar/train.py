@@ -55,10 +55,10 @@ class NonFiniteError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """The run got SIGINT or SIGTERM, finished its step and saved a checkpoint."""
+    """The run got SIGINT or SIGTERM, finished its step and saved a checkpoint; after the last step, the weights."""
 
-    def __init__(self, signal_number: int, step: int, path: Path):
-        self.signal_number, self.step, self.path = signal_number, step, path
+    def __init__(self, signal_number: int, step: int, path: Path, finished: bool = False):
+        self.signal_number, self.step, self.path, self.finished = signal_number, step, path, finished
         super().__init__(f"stopped by {signal.Signals(signal_number).name} after step {step}, saved {path}")
 
 
@@ -158,7 +158,10 @@ class Trainer:
                     path = self._save()
                 if stop.received and not at_end:
                     raise Interrupted(stop.received, self.step, path)
-        return TrainResult(self.step, self._write_weights(), self.last_row)
+            weights = self._write_weights()
+            if stop.received:  # the caller may have more to run, and must not
+                raise Interrupted(stop.received, self.step, weights, finished=True)
+        return TrainResult(self.step, weights, self.last_row)
 
     def _advance(self, batch: Tensor, classes_B: Tensor) -> None:
         """One optimisation step on images [B, 3, H, W] or codes [B, L] and their classes [B]."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hmar import demo
 from hmar.data import Digits
 from hmar.generate import GenerationOutput
 from hmar.pyramid import Pyramid
-from hmar.train import Interrupted, read_metrics
+from hmar.train import Interrupted, Trainer, read_metrics
 
 PICTURES = (
     "reconstruction",
@@ -199,6 +200,22 @@ def test_interrupted_demo_goes_on_where_it_stopped(recorded, tmp_path):
     assert calls == [("tokenizer", True), ("next-scale", True), ("masked", True), ("var", False)]
     now = json.loads((tmp_path / "demo.json").read_text())["seconds_of"]
     assert all(now[stage] > spent[stage] for stage in spent), "the time of both parts counts"
+
+
+def test_ctrl_c_in_the_last_step_of_a_stage_ends_the_demo(tmp_path, monkeypatch):
+    advance, calls = Trainer._advance, []
+
+    def advance_and_signal(self, *arguments):
+        advance(self, *arguments)
+        calls.append(self.config.stage)
+        if self.step == demo.QUICK.tokenizer_steps:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_advance", advance_and_signal)
+    with pytest.raises(Interrupted):
+        start(tmp_path)
+    assert set(calls) == {"tokenizer"}
+    assert (tmp_path / "tokenizer" / "weights").exists() and not (tmp_path / "next-scale").exists()
 
 
 def test_demo_can_start_anew(recorded, tmp_path):

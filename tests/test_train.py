@@ -135,6 +135,23 @@ def test_an_interrupted_run_ends_with_the_same_weights(stage, tmp_path, runs, st
         assert all(torch.utils._pytree.tree_leaves(same)), entry
 
 
+@pytest.mark.parametrize("moment", ["last step", "writing"])
+def test_a_signal_at_the_end_is_passed_on_after_the_weights_are_written(moment, tmp_path, stop_after, monkeypatch):
+    if moment == "last step":
+        stop_after(6, signal.SIGINT)
+    else:
+        save = checkpoint.save_pretrained
+        monkeypatch.setattr(
+            checkpoint, "save_pretrained", lambda *a, **k: signal.raise_signal(signal.SIGINT) or save(*a, **k)
+        )
+    with pytest.raises(Interrupted, match=r"stopped by SIGINT after step 6, saved .*weights") as interruption:
+        run(configure("tokenizer", tmp_path))
+    assert interruption.value.finished and interruption.value.path == tmp_path / "weights"
+    assert isinstance(load_tokenizer(tmp_path), Tokenizer)
+    monkeypatch.undo()
+    assert run(configure("tokenizer", tmp_path), resume=True).step == 6
+
+
 def test_a_crash_after_a_checkpoint_loses_only_what_came_after_it(tmp_path, runs, monkeypatch):
     config = configure("var", tmp_path / "parts", "log_every=1", "checkpoint_every=2", runs=runs)
     run(configure("var", tmp_path / "whole", "log_every=1", runs=runs))
