@@ -387,7 +387,7 @@ def _told_by_transformer(weights: Mapping[str, Tensor], given: Mapping[str, Any]
 
 
 def _told_by_tokenizer(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    channels = _size(weights, 1, 0, "encoder.conv_in.bias", "decoder.norm_out.weight", "decoder.norm_out.bias")
+    channels = _size(weights, 1, 0, "encoder.conv_in.bias", "encoder.down.0.block.0.norm1.*")
     levels = _count(weights, r"encoder\.down")
     widths = [_size(weights, 4, 0, f"encoder.down.{i}.block.*.conv?.weight") for i in range(levels)]
     told = {
