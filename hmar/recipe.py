@@ -92,16 +92,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
-    """Weights of the tokenizer's losses. The adversarial term starts at the step adversarial_start."""
+    """Weights of the tokenizer's losses. The adversarial term starts at the step adversarial_start.
+
+    `perceptual` has an effect only if hmar.train.train is given a perceptual module: none is built in.
+    """
 
     l1: float = 0.2
     l2: float = 1.0
     quantizer: float = 1.0
+    perceptual: float = 1.0
     adversarial: float = 0.0
     adversarial_start: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "l2", "quantizer", "adversarial", "adversarial_start"):
+        for name in (item.name for item in fields(self)):
             _require(getattr(self, name) >= 0, f"reconstruction.{name}", getattr(self, name), "0 or more")
 
 

@@ -71,23 +71,43 @@ class TrainResult:
     metrics: Mapping[str, float]
 
 
-def train(config: TrainConfig, *, resume: bool = False, overwrite: bool = False, progress: bool = True) -> TrainResult:
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    perceptual: nn.Module | None = None,
+) -> TrainResult:
     """Run one stage to its end and write its weights.
 
     resume goes on from the newest good checkpoint in config.output_dir (from the start if there is none); overwrite
     deletes an earlier run there; without either, an earlier run is an error. Seeds the process's random generators.
 
+    perceptual adds a term to the tokenizer's loss, with the weight config.reconstruction.perceptual: a module of
+    (reconstruction, images), both float32 [B, 3, H, W] in [-1, 1], that returns a distance per image or a scalar. It is
+    moved to the run's device, frozen and put into eval mode. It is the caller's and no part of the checkpoint: a
+    resumed run has to be given the same one again, and is refused without any.
+
     Raises ValueError for bad input, NonFiniteError, Interrupted after SIGINT or SIGTERM, OSError if nothing can be
     written.
     """
     console = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
-    return Trainer(config, resume=resume, overwrite=overwrite, console=console).run()
+    return Trainer(config, resume=resume, overwrite=overwrite, console=console, perceptual=perceptual).run()
 
 
 class Trainer:
     """One run: holds the model being trained and the position in the run. Use `train` unless you need the parts."""
 
-    def __init__(self, config: TrainConfig, *, resume: bool, overwrite: bool, console: Console):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        resume: bool,
+        overwrite: bool,
+        console: Console,
+        perceptual: nn.Module | None = None,
+    ):
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other: one goes on with the run, the other deletes it")
         self.config = config
@@ -96,6 +116,8 @@ class Trainer:
         self.device = find_device(config.device)
         dtype = find_precision(config.precision, self.device)
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
+        if perceptual is not None and config.stage != "tokenizer":
+            raise ValueError(f"a perceptual module has no effect in stage {config.stage}, only in stage tokenizer")
         if not resume:
             make_room(self.folder, overwrite)
 
@@ -103,7 +125,7 @@ class Trainer:
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         self.dataset = open_images(config)
-        self.stage = make_stage(config, self.device)
+        self.stage = make_stage(config, self.device, perceptual)
         self.config = config = self.stage.config
         self.stage.module.train()
         self.optimizer = torch.optim.AdamW(
@@ -301,9 +323,9 @@ class Trainer:
 
 
 class TokenizerStage:
-    """Reconstruction, quantizer loss, and optionally an adversary (VAR, equation 5; VQGAN, section 3.1)."""
+    """Reconstruction, quantizer loss, optionally perceptual loss and adversary (VAR, eq. 5; VQGAN, section 3.1)."""
 
-    def __init__(self, config: TrainConfig, device: torch.device):
+    def __init__(self, config: TrainConfig, device: torch.device, perceptual: nn.Module | None = None):
         self.config, self.device = config, device
         self.sources: dict[str, str] = {}
         self.module = Tokenizer(config.tokenizer, config.model.pyramid).to(device)
@@ -319,6 +341,8 @@ class TokenizerStage:
         self.criterion = TokenizerLoss(
             l1=weights.l1,
             l2=weights.l2,
+            perceptual=None if perceptual is None else perceptual.to(device).eval(),
+            perceptual_weight=weights.perceptual,
             discriminator=discriminator,
             adversarial_weight=weights.adversarial,
             adversarial_start=weights.adversarial_start,
@@ -332,7 +356,8 @@ class TokenizerStage:
 
     def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
         self.images, self.output = batch, self.forward(batch)
-        self.criterion.requires_grad_(False)
+        if self.criterion.discriminator is not None:
+            self.criterion.discriminator.requires_grad_(False)
         last_weight = self.module.decoder.conv_out.weight
         loss, parts = self.criterion(self.output.reconstruction.float(), batch, step, last_weight)
         parts["quantizer"] = self.output.quantizer_loss
@@ -370,14 +395,20 @@ class TokenizerStage:
         return dict(zip(("discriminator_loss", "discriminator_grad_norm"), values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        if self.criterion.discriminator is None:
-            return {}
-        return {
-            "discriminator": self.criterion.discriminator.state_dict(),
-            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
-        }
+        state: dict[str, Any] = {"perceptual": self.criterion.perceptual is not None}
+        if self.criterion.discriminator is not None:
+            state["discriminator"] = self.criterion.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        had, has = state["perceptual"], self.criterion.perceptual is not None
+        if had != has:
+            raise ValueError(
+                f"the run began {'with' if had else 'without'} a perceptual module and cannot go on "
+                f"{'with' if has else 'without'} one: call hmar.train.train(config, resume=True"
+                f"{', perceptual=...) with the same module' if had else ')'}"
+            )
         if self.criterion.discriminator is not None:
             self.criterion.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
@@ -488,10 +519,13 @@ class MaskedStage(CodesStage):
         return checkpoint.save_pretrained(folder, hmar, **self._provenance(), **notes)
 
 
-def make_stage(config: TrainConfig, device: torch.device) -> TokenizerStage | CodesStage:
+def make_stage(
+    config: TrainConfig, device: torch.device, perceptual: nn.Module | None = None
+) -> TokenizerStage | CodesStage:
     assert config.stage in STAGES
-    stages = {"tokenizer": TokenizerStage, "masked": MaskedStage}
-    return stages.get(config.stage, NextScaleStage)(config, device)
+    if config.stage == "tokenizer":
+        return TokenizerStage(config, device, perceptual)
+    return MaskedStage(config, device) if config.stage == "masked" else NextScaleStage(config, device)
 
 
 class CachedCodes(Dataset):

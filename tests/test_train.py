@@ -278,6 +278,59 @@ def test_tokenizer_logs_its_parts(tmp_path):
     assert 0 < row["codebook_use"] <= 1
 
 
+class FeatureDistance(nn.Module):
+    """A small stand-in for LPIPS: distance of what a random network sees; dropout would show in training mode."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3), nn.Dropout(0.5))
+
+    def forward(self, reconstruction, images):
+        return (self.features(reconstruction) - self.features(images)).square().mean((1, 2, 3))
+
+
+def test_a_perceptual_module_is_part_of_the_tokenizers_loss(tmp_path):
+    distance = FeatureDistance()
+    before = [p.clone() for p in distance.parameters()]
+    options = ("reconstruction.perceptual=30", "reconstruction.adversarial=0.5", "optimizer.lr=3e-3", "steps=60")
+    result = run(configure("tokenizer", tmp_path / "with", *options, "log_every=10"), perceptual=distance)
+    rows = read_metrics(tmp_path / "with" / "metrics.jsonl")
+    assert rows[-1]["perceptual"] < 0.8 * rows[0]["perceptual"]
+    assert all(map(torch.equal, before, distance.parameters()))
+    assert all(p.grad is None and not p.requires_grad for p in distance.parameters())
+    assert "perceptual" not in "".join(weights(tmp_path / "with"))
+    assert result.metrics["perceptual"] == rows[-1]["perceptual"]
+
+    row = run(configure("tokenizer", tmp_path / "one", "reconstruction.perceptual=3", "steps=1"), perceptual=distance)
+    row = row.metrics
+    expected = 0.2 * row["l1"] + row["l2"] + row["quantizer"] + 3 * row["perceptual"]
+    assert row["loss"] == pytest.approx(expected, rel=1e-5) and row["perceptual"] > 0
+    assert "perceptual" not in run(configure("tokenizer", tmp_path / "without", "steps=1")).metrics
+
+
+def test_a_run_with_a_perceptual_module_is_resumed_with_it(tmp_path, stop_after, monkeypatch, runs):
+    run(configure("tokenizer", tmp_path / "whole"), perceptual=FeatureDistance())
+    config = configure("tokenizer", tmp_path / "parts")
+    stop_after(3)
+    with pytest.raises(Interrupted):
+        run(config, perceptual=FeatureDistance())
+    monkeypatch.undo()
+    with pytest.raises(
+        ValueError, match=r"began with a perceptual module and cannot go on without .*perceptual=\.\.\."
+    ):
+        run(config, resume=True)
+    run(config, resume=True, perceptual=FeatureDistance())
+    assert_same_bits(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    plain = run(configure("tokenizer", tmp_path / "plain"))
+    with pytest.raises(ValueError, match="began without a perceptual module and cannot go on with one"):
+        run(configure("tokenizer", tmp_path / "plain"), resume=True, perceptual=FeatureDistance())
+    assert "perceptual" not in plain.metrics
+    with pytest.raises(ValueError, match="no effect in stage var"):
+        run(configure("var", tmp_path / "var", runs=runs), perceptual=FeatureDistance())
+
+
 def test_the_masked_stage_leaves_the_trunk_alone_and_assembles_hmar(tmp_path, runs):
     run(configure("masked", tmp_path, "ema=0.5", runs=runs))
     hmar, stage_one = load_model(tmp_path), load_model(runs / "next-scale")
