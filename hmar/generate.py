@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -332,7 +333,7 @@ def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[lis
     Row i stands for entry i of the schedule. An image of which every code is unknown follows the schedule, and skips
     row 0, for the next-scale pass has committed that entry. That pass does not see known codes, so for an image that
     has some it commits nothing, and the masked pass of row 0 does so in its place. Every row then begins with the share
-    of the unknown codes that the schedule leaves, rounded up, and a pass that would commit none is skipped.
+    of the unknown codes that the schedule leaves, rounded up, and is skipped where it would hide as many as the last.
     """
     size = sum(passes)
     left = [size - sum(passes[:i]) for i in range(len(passes))]
@@ -341,7 +342,7 @@ def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[lis
         if unknown == size:
             return [0, *left[1:]]
         hidden = [-(-unknown * count // size) for count in left]
-        return [now if now > later else 0 for now, later in zip(hidden, [*hidden[1:], 0], strict=True)]
+        return [now if now < before else 0 for before, now in pairwise([size, *hidden])]
 
     return [list(counts) for counts in zip(*map(of_image, num_unknown), strict=True)]
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hmar.generate import (
     generate_var,
     image_seed,
     least_confident,
+    resolve_ramp,
     resolve_schedule,
     truncate,
 )
@@ -124,6 +126,8 @@ def test_least_confident_never_hides_a_committed_code_again():
     hidden = torch.tensor([[False, True, True, True], [True, True, True, True]])
     expected = torch.tensor([[False, False, True, True], [False, False, True, True]])
     assert torch.equal(least_confident(confidence, hidden, 2), expected)
+    expected = torch.tensor([[False, False, False, True], [False, False, False, False]])
+    assert torch.equal(least_confident(confidence, hidden, torch.tensor([1, 0])), expected)
 
 
 def test_default_schedules():
@@ -147,6 +151,23 @@ def test_schedules_in_every_form():
     assert even_schedule(pyramid, 4) == ((1,), (1, 1, 1, 1), (2, 2, 2, 3))
     assert even_schedule(pyramid, 100) == ((1,), (1,) * 4, (1,) * 9)
     assert resolve_schedule(pyramid, even_schedule(pyramid, 2)) == ((1,), (2, 2), (4, 5))
+    assert resolve_schedule(pyramid, "even-4") == even_schedule(pyramid, 4)
+    assert resolve_schedule(pyramid, "one-token") == ((1,), (1,) * 4, (1,) * 9)
+    assert resolve_schedule(pyramid, "even-1") == resolve_schedule(pyramid, "cosine-1") == ((1,), (4,), (9,))
+    # Of 9 codes 9 cos(pi/8) = 8.3, 9 cos(pi/4) = 6.4 and 9 cos(3 pi/8) = 3.4 stay hidden after three of four passes.
+    assert resolve_schedule(pyramid, "cosine-4") == ((1,), (1,) * 4, (1, 2, 3, 3))
+    assert resolve_schedule(pyramid, "cosine-9") == ((1,), (1,) * 4, (1,) * 9)
+
+
+@pytest.mark.parametrize("pixels", [256, 512])
+@pytest.mark.parametrize("num_passes", [1, 2, 5, 8, 30, 300])
+def test_cosine_schedules_commit_more_and_more(pixels, num_passes):
+    pyramid = Pyramid.for_resolution(pixels)
+    schedule = resolve_schedule(pyramid, f"cosine-{num_passes}")
+    for k, (passes, size) in enumerate(zip(schedule, pyramid.sizes, strict=True)):
+        assert len(passes) == (1 if k == 0 else min(num_passes, size))
+        assert all(later >= now - 1 for now, later in pairwise(passes)), "up to rounding"
+        assert len(passes) == 1 or passes[-1] >= passes[0]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +251,57 @@ def test_guidance_is_a_linear_ramp(hmar, tokenizer):
         torch.testing.assert_close(logits, expected[:, PYRAMID.slice(k)], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("generate", ["hmar", "var"])
+@pytest.mark.parametrize("ramp", ["constant", "cosine", [0.5, 0.0, 2.0]])
+def test_guidance_follows_other_ramps(hmar, var, tokenizer, generate, ramp):
+    """Logits that the draw sees against the formula on two single passes."""
+    factors = {"constant": [1, 1, 1], "cosine": [0, 0.5, 1]}.get(ramp if isinstance(ramp, str) else "", ramp)
+    seen, original = [], CodeDraw.__call__
+
+    def spy(self, logits, active=None):
+        seen.append(logits)
+        return original(self, logits, active)
+
+    sampling = SamplingConfig(cfg=2.0, cfg_ramp=ramp, greedy=True, schedule="none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodeDraw, "__call__", spy)
+        output = (generate_hmar if generate == "hmar" else generate_var)(
+            hmar if generate == "hmar" else var, tokenizer, CLASSES, sampling
+        )
+    forward = hmar.next_scale if generate == "hmar" else var
+    inputs = tokenizer.quantizer.next_scale_inputs(output.codes_BL)
+    with torch.no_grad():
+        conditional = forward(CLASSES, inputs)
+        unconditional = forward(torch.full_like(CLASSES, CONFIG.null_class), inputs)
+    for k, (logits, factor) in enumerate(zip(seen, factors, strict=True)):
+        expected = (1 + 2 * factor) * conditional - 2 * factor * unconditional
+        torch.testing.assert_close(logits, expected[:, PYRAMID.slice(k)], rtol=1e-4, atol=1e-4)
+
+
+def test_ramps_in_every_form():
+    pyramid = Pyramid((1, 2, 3, 4, 5))
+    assert resolve_ramp(pyramid) == resolve_ramp(pyramid, "linear") == (0, 0.25, 0.5, 0.75, 1)
+    assert resolve_ramp(pyramid, "constant") == (1,) * 5
+    assert resolve_ramp(pyramid, "cosine") == pytest.approx((0, 0.1464466, 0.5, 0.8535534, 1))
+    assert resolve_ramp(pyramid, [0, 3, 1, 0.5, 2]) == (0, 3, 1, 0.5, 2)
+    assert resolve_ramp(Pyramid((4,))) == (0,)
+
+
+@pytest.mark.parametrize(
+    "ramp, message",
+    [
+        ("steep", "known are linear, constant, cosine"),
+        ([0, 1], "2 factors, but the pyramid"),
+        ([0, -1, 1], "factor -1"),
+        ([0, math.inf, 1], "factor inf"),
+        ([0, "1", 1], "factor '1'"),
+    ],
+)
+def test_bad_ramps_are_refused(hmar, tokenizer, ramp, message):
+    with pytest.raises(ValueError, match=message):
+        generate_hmar(hmar, tokenizer, CLASSES, SamplingConfig(cfg_ramp=ramp))
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_one_code_a_pass(hmar, tokenizer, greedy):
     schedule = even_schedule(PYRAMID, 1000)
@@ -283,6 +355,39 @@ def test_an_image_depends_on_its_seed_and_not_on_its_batch(hmar, var, tokenizer,
     assert not torch.equal(together, codes(CLASSES, seed=4))
     same_class = codes(torch.tensor([2, 2]))
     assert not torch.equal(same_class[0], same_class[1])
+
+
+@pytest.mark.parametrize("schedule", ["default", "one-token"])
+@pytest.mark.parametrize("generate", ["hmar", "var"])
+def test_seeds_of_images_hold_in_every_batch_and_order(hmar, var, tokenizer, generate, schedule):
+    classes, seeds = torch.tensor([0, 3, 1, 0, 2]), [11, 5, 2**40, 5, 0]
+
+    def codes(order):
+        sampling = SamplingConfig(seed=99, top_k=25, schedule=schedule if generate == "hmar" else None)
+        function, model = (generate_hmar, hmar) if generate == "hmar" else (generate_var, var)
+        chosen = [seeds[i] for i in order]
+        return function(model, tokenizer, classes[order], sampling, seeds_B=chosen).codes_BL
+
+    together = codes([0, 1, 2, 3, 4])
+    assert torch.equal(together, torch.cat([codes([i]) for i in range(5)]))
+    assert torch.equal(together[[3, 0, 4, 1, 2]], codes([3, 0, 4, 1, 2]))
+    assert len({tuple(row) for row in together.tolist()}) == 5
+
+
+def test_a_seed_of_its_own_is_the_first_image_of_that_seed(hmar, tokenizer):
+    sampling = SamplingConfig(seed=7, top_k=25)
+    expected = generate_hmar(hmar, tokenizer, CLASSES[:1], sampling).codes_BL
+    for seeds in ([7], torch.tensor([7])):
+        actual = generate_hmar(hmar, tokenizer, CLASSES[:1], replace(sampling, seed=0), seeds_B=seeds).codes_BL
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("seeds", [[1, 2], [1, 2, -3], [1, 2, 0.5], [1, 2, True]])
+def test_bad_seeds_are_refused(hmar, tokenizer, seeds):
+    with pytest.raises(ValueError, match="a non-negative integer for each of 3 images"):
+        generate_hmar(hmar, tokenizer, CLASSES, seeds_B=seeds)
+    with pytest.raises(ValueError, match="no first_image"):
+        generate_hmar(hmar, tokenizer, CLASSES, seeds_B=[1, 2, 3], first_image=1)
 
 
 def test_image_seeds_differ_in_the_bits_that_count():
