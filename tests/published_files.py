@@ -30,6 +30,7 @@ def make(kind, seed=0, config=MODEL, tokenizer=TOKENIZER):
         module = MaskedTransformer.from_next_scale(module)
         random_weights(module.blocks, generator)
         random_weights(module.head, generator)
+        module.mask_embedding_C.data.copy_(torch.randn(config.width, generator=generator))
     return module.eval()
 
 
