@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,15 +196,21 @@ def test_quantiles_interpolate():
     assert timing.quantile([7.0], 0.9) == 7.0
 
 
-def test_the_host_clock_measures_the_call_and_not_its_preparation():
+def test_the_host_clock_measures_the_call_and_not_its_preparation(monkeypatch):
+    now = 0.0
+
+    def work(seconds):
+        nonlocal now
+        now += seconds
+
+    def prepared(durations):
+        durations = iter(durations)
+        return lambda: work(1000.0) or next(durations)
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
     watch = timing.Stopwatch(CPU)
-
-    def prepare():
-        time.sleep(0.05)
-        return 0.01
-
-    assert 0.01 <= watch.seconds(time.sleep, prepare) < 0.045
-    assert 0.01 <= watch.host_seconds(time.sleep, prepare) < 0.045
+    assert watch.host_seconds(work, prepared([3.0, 1.0, 50.0, 2.0, 4.0])) == 3.0
+    assert watch.seconds(work, prepared([70.0, 80.0, 5.0, 60.0, 4.0])) == 5.0  # two rounds before the three that count
 
 
 @pytest.mark.gpu
