@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, name: str, got: object, expected: str) -> None:
+    """ValueError that names a field, its value and what was expected, unless the condition holds."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(f"{name} is {got}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -42,18 +43,21 @@ class TokenizerConfig:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         for name in ("channels", "num_res_blocks", "code_dim", "vocab_size", "image_channels", "num_phis"):
             value = getattr(self, name)
-            _require(value >= 1, f"TokenizerConfig.{name} is {value}; it must be at least 1.")
-        _require(
+            require(value >= 1, f"TokenizerConfig.{name}", value, "at least 1")
+        require(
             len(self.multipliers) > 0 and all(m >= 1 for m in self.multipliers),
-            f"TokenizerConfig.multipliers is {self.multipliers}; it needs one positive factor a level, as (1, 2, 2).",
+            "TokenizerConfig.multipliers",
+            self.multipliers,
+            "one positive factor a level, as (1, 2, 2)",
         )
-        _require(
+        require(
             self.norm_groups >= 1 and all(width % self.norm_groups == 0 for width in self.level_channels),
-            f"Tokenizer levels of {self.level_channels} channels do not all divide into {self.norm_groups} "
-            "normalisation groups; norm_groups must divide each of them.",
+            "TokenizerConfig.norm_groups",
+            self.norm_groups,
+            f"a divisor of the channels of every level, {self.level_channels}",
         )
-        _require(0 <= self.dropout < 1, f"TokenizerConfig.dropout is {self.dropout}; it must lie in [0, 1).")
-        _require(self.restart_after >= 0, f"TokenizerConfig.restart_after is {self.restart_after}; 0 turns it off.")
+        require(0 <= self.dropout < 1, "TokenizerConfig.dropout", self.dropout, "in [0, 1)")
+        require(self.restart_after >= 0, "TokenizerConfig.restart_after", self.restart_after, "0 (off) or more")
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -93,28 +97,27 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        _require(self.depth >= 1, f"ModelConfig.depth is {self.depth}; a transformer needs at least one block.")
+        require(self.depth >= 1, "ModelConfig.depth", self.depth, "at least 1 block")
         object.__setattr__(self, "sides", self.pyramid.sides)
         derive("width", 64 * self.depth)
         derive("num_heads", max(1, self.width // 64))
         derive("drop_path", 0.1 * self.depth / 24)
         derive("mask_depth", 8 if self.depth >= 16 else max(1, self.depth // 2))
         derive("gate_init", 1e-3 if self.depth <= 20 else 1e-4 if self.depth <= 24 else 1e-5)
-        _require(
+        heads = max(1, self.width // 64)
+        require(
             self.num_heads >= 1 and self.width % self.num_heads == 0,
-            f"ModelConfig.width {self.width} does not divide into {self.num_heads} heads; "
-            f"{64 * max(1, self.width // 64)} with {max(1, self.width // 64)} heads would.",
+            "ModelConfig.num_heads",
+            self.num_heads,
+            f"a divisor of width {self.width}; {heads} with width {64 * heads} would do",
         )
-        _require(
-            1 <= self.mask_depth <= self.depth,
-            f"ModelConfig.mask_depth is {self.mask_depth}; of {self.depth} blocks it can take 1 to {self.depth}.",
-        )
+        require(1 <= self.mask_depth <= self.depth, "ModelConfig.mask_depth", self.mask_depth, f"1 to {self.depth}")
         for name in ("num_classes", "vocab_size", "code_dim"):
             value = getattr(self, name)
-            _require(value >= 1, f"ModelConfig.{name} is {value}; it must be at least 1.")
+            require(value >= 1, f"ModelConfig.{name}", value, "at least 1")
         for name in ("drop_path", "class_drop"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"ModelConfig.{name} is {value}; it must lie in [0, 1).")
+            require(0 <= value < 1, f"ModelConfig.{name}", value, "in [0, 1)")
 
     @property
     def pyramid(self) -> Pyramid:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -53,44 +52,26 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Yields ``(epoch, index)`` without end, every epoch in an order of its own.
 
     The order of an epoch depends on ``seed`` and the epoch alone. A run that has consumed ``n`` items resumes exactly
-    with ``start=n``, inside an epoch or not. With ``num_replicas`` processes, process ``rank`` gets every
-    ``num_replicas``-th item of that one order, and ``start`` counts the items of all processes together.
+    with ``start=n``, inside an epoch or not.
     """
 
-    def __init__(
-        self,
-        length: int,
-        seed: int = 0,
-        start: int = 0,
-        *,
-        shuffle: bool = True,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ):
+    def __init__(self, length: int, seed: int = 0, start: int = 0):
         if length < 1:
             raise ValueError(f"length is {length}; a sampler needs a data set of at least one item.")
         if seed < 0 or start < 0:
             raise ValueError(f"seed is {seed} and start is {start}; both must be 0 or more.")
-        if not 0 <= rank < num_replicas:
-            raise ValueError(f"rank is {rank} of {num_replicas} replicas; it must be from 0 to num_replicas - 1.")
-        self.length, self.seed, self.start, self.shuffle = length, seed, start, shuffle
-        self.num_replicas, self.rank = num_replicas, rank
+        self.length, self.seed, self.start = length, seed, start
 
     def order(self, epoch: int) -> np.ndarray:
         """The indices of one epoch in the order in which they come, int64 [length]."""
-        if not self.shuffle:
-            return np.arange(self.length)
         return np.random.default_rng((self.seed, epoch)).permutation(self.length)
 
-    def _all(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, position = divmod(self.start, self.length)
         while True:
             for index in self.order(epoch)[position:].tolist():
                 yield epoch, index
             epoch, position = epoch + 1, 0
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return islice(self._all(), self.rank, None, self.num_replicas)
 
 
 class ImageFolder(Dataset):
@@ -298,7 +279,7 @@ def read_image(path: str | Path, shorter_side: int | None = None) -> Image.Image
 
 def digit_pixels(split: str) -> tuple[torch.Tensor, torch.Tensor]:
     """The digits of a split as scikit-learn ships them: float32 [N, 8, 8] from 0 to 1, and int64 classes [N]."""
-    _require("sklearn")
+    _package_folder("sklearn")
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -399,13 +380,13 @@ def _has_classes(path: Path) -> bool:
 
 def _packaged_file(name: str) -> Path:
     package, _, rest = name.partition("/")
-    path = _require(package) / rest
+    path = _package_folder(package) / rest
     if not path.is_file():
         raise ValueError(f"The installed {package} ships no {rest}; scikit-image 0.24 and scikit-learn 1.5 do.")
     return path
 
 
-def _require(package: str) -> Path:
+def _package_folder(package: str) -> Path:
     """The folder of an installed optional package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:

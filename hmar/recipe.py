@@ -21,7 +21,7 @@ import yaml
 from cattrs.errors import ForbiddenExtraKeysError
 from cattrs.gen import make_dict_structure_fn
 
-from hmar.config import PRESETS, ModelConfig, TokenizerConfig
+from hmar.config import PRESETS, ModelConfig, TokenizerConfig, require
 from hmar_kernels import IMPLEMENTATIONS
 
 STAGES = ("tokenizer", "next-scale", "masked", "var")
@@ -52,8 +52,8 @@ class DataConfig:
             raise ValueError(
                 f'data.path={self.path} has no effect on the built-in set "{self.name}": set data.name=folder'
             )
-        _require(self.size is None or self.size > 0, "data.size", self.size, "a positive number of pixels")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.size is None or self.size > 0, "data.size", self.size, "a positive number of pixels")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,20 @@ class OptimizerConfig:
     final_ratio: float = 0.1
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, "optimizer.lr", self.lr, "positive")
-        _require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
-        _require(self.eps > 0, "optimizer.eps", self.eps, "positive")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(self.clip >= 0, "optimizer.clip", self.clip, "positive, or 0 for no clipping")
+        require(self.lr > 0, "optimizer.lr", self.lr, "positive")
+        require(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        require(self.eps > 0, "optimizer.eps", self.eps, "positive")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.clip >= 0, "optimizer.clip", self.clip, "positive, or 0 for no clipping")
         fractions = self.warmup >= 0 and self.flat >= 0 and self.warmup + self.flat <= 1
-        _require(
+        require(
             fractions,
             "optimizer.warmup + optimizer.flat",
             (self.warmup, self.flat),
             "fractions of the run, in all <= 1",
         )
-        _require(0 <= self.start_ratio <= 1, "optimizer.start_ratio", self.start_ratio, "in [0, 1]")
-        _require(0 <= self.final_ratio <= 1, "optimizer.final_ratio", self.final_ratio, "in [0, 1]")
+        require(0 <= self.start_ratio <= 1, "optimizer.start_ratio", self.start_ratio, "in [0, 1]")
+        require(0 <= self.final_ratio <= 1, "optimizer.final_ratio", self.final_ratio, "in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class ReconstructionConfig:
 
     def __post_init__(self) -> None:
         for name in (item.name for item in fields(self)):
-            _require(getattr(self, name) >= 0, f"reconstruction.{name}", getattr(self, name), "0 or more")
+            require(getattr(self, name) >= 0, f"reconstruction.{name}", getattr(self, name), "0 or more")
 
 
 @dataclass(frozen=True)
@@ -191,9 +191,9 @@ class TrainConfig:
                 f'cache_codes=true would freeze the random crops of data.name={self.data.name}: it is for "digits" only'
             )
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
-        _require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1), 0 for none")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
+            require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1), 0 for none")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 def find_preset(name: str) -> tuple[TokenizerConfig, ModelConfig]:
@@ -313,11 +313,6 @@ def unknown(what: str, got: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(got), known, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f'unknown {what} "{got}": {hint}known: {", ".join(known)}'
-
-
-def _require(condition: bool, name: str, got: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {got}, expected {expected}")
 
 
 def _copy(value: Any) -> Any:
