@@ -15,14 +15,14 @@ from PIL import Image
 
 from hmar.checkpoint import save_pretrained
 from hmar.cli import main
-from hmar.config import preset
+from hmar.config import PRESETS
 from hmar.edit import KnownImage, blank, box_hole, fit_image, inpaint, known_tokens, outpaint, paint, place
 from hmar.generate import KnownCodes, SamplingConfig, generate_hmar, generate_var, masked_passes
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
 from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
 
-TOKENIZER_CONFIG, CONFIG = preset("tiny")
+TOKENIZER_CONFIG, CONFIG = PRESETS["tiny"]
 CONFIG = replace(CONFIG, sides=(1, 2, 3, 6))
 PYRAMID = CONFIG.pyramid
 SIZE = 6 * TOKENIZER_CONFIG.stride  # 24 pixels, stride 4

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hmar.config import preset
+from hmar.config import PRESETS
 from hmar.generate import (
     CodeDraw,
     SamplingConfig,
@@ -25,7 +25,7 @@ from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
 
-TOKENIZER_CONFIG, CONFIG = preset("tiny")
+TOKENIZER_CONFIG, CONFIG = PRESETS["tiny"]
 PYRAMID = CONFIG.pyramid
 CLASSES = torch.tensor([0, 3, 1])
 

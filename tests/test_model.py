@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hmar.config import ModelConfig, preset
+from hmar.config import PRESETS, ModelConfig
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, ScaleMasks, drop_classes
 from hmar.published import load_published, to_published
 
-TINY = preset("tiny")[1]
+TINY = PRESETS["tiny"][1]
 SHARED_MODULATION = replace(TINY, shared_modulation=True)
 
 
@@ -38,7 +38,7 @@ def inputs(config=TINY, batch=2, seed=1, dtype=torch.float32):
 )
 def test_parameter_counts(name, millions):
     with torch.device("meta"):
-        model = NextScaleTransformer(preset(name)[1], "block_causal")
+        model = NextScaleTransformer(PRESETS[name][1], "block_causal")
     count = sum(parameter.numel() for parameter in model.parameters())
     assert round(count / 1e6) == millions
 

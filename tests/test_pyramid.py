@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from hmar.config import PRESETS, ModelConfig, TokenizerConfig, preset
+from hmar.config import PRESETS, ModelConfig, TokenizerConfig
 from hmar.pyramid import Pyramid
 
 # Lengths and numbers of visible pairs from the specification's table of pyramids.
@@ -66,7 +66,7 @@ def test_lists_become_tuples():
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_agree_with_themselves_and_survive_json(name):
-    tokenizer, model = preset(name)
+    tokenizer, model = PRESETS[name]
     assert tokenizer.vocab_size == model.vocab_size
     assert tokenizer.code_dim == model.code_dim
     assert 16 <= model.head_dim <= 128
@@ -89,7 +89,6 @@ def test_derived_values():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: preset("d17"), "d16-256"),
         (lambda: ModelConfig(depth=0), "depth is 0, expected at least 1 block"),
         (lambda: ModelConfig(depth=4, width=100, num_heads=3), "a divisor of width 100; 1 with width 64 would"),
         (lambda: ModelConfig(depth=4, mask_depth=5), "1 to 4"),

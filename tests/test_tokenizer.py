@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hmar.config import TokenizerConfig, preset
+from hmar.config import PRESETS, TokenizerConfig
 from hmar.loss import TokenizerLoss
 from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def test_wrong_images_are_refused():
 
 def test_it_learns_to_reconstruct_and_keeps_its_codebook():
     torch.manual_seed(0)
-    config, model = preset("tiny")
+    config, model = PRESETS["tiny"]
     tokenizer = Tokenizer(config, model.pyramid)
     generator = torch.Generator().manual_seed(0)
     # Images of two flat colours, split at a random row.
