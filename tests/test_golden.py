@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hmar.config import preset
+from hmar.config import PRESETS
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.parity import KIND_OF_FILE, LIMIT, Golden, format_row, measure_file
-from hmar.published import DERIVED, load_published, published_layout, read_config
+from hmar.published import DERIVED, load_published, published_layout, read_config, to_published
 from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
 
@@ -87,7 +87,7 @@ def listed_tensors(name):
 def test_published_files_are_covered(name):
     """Every preset has exactly the tensors of its published file, derived ones aside."""
     kind, of_preset = PUBLISHED_FILES[name]
-    tokenizer, model = preset(of_preset)
+    tokenizer, model = PRESETS[of_preset]
     makers = {
         "tokenizer": lambda: Tokenizer(tokenizer, model.pyramid),
         "var": lambda: NextScaleTransformer(model, "block_causal"),
@@ -96,9 +96,14 @@ def test_published_files_are_covered(name):
     listed = listed_tensors(name)
     expected = {key: tuple(tensor.shape) for key, tensor in listed.items() if not re.search(DERIVED, key)}
     with torch.device("meta"):
-        layout = published_layout(makers[kind]())
+        module = makers[kind]()
+    layout = published_layout(module)
     assert len({published.name for published in layout.values()}) == len(layout)
     assert {published.name: published.shape for published in layout.values()} == expected
+    # What is written has the derived tensors too, as a strict load of the published code wants them.
+    written = to_published(module)
+    assert written.keys() == listed.keys()
+    assert all((written[key].shape, written[key].dtype) == (listed[key].shape, listed[key].dtype) for key in listed)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED_FILES))
@@ -106,7 +111,7 @@ def test_published_files_are_covered(name):
 def test_sizes_are_read_off_published_files(name, with_levels):
     """Depth, width, heads, classes, vocabulary, channels and pyramid come out as the preset says them."""
     kind, of_preset = PUBLISHED_FILES[name]
-    tokenizer, model = preset(of_preset)
+    tokenizer, model = PRESETS[of_preset]
     weights = listed_tensors(name)
     levels = weights.pop("lvl_1L", None)
     if levels is not None and with_levels:
