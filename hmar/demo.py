@@ -47,10 +47,11 @@ except ModuleNotFoundError as error:
 from hmar.checkpoint import load_model, load_tokenizer
 from hmar.data import Digits
 from hmar.generate import GenerationOutput, SamplingConfig, even_schedule, generate_hmar, generate_var, resolve_schedule
+from hmar.progress import read_metrics
 from hmar.pyramid import Pyramid
 from hmar.recipe import DataConfig, OptimizerConfig, TrainConfig
 from hmar.tokenizer import Tokenizer
-from hmar.train import find_device, read_metrics, train
+from hmar.train import find_device, train
 
 STAGES = ("tokenizer", "next-scale", "masked", "var")
 

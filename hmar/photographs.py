@@ -32,8 +32,9 @@ from hmar.checkpoint import load_model, load_tokenizer
 from hmar.data import Photographs
 from hmar.demo import device_name, reconstruct
 from hmar.generate import SamplingConfig, generate_hmar
+from hmar.progress import read_metrics
 from hmar.recipe import DataConfig, OptimizerConfig, TrainConfig
-from hmar.train import find_device, read_metrics, train
+from hmar.train import find_device, train
 
 STAGES = ("tokenizer", "next-scale", "masked")
 PHOTOGRAPH_INCHES = 1.15  # side of a crop in the pictures

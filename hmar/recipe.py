@@ -315,6 +315,18 @@ def unknown(what: str, got: object, known: Iterable[str]) -> str:
     return f'unknown {what} "{got}": {hint}known: {", ".join(known)}'
 
 
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "") -> list[str]:
+    """In words, every entry that differs between two nested mappings with the same keys."""
+    found = []
+    for name in now:
+        key = f"{path}{name}"
+        if isinstance(now[name], Mapping) and isinstance(before.get(name), Mapping):
+            found += differences(before[name], now[name], f"{key}.")
+        elif before.get(name) != now[name]:
+            found.append(f"{key} was {before.get(name)}, now {now[name]}")
+    return found
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}

@@ -13,8 +13,9 @@ from rich.console import Console
 from hmar import demo
 from hmar.data import Digits
 from hmar.generate import GenerationOutput
+from hmar.progress import read_metrics
 from hmar.pyramid import Pyramid
-from hmar.train import Interrupted, Trainer, read_metrics
+from hmar.train import Interrupted, Trainer
 
 PICTURES = (
     "reconstruction",

@@ -17,7 +17,9 @@ from hmar import checkpoint
 from hmar.checkpoint import load_model, load_tokenizer, read_description
 from hmar.config import PRESETS
 from hmar.model import HMAR, NextScaleTransformer
+from hmar.progress import read_metrics
 from hmar.recipe import apply_overrides, make_config, read_config
+from hmar.stages import NextScaleStage, parameter_groups
 from hmar.tokenizer import Tokenizer
 from hmar.train import (
     Interrupted,
@@ -25,8 +27,6 @@ from hmar.train import (
     Trainer,
     find_device,
     find_precision,
-    parameter_groups,
-    read_metrics,
     step_generator,
     train,
 )
@@ -410,8 +410,6 @@ def test_clipping_bounds_the_gradient_that_the_optimizer_sees(tmp_path, runs, no
 
 def poison(monkeypatch, steps):
     """Make the loss of these steps NaN."""
-    from hmar.train import NextScaleStage
-
     loss = NextScaleStage.loss
 
     def poisoned(self, batch, classes_B, generator, step):

@@ -1,0 +1,309 @@
+"""The stages of training: what each trains, on which inputs and with which loss.
+
+The Trainer (train.py) calls a stage in this order: `prepare` once, then for every step `loss` and, after the
+optimizer, `after_step`; at the end `write`. Its `config` is the run's with what the stage has found out, its `sources`
+are fingerprints of the weights it builds on. Read next: loss.py for the losses, model.py and tokenizer.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from hmar import checkpoint
+from hmar.discriminator import PatchDiscriminator
+from hmar.loss import TokenizerLoss, draw_mask, masked_loss, next_scale_loss, token_accuracy, token_weights
+from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, drop_classes
+from hmar.recipe import STAGES, TrainConfig, differences, find_preset
+from hmar.tokenizer import Tokenizer
+
+
+class TokenizerStage:
+    """Reconstruction, quantizer loss, optionally perceptual loss and adversary (VAR, eq. 5; VQGAN, section 3.1)."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, perceptual: nn.Module | None = None):
+        self.config, self.device = config, device
+        self.sources: dict[str, str] = {}
+        self.module = Tokenizer(config.tokenizer, config.model.pyramid).to(device)
+        weights = config.reconstruction
+        discriminator = None
+        if weights.adversarial > 0:
+            discriminator = PatchDiscriminator(config.tokenizer.image_channels).to(device)
+            self.discriminator_optimizer = torch.optim.AdamW(
+                parameter_groups(discriminator, config.optimizer.weight_decay),
+                betas=config.optimizer.betas,
+                eps=config.optimizer.eps,
+            )
+        self.criterion = TokenizerLoss(
+            l1=weights.l1,
+            l2=weights.l2,
+            perceptual=None if perceptual is None else perceptual.to(device).eval(),
+            perceptual_weight=weights.perceptual,
+            discriminator=discriminator,
+            adversarial_weight=weights.adversarial,
+            adversarial_start=weights.adversarial_start,
+        )
+
+    def prepare(self, dataset: Dataset, console: Console) -> Dataset:
+        return dataset
+
+    def compile(self, enabled: bool) -> None:
+        self.forward = torch.compile(self.module) if enabled else self.module
+
+    def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
+        self.images, self.output = batch, self.forward(batch)
+        if self.criterion.discriminator is not None:
+            self.criterion.discriminator.requires_grad_(False)
+        last_weight = self.module.decoder.conv_out.weight
+        loss, parts = self.criterion(self.output.reconstruction.float(), batch, step, last_weight)
+        parts["quantizer"] = self.output.quantizer_loss
+        parts["codebook_use"] = self.module.quantizer.usage(self.output.codes_BL)
+        return loss + self.config.reconstruction.quantizer * self.output.quantizer_loss, parts
+
+    def after_step(self, optimizer, ema, generator, step) -> dict[str, float]:
+        """Put unused codes back into use; train the adversary on the same images, and return what to log of that."""
+        output, self.output = self.output, None
+        quantizer = self.module.quantizer
+        moved_V = quantizer.restart_unused_codes(output.latent_BEhw.detach(), output.codes_BL, generator)
+        # The optimizer's momentum of a moved code, and its average, belong to the place where it was.
+        codebook = quantizer.codebook.weight
+        for name in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[codebook][name].masked_fill_(moved_V[:, None], 0)
+        if ema is not None:
+            averaged = ema.module.quantizer.codebook.weight
+            averaged.data.copy_(torch.where(moved_V[:, None], codebook.data, averaged.data))
+        if self.criterion.discriminator is None or step < self.criterion.adversarial_start:
+            return {}
+        return self._train_discriminator(output.reconstruction.detach().float(), optimizer, step)
+
+    def _train_discriminator(self, reconstruction: Tensor, optimizer, step: int) -> dict[str, float]:
+        """A step of the adversary, unless its loss or gradient is not finite; clipped like the tokenizer's."""
+        discriminator = self.criterion.discriminator.requires_grad_(True)
+        loss = self.criterion.discriminator_loss(reconstruction, self.images, step)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(discriminator.parameters(), self.config.optimizer.clip or math.inf)
+        values = torch.stack([loss.detach().float(), norm.float()]).tolist()
+        if all(map(math.isfinite, values)):
+            for group in self.discriminator_optimizer.param_groups:
+                group["lr"] = optimizer.param_groups[0]["lr"]
+            self.discriminator_optimizer.step()
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        return dict(zip(("discriminator_loss", "discriminator_grad_norm"), values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"perceptual": self.criterion.perceptual is not None}
+        if self.criterion.discriminator is not None:
+            state["discriminator"] = self.criterion.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        had, has = state["perceptual"], self.criterion.perceptual is not None
+        if had != has:
+            raise ValueError(
+                f"the run began {'with' if had else 'without'} a perceptual module and cannot go on "
+                f"{'with' if has else 'without'} one: call hmar.train.train(config, resume=True"
+                f"{', perceptual=...) with the same module' if had else ')'}"
+            )
+        if self.criterion.discriminator is not None:
+            self.criterion.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+
+    def write(self, folder: Path, module: nn.Module, **notes: Any) -> Path:
+        return checkpoint.save_pretrained(folder, module, **notes)
+
+
+class CodesStage:
+    """What next-scale prediction, masked prediction and VAR share: codes of a frozen tokenizer, dropped labels."""
+
+    module: nn.Module
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.device = device
+        self.tokenizer = load_fitting_tokenizer(config, device)
+        self.config = dataclasses.replace(config, tokenizer=self.tokenizer.config)
+        self.sources = {"tokenizer_weights": checkpoint.fingerprint(config.tokenizer_weights)}
+        self.class_drop = config.model.class_drop
+
+    def prepare(self, dataset: Dataset, console: Console) -> Dataset:
+        """The data set to train on: with cache_codes, codes in place of images."""
+        if dataset.num_classes > self.config.model.num_classes:
+            raise ValueError(
+                f"the data has {dataset.num_classes} classes, but model.num_classes={self.config.model.num_classes}: "
+                f"set model.num_classes={dataset.num_classes}"
+            )
+        if not self.config.cache_codes:
+            return dataset
+        with console.status(f"encoding {len(dataset)} images"):
+            return CachedCodes(dataset, self.encode, self.config.batch_size, self.device)
+
+    def compile(self, enabled: bool) -> None:
+        self.forward = torch.compile(self.module) if enabled else self.module
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Codes [B, L]. In the tokenizer's own precision: they must not depend on the model's."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.encode(images_B3HW)
+
+    def inputs(self, batch: Tensor, classes_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes [B, L], classes [B] with some dropped, and teacher-forced inputs [B, L - n_1^2, E]."""
+        codes_BL = batch if batch.ndim == 2 else self.encode(batch)
+        classes_B = drop_classes(classes_B, self.class_drop, self.config.model.null_class, generator)
+        with torch.no_grad():
+            inputs_BLE = self.tokenizer.quantizer.next_scale_inputs(codes_BL)
+        return codes_BL, classes_B, inputs_BLE
+
+    def after_step(self, optimizer, ema, generator, step) -> dict[str, float]:
+        """Nothing beside the optimizer's step."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        assert not state
+
+    def write(self, folder: Path, module: nn.Module, **notes: Any) -> Path:
+        return checkpoint.save_pretrained(folder, module, **self._provenance(), **notes)
+
+    def _provenance(self) -> dict[str, str]:
+        return {
+            "tokenizer_weights": self.config.tokenizer_weights,
+            "tokenizer_sha256": self.sources["tokenizer_weights"],
+        }
+
+
+class NextScaleStage(CodesStage):
+    """HMAR's stage 1 (block-diagonal, weighted loss; HMAR, section 4.2) and VAR (block-causal, uniform loss)."""
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        super().__init__(config, device)
+        hmar = config.stage == "next-scale"
+        pattern = "block_diagonal" if hmar else "block_causal"
+        self.module = NextScaleTransformer(config.model, pattern=pattern, attention=config.attention).to(device)
+        self.weights_L = token_weights(config.model.pyramid).to(device) if hmar else None
+
+    def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
+        codes_BL, classes_B, inputs_BLE = self.inputs(batch, classes_B, generator)
+        logits_BLV = self.forward(classes_B, inputs_BLE)
+        loss = next_scale_loss(logits_BLV, codes_BL, self.weights_L)
+        return loss, {"accuracy": token_accuracy(logits_BLV.detach(), codes_BL)}
+
+
+class MaskedStage(CodesStage):
+    """HMAR's stage 2: mask blocks on the frozen trunk of stage 1 (HMAR, section 4.3)."""
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        super().__init__(config, device)
+        self.sources["next_scale_weights"] = checkpoint.fingerprint(config.next_scale_weights)
+        self.next_scale = load_stage_one(config)
+        self.module = MaskedTransformer.from_next_scale(self.next_scale, attention=config.attention).to(device)
+
+    def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
+        codes_BL, classes_B, inputs_BLE = self.inputs(batch, classes_B, generator)
+        with torch.no_grad():
+            residuals_BLE = self.tokenizer.quantizer.own_residuals(codes_BL)
+        masked_L = draw_mask(self.config.model.pyramid, generator=generator).to(self.device)
+        logits_BLV = self.forward(classes_B, inputs_BLE, residuals_BLE, masked_L)
+        loss = masked_loss(logits_BLV, codes_BL, masked_L)
+        return loss, {"accuracy": token_accuracy(logits_BLV.detach(), codes_BL, masked_L)}
+
+    def write(self, folder: Path, module: nn.Module, **notes: Any) -> Path:
+        """The assembled HMAR: trunk, next-scale blocks of stage 1 and the mask blocks trained here."""
+        hmar = HMAR.from_stages(self.next_scale, module.cpu())
+        return checkpoint.save_pretrained(folder, hmar, **self._provenance(), **notes)
+
+
+def make_stage(
+    config: TrainConfig, device: torch.device, perceptual: nn.Module | None = None
+) -> TokenizerStage | CodesStage:
+    assert config.stage in STAGES
+    if config.stage == "tokenizer":
+        return TokenizerStage(config, device, perceptual)
+    return MaskedStage(config, device) if config.stage == "masked" else NextScaleStage(config, device)
+
+
+class CachedCodes(Dataset):
+    """Codes [L] and class of every image of a data set without random crops, in memory."""
+
+    def __init__(self, dataset: Dataset, encode, batch_size: int, device: torch.device):
+        codes, classes = [], []
+        for images_B3HW, classes_B in DataLoader(dataset, batch_size):
+            codes.append(encode(images_B3HW.to(device)).cpu())
+            classes.append(classes_B)
+        self.codes_NL, self.classes_N = torch.cat(codes), torch.cat(classes).tolist()
+
+    def __len__(self) -> int:
+        return len(self.codes_NL)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        _, index = item
+        return self.codes_NL[index], self.classes_N[index]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW groups of the trainable parameters: decayed ones and others.
+
+    Decay is for the weights of linear layers and convolutions. Biases, norms, tables of positions, scales, classes and
+    modulation, the codebook, the mask embedding and the learned scale of q go without.
+    """
+    decayed, others = [], []
+    for owner in module.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                is_weight = name == "weight" and isinstance(owner, (nn.Linear, nn.Conv2d))
+                (decayed if is_weight else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def load_fitting_tokenizer(config: TrainConfig, device: torch.device) -> Tokenizer:
+    """The frozen tokenizer of config.tokenizer_weights; ValueError if the model cannot work with it."""
+    tokenizer = checkpoint.load_tokenizer(config.tokenizer_weights, device)
+    expected = {
+        "sides": config.model.sides,
+        "vocab_size": config.model.vocab_size,
+        "code_dim": config.model.code_dim,
+        "image size": config.data.size,
+    }
+    got = {
+        "sides": tokenizer.pyramid.sides,
+        "vocab_size": tokenizer.config.vocab_size,
+        "code_dim": tokenizer.config.code_dim,
+        "image size": tokenizer.image_size,
+    }
+    for name in expected:
+        if got[name] != expected[name]:
+            raise ValueError(
+                f"the tokenizer in {config.tokenizer_weights} has {name} {got[name]}, the model of preset "
+                f"{config.preset} expects {expected[name]}: use the preset and overrides that the tokenizer had"
+            )
+    if config.tokenizer not in (tokenizer.config, find_preset(config.preset)[0]):
+        found = differences(dataclasses.asdict(tokenizer.config), dataclasses.asdict(config.tokenizer), "tokenizer.")
+        raise ValueError(
+            f"stage {config.stage} takes the tokenizer in {config.tokenizer_weights} as it is, but {found[0]}: "
+            "leave the override out"
+        )
+    return tokenizer
+
+
+def load_stage_one(config: TrainConfig) -> NextScaleTransformer:
+    """Stage 1 of config.next_scale_weights, with the sizes of config.model (mask_depth may differ), on the CPU."""
+    trained = checkpoint.load_pretrained(config.next_scale_weights, ("next-scale",))
+    free = {name: getattr(config.model, name) for name in ("mask_depth", "class_drop", "drop_path", "gate_init")}
+    if dataclasses.replace(trained.config, **free) != config.model:
+        found = differences(
+            {"model": dataclasses.asdict(trained.config)}, {"model": {**dataclasses.asdict(config.model), **free}}
+        )
+        raise ValueError(f"config.model does not fit the stage 1 in {config.next_scale_weights}: {'; '.join(found)}")
+    stage_one = NextScaleTransformer(config.model, pattern="block_diagonal", attention=config.attention)
+    stage_one.load_state_dict(trained.state_dict())
+    return stage_one.eval()
