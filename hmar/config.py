@@ -205,10 +205,3 @@ PRESETS: dict[str, tuple[TokenizerConfig, ModelConfig]] = {
         ),
     ),
 }
-
-
-def preset(name: str) -> tuple[TokenizerConfig, ModelConfig]:
-    """The configurations of a named preset. Raises ValueError with the known names."""
-    if name not in PRESETS:
-        raise ValueError(f"No preset is called {name!r}; known are {', '.join(sorted(PRESETS))}.")
-    return PRESETS[name]
