@@ -257,14 +257,14 @@ def read_pretrained(
     try:
         if _METADATA in metadata:
             imported = _import_own(json.loads(metadata[_METADATA]), tree, attention, "the file itself")
-        elif isinstance(tree, Mapping) and tree.get("format") == FORMAT and "config" in tree:
+        elif isinstance(tree, Mapping) and isinstance(tree.get("config"), str) and {"model", "ema"} <= tree.keys():
             imported = _import_run(tree, part, attention)
         else:
             return import_published(tree, kind=kind, preset=preset, given=given, part=part, attention=attention)
         if kind not in (None, imported.kind):
             raise ValueError(f'it holds weights of kind "{imported.kind}", not "{kind}"')
-    except (ValueError, KeyError) as error:
-        problem = f"lacks the entry {error}" if isinstance(error, KeyError) else str(error)
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"it lacks the entry {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path}: {problem}") from error
     return dataclasses.replace(imported, module=_with_given(path, imported.module, preset, given))
 
@@ -324,7 +324,7 @@ def load_pretrained(
         module = _build(description, attention)
     except KeyError as error:
         raise ValueError(f"{folder / 'config.json'} lacks the entry {error}") from None
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     path = folder / "model.safetensors"
     try:
@@ -388,11 +388,16 @@ def _import_own(description: Any, tensors: Mapping[str, Any], attention: str, or
 
 def _import_run(state: Mapping[str, Any], part: str | None, attention: str) -> Imported:
     """The module in a checkpoint of a run: its moving average if it has one, unless `part` says "model"."""
-    config = make_config(json.loads(state["config"]))
+    mapping = json.loads(state["config"])
+    if not isinstance(mapping, dict):
+        raise ValueError(f"its configuration is {mapping!r}, expected sections with keys")
+    config = make_config(mapping)
     part = part or ("model" if state["ema"] is None else "ema")
     if part not in ("model", "ema") or state[part] is None:
         raise ValueError(f'it has no part "{part}"; it has model{"" if state["ema"] is None else " and ema"}')
     tensors = state[part]
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f'its part "{part}" is no state dict')
     if part == "ema":
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items() if name != "n_averaged"}
     if config.stage == "tokenizer":

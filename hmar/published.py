@@ -133,10 +133,7 @@ def load_published(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     finite floating-point numbers, a `lvl_1L` that belongs to another pyramid and key biases that are not zero.
     """
     check_published(module, weights)
-    layout = published_layout(module)
-    with torch.no_grad():
-        for ours, parameter in module.named_parameters():
-            parameter.copy_(weights[layout[ours].name].reshape(parameter.shape))
+    _copy(module, weights)
 
 
 def check_published(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -278,7 +275,7 @@ def import_published(
         given: see `read_config`; wins over the preset.
         part: path of one state dict where the file has several, as "trainer.var_wo_ddp".
     Raises:
-        ValueError: no or several state dicts of that kind, or anything that `read_config` or `load_published` reports.
+        ValueError: no or several state dicts of that kind, or anything that `read_config` or `check_published` reports.
     """
     found = [state for state in find_published(tree) if part in (None, state.where)]
     if not found:
@@ -305,7 +302,7 @@ def import_published(
         outline = make_module(kind, config, sides, attention)
     check_published(outline, state.tensors)
     module = make_module(kind, config, sides, attention)
-    load_published(module, state.tensors)
+    _copy(module, state.tensors)
     others = tuple(f"{kinds[id(other)][0]} in {other}" for other in found if other is not state)
     return Imported(module, kind, str(state), others)
 
@@ -322,6 +319,13 @@ def make_module(kind: str, config: TokenizerConfig | ModelConfig, sides: tuple[i
         case "masked":
             return MaskedTransformer(config, attention)
     return HMAR(config, attention)
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    layout = published_layout(module)
+    for ours, parameter in module.named_parameters():
+        parameter.copy_(weights[layout[ours].name].reshape(parameter.shape))
 
 
 def _renamings(module: nn.Module) -> tuple[tuple[str, str], ...]:

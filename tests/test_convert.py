@@ -241,6 +241,16 @@ def test_checkpoints_of_own_runs(runs, tmp_path, monkeypatch):
     message = refuse(runs / "tokenizer" / step, "x", "--kind", "var")
     assert 'holds weights of kind "tokenizer", not "var"' in message
     assert 'no part "average"; it has model and ema' in refuse(runs / "next-scale" / step, "x", "--part", "average")
+    state = torch.load(runs / "next-scale" / step, weights_only=True)
+    for change, message in (
+        ({"ema": 3}, 'its part "ema" is no state dict'),
+        ({"ema": {**state["ema"], "module.extra": torch.zeros(1)}}, "1 unexpected (extra)"),
+        ({"config": "{"}, "bad.pt: "),
+        ({"config": "[]"}, "bad.pt: its configuration is []"),
+        ({"config": torch.zeros(2)}, "holds no weights of a VAR or HMAR"),
+    ):
+        torch.save({**state, **change}, "bad.pt")
+        assert message in refuse("bad.pt", "x")
 
 
 def test_own_folders_and_runs_keep_their_notes(runs, tmp_path, monkeypatch):
@@ -574,6 +584,8 @@ def test_own_safetensors_say_what_they_are(here):
         (description, "1 missing (mask_embedding_C)"),
         ({**description, "kind": "gan"}, 'unknown kind "gan"'),
         ({"kind": "hmar"}, "lacks the entry 'model'"),
+        ({"kind": "hmar", "model": 3}, "expected a section with keys, got 3"),
+        ({"kind": "tokenizer", "tokenizer": {}, "sides": None}, "alone.safetensors: 'NoneType' object"),
         ([], 'unknown kind "None"'),
     ):
         save_file(tensors, "alone.safetensors", {"hmar": json.dumps(metadata)})
