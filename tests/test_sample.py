@@ -10,7 +10,7 @@ import torch
 
 from hmar.checkpoint import save_pretrained
 from hmar.cli import main
-from hmar.config import preset
+from hmar.config import PRESETS
 from hmar.model import HMAR
 from hmar.sample import parse_ramp, parse_schedule
 from hmar.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from hmar.tokenizer import Tokenizer
 def folder(tmp_path_factory):
     """Random weights of HMAR and its tokenizer."""
     folder = tmp_path_factory.mktemp("sample")
-    tokenizer_config, config = preset("tiny")
+    tokenizer_config, config = PRESETS["tiny"]
     torch.manual_seed(0)
     tokenizer, model = Tokenizer(tokenizer_config, config.pyramid), HMAR(config)
     torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
