@@ -24,20 +24,19 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
 try:
-    from sklearn.svm import SVC
-
     from hmar import figures
+    from hmar.classifier import PixelClassifier, coarse_pixels
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         f"The demo needs scikit-learn and matplotlib, and {error.name} is not installed: pip install 'hmar[demo]'.",
@@ -47,7 +46,7 @@ except ModuleNotFoundError as error:
 from hmar.checkpoint import load_model, load_tokenizer
 from hmar.data import Digits
 from hmar.generate import GenerationOutput, SamplingConfig, even_schedule, generate_hmar, generate_var, resolve_schedule
-from hmar.progress import read_metrics
+from hmar.progress import loss_curve
 from hmar.pyramid import Pyramid
 from hmar.recipe import DataConfig, OptimizerConfig, TrainConfig
 from hmar.tokenizer import Tokenizer
@@ -158,8 +157,7 @@ def stage_config(plan: Plan, stage: str, run_folder: Path, device: str = "auto")
         seed=plan.seed,
         data=DataConfig(name="digits"),
         optimizer=OptimizerConfig(lr=plan.lr),
-        tokenizer_weights=str(run_folder / "tokenizer") if on_codes else None,
-        next_scale_weights=str(run_folder / "next-scale") if stage == "masked" else None,
+        **weights_before(stage, run_folder),
         cache_codes=on_codes,
         device=device,
         log_every=max(1, min(5, plan.steps[stage] // 10)),
@@ -168,25 +166,26 @@ def stage_config(plan: Plan, stage: str, run_folder: Path, device: str = "auto")
     )
 
 
+def weights_before(stage: str, run_folder: Path) -> dict[str, str]:
+    """The arguments of TrainConfig that name what a stage builds on, with a folder for each stage in `run_folder`."""
+    tokenizer = {} if stage == "tokenizer" else {"tokenizer_weights": str(run_folder / "tokenizer")}
+    return tokenizer | ({"next_scale_weights": str(run_folder / "next-scale")} if stage == "masked" else {})
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-class DigitClassifier:
-    """A support vector machine on 8 x 8 pixels, trained on the real training digits at the demo's size."""
+DIGIT_SIDE = 8  # in pixels, of the digits before they were enlarged, and as the classifier sees them
 
-    def __init__(self, size: int):
-        images_N3HW, classes_N = all_images(Digits(size, "train"))
-        self.svm = SVC(C=10.0).fit(self.features(images_N3HW), classes_N.numpy())
 
-    @staticmethod
-    def features(images_N3HW: Tensor) -> np.ndarray:
-        """Images in [-1, 1] as [N, 64] numbers from 0 to 1: grey, averaged over the cells of an 8 x 8 grid."""
-        grey_N1HW = images_N3HW.float().cpu().mean(1, keepdim=True).add(1).div(2)
-        return F.interpolate(grey_N1HW, (8, 8), mode="area").flatten(1).numpy()
+def digit_classifier(size: int) -> PixelClassifier:
+    """Names digits by their 8 x 8 grey pixels; trained on the real training digits at the demo's size."""
+    return PixelClassifier(*all_images(Digits(size, "train")), DIGIT_SIDE, grey=True)
 
-    def __call__(self, images_N3HW: Tensor) -> Tensor:
-        """The class that each image looks like, int64 [N]."""
-        return torch.from_numpy(self.svm.predict(self.features(images_N3HW)))
+
+def digit_features(images_N3HW: Tensor) -> Tensor:
+    """What the classifier sees of digits in [-1, 1]: [N, 64] numbers from 0 to 1."""
+    return torch.from_numpy(coarse_pixels(images_N3HW, DIGIT_SIDE, grey=True))
 
 
 def all_images(dataset: Digits) -> tuple[Tensor, Tensor]:
@@ -197,15 +196,14 @@ def all_images(dataset: Digits) -> tuple[Tensor, Tensor]:
 
 def diversity(images_N3HW: Tensor, classes_N: Tensor) -> float:
     """Mean distance between two images of one class, in the classifier's features; 0 if all are equal."""
-    features = torch.from_numpy(DigitClassifier.features(images_N3HW))
+    features = digit_features(images_N3HW)
     distances = [torch.pdist(features[classes_N == c]) for c in classes_N.unique()]
     return torch.cat(distances).mean().item()
 
 
 def novelty(images_N3HW: Tensor, training_M3HW: Tensor) -> float:
     """Mean distance from an image to the training digit nearest to it, in the classifier's features; 0 for copies."""
-    features, training = (torch.from_numpy(DigitClassifier.features(images)) for images in (images_N3HW, training_M3HW))
-    return torch.cdist(features, training).min(dim=1).values.mean().item()
+    return torch.cdist(digit_features(images_N3HW), digit_features(training_M3HW)).min(dim=1).values.mean().item()
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ def measure(
     name: str,
     generate: Callable[[Tensor], GenerationOutput],
     classes_N: Tensor,
-    classifier: DigitClassifier,
+    classifier: PixelClassifier,
     passes: int,
 ) -> Measured:
     """Generate one image for each class index, all in one batch, and let the classifier name them."""
@@ -274,7 +272,7 @@ def measure_all(plan: Plan, run_folder: Path, device: torch.device) -> Results:
     tokenizer = load_tokenizer(run_folder / "tokenizer", device=device)
     hmar = load_model(run_folder / "masked", device=device)
     var = load_model(run_folder / "var", device=device)
-    classifier = DigitClassifier(tokenizer.image_size)
+    classifier = digit_classifier(tokenizer.image_size)
     real_N3HW, real_classes_N = all_images(Digits(tokenizer.image_size, "test"))
     decoded_N3HW = reconstruct(tokenizer, real_N3HW.to(device)).cpu()
     asked_N = torch.arange(10, device=device).repeat_interleave(plan.images_per_class)
@@ -397,13 +395,7 @@ def summarise(plan: Plan, results: Results, rows: list[dict[str, Any]], device: 
         },
         "plan": dataclasses.asdict(plan),
         "training_steps": plan.steps,
-        "machine": {
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "numpy", "scikit-learn")},
-            "commit": _commit(),
-        },
+        "machine": machine_record(device),
     }
 
 
@@ -437,8 +429,7 @@ def draw(plan: Plan, results: Results, run_folder: Path, output: Path) -> None:
     for name, measured in (("HMAR", results.default), ("VAR", results.var)):
         figures.save(_digits_by_class(name, measured, plan), output / f"generated_{name.lower()}.png")
     figures.save(_more_passes(results.by_schedule, plan), output / "masked_steps.png")
-    logs = {stage: read_metrics(run_folder / stage / "metrics.jsonl") for stage in STAGES}
-    curve = {stage: ([row["step"] for row in rows], [row["loss"] for row in rows]) for stage, rows in logs.items()}
+    curve = {stage: loss_curve(run_folder / stage) for stage in STAGES}
     figures.save(
         figures.loss_curves(
             {
@@ -610,6 +601,18 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} cores"
+
+
+def machine_record(device: torch.device) -> dict[str, Any]:
+    """What a number was measured with: date, commit, device and versions, for a summary.json."""
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numpy", "scikit-learn")},
+    }
 
 
 def _commit() -> str | None:

@@ -20,19 +20,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from sklearn.svm import SVC
 from torch import Tensor
-from torch.nn import functional as F
 
 from hmar import figures
 from hmar.checkpoint import load_model, load_tokenizer
+from hmar.classifier import PixelClassifier
 from hmar.data import Photographs
-from hmar.demo import device_name, reconstruct
+from hmar.demo import machine_record, reconstruct, weights_before
 from hmar.generate import SamplingConfig, generate_hmar
-from hmar.progress import read_metrics
+from hmar.progress import loss_curve, read_metrics
 from hmar.recipe import DataConfig, OptimizerConfig, TrainConfig
 from hmar.train import find_device, train
 
@@ -106,7 +104,7 @@ def run(
                 for first, part in zip(range(0, len(asked_N), 32), asked_N.split(32), strict=True)
             ]
         )
-    classifier = CropClassifier(plan.seed)
+    classifier = crop_classifier(plan.seed)
     named_N = classifier(generated_N3HW)
     summary = {
         "class_accuracy": (named_N == asked_N).float().mean().item(),
@@ -121,8 +119,7 @@ def run(
             "tokenizer": sum(p.numel() for p in tokenizer.parameters()),
             "hmar": sum(p.numel() for p in hmar.parameters()),
         },
-        "device": device_name(where),
-        "torch": torch.__version__,
+        "machine": machine_record(where),
     }
     draw(run_folder, output, real_N3HW, decoded_N3HW, generated_N3HW, named_N != asked_N, summary)
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -142,8 +139,7 @@ def stage_config(plan: Plan, stage: str, run_folder: Path, device: str = "auto")
         seed=plan.seed,
         data=DataConfig(name="photographs", workers=plan.workers),
         optimizer=OptimizerConfig(lr=plan.model_lr if on_codes else plan.tokenizer_lr),
-        tokenizer_weights=str(run_folder / "tokenizer") if on_codes else None,
-        next_scale_weights=str(run_folder / "next-scale") if stage == "masked" else None,
+        **weights_before(stage, run_folder),
         device=device,
         ema=0.99 if plan.steps(stage) >= 500 else 0.0,
         log_every=max(1, min(20, plan.steps(stage) // 10)),
@@ -151,20 +147,9 @@ def stage_config(plan: Plan, stage: str, run_folder: Path, device: str = "auto")
     )
 
 
-class CropClassifier:
-    """A support vector machine on 16 x 16 pixels, trained on 60 real crops of each photograph."""
-
-    def __init__(self, seed: int):
-        images_N3HW, classes_N = crops(Photographs(64, "train", seed=seed), per_class=60)
-        self.svm = SVC(C=10.0).fit(self.features(images_N3HW), classes_N.numpy())
-
-    @staticmethod
-    def features(images_N3HW: Tensor) -> np.ndarray:
-        return F.interpolate(images_N3HW, (16, 16), mode="area").flatten(1).numpy()
-
-    def __call__(self, images_N3HW: Tensor) -> Tensor:
-        """The photograph that each image in [-1, 1] looks like, int64 [N]."""
-        return torch.from_numpy(self.svm.predict(self.features(images_N3HW)))
+def crop_classifier(seed: int, per_class: int = 60) -> PixelClassifier:
+    """Names crops by 16 x 16 pixels; trained on so many real crops of each photograph."""
+    return PixelClassifier(*crops(Photographs(64, "train", seed=seed), per_class), side=16)
 
 
 def crops(dataset: Photographs, per_class: int) -> tuple[Tensor, Tensor]:
@@ -225,8 +210,7 @@ def draw(
         ),
         output / "generated.png",
     )
-    logs = {stage: read_metrics(run_folder / stage / "metrics.jsonl") for stage in STAGES}
-    curves = {stage: ([row["step"] for row in rows], [row["loss"] for row in rows]) for stage, rows in logs.items()}
+    curves = {stage: loss_curve(run_folder / stage) for stage in STAGES}
     figures.save(
         figures.loss_curves(
             {

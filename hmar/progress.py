@@ -116,7 +116,7 @@ class Display:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, for plotting; a last line cut short by a crash is left out."""
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
     path = Path(path)
     if not path.exists():
         return []
@@ -125,3 +125,9 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return rows
+
+
+def loss_curve(run: Path) -> tuple[list[int], list[float]]:
+    """Steps and losses of a training run's folder, for plotting."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [row["step"] for row in rows], [row["loss"] for row in rows]

@@ -3,6 +3,7 @@
 import csv
 import json
 import signal
+from datetime import date, timedelta
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture(scope="module")
 def classifier():
-    return demo.DigitClassifier(32)
+    return demo.digit_classifier(32)
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +72,10 @@ def test_summary_is_complete(quick):
     assert summary["held_out_digits"] == 355 and summary["generated_digits"] == 20
     assert summary["seconds"] == pytest.approx(sum(summary["seconds_of"].values()), abs=0.5)
     assert set(summary["seconds_of"]) == {*demo.STAGES, "measuring and drawing"}
-    assert (
-        summary["machine"]["torch"] == torch.__version__.split("+")[0]
-        or summary["machine"]["torch"] == torch.__version__
-    )
+    machine = summary["machine"]
+    assert machine["torch"] in (torch.__version__, torch.__version__.split("+")[0])
+    assert abs(date.fromisoformat(machine["date"]) - date.today()) <= timedelta(days=1)
+    assert machine["commit"] is None or len(machine["commit"]) == 40
     by_class = summary["accuracy_by_class"]["hmar"]
     assert len(by_class) == 10 and np.mean(by_class) == pytest.approx(summary["hmar_class_accuracy"], abs=1e-3)
 
