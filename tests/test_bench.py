@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -30,7 +31,9 @@ def cell(pattern="block_causal", **changes):
 
 def bench(*arguments):
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    # Under xdist pytest-benchmark measures nothing, and these runs are not part of it.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
 
 
 # Shapes and work
