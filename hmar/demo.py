@@ -45,7 +45,9 @@ except ModuleNotFoundError as error:
 
 from hmar.checkpoint import load_model, load_tokenizer
 from hmar.data import Digits
+from hmar.edit import KnownImage, box_hole, paint
 from hmar.generate import GenerationOutput, SamplingConfig, even_schedule, generate_hmar, generate_var, resolve_schedule
+from hmar.model import HMAR
 from hmar.progress import loss_curve
 from hmar.pyramid import Pyramid
 from hmar.recipe import DataConfig, OptimizerConfig, TrainConfig
@@ -247,6 +249,79 @@ def schedules(pyramid: Pyramid) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 @dataclass(frozen=True)
+class Edited:
+    """Held-out digits with the same part painted anew by HMAR."""
+
+    name: str
+    digits: int
+    named_as_before: float  # painted without a class: the share that the classifier names as the whole digit
+    named_as_itself: float  # painted as the class that it is
+    named_as_another: float  # painted as another class: the share that the classifier names as that
+    known_error: float  # mean squared difference to the real digits outside of the hole, painted without a class
+    decoded_error: float  # the same for the whole digits through the tokenizer
+    shown_C3HW: Tensor  # one digit: whole, with its hole, three times without a class, then as every class
+    wrong_C: Tensor  # which of these the classifier does not name as asked
+
+
+def holes(size: int) -> dict[str, Tensor]:
+    """What is painted anew, by name: bool [size, size]."""
+    half, quarter = size // 2, size // 4
+    middle_HW = box_hole(size, size, (quarter, quarter, size - quarter, size - quarter))
+    return {
+        "lower half": box_hole(size, size, (0, half, size, size)),
+        "right half": box_hole(size, size, (half, 0, size, size)),
+        "the middle": middle_HW,
+        "all around the middle": ~middle_HW,
+    }
+
+
+def measure_edits(
+    plan: Plan,
+    model: HMAR,
+    tokenizer: Tokenizer,
+    classifier: PixelClassifier,
+    real_N3HW: Tensor,
+    real_classes_N: Tensor,
+) -> list[Edited]:
+    """Every hole in the same digits, at most 20 of each class, painted once each way."""
+    device = tokenizer.quantizer.codebook.weight.device
+    count = min(20, plan.images_per_class)
+    chosen = torch.cat([(real_classes_N == digit).nonzero()[:count, 0] for digit in range(10)])
+    images_N3HW, classes_N = real_N3HW[chosen], real_classes_N[chosen]
+    others_N = (classes_N + 1 + torch.arange(len(classes_N)) % 9) % 10
+    every_class = torch.arange(10, device=device)
+    decoded_N3HW = reconstruct(tokenizer, images_N3HW.to(device)).cpu()
+    edits = []
+    for row, (name, hole_HW) in enumerate(holes(tokenizer.image_size).items()):
+        known = KnownImage(tokenizer, images_N3HW, hole_HW)
+        painted_N3HW = paint(model, known, sampling=plan.sampling).images_BCHW.cpu()
+        as_itself_N3HW, as_another_N3HW = (
+            paint(model, known, asked_N.to(device), plan.sampling).images_BCHW for asked_N in (classes_N, others_N)
+        )
+
+        digit = (classes_N == 2 * row + 1).nonzero()[0]  # the first 1, 3, 5 and 7
+        one = KnownImage(tokenizer, images_N3HW[digit].expand(10, -1, -1, -1), hole_HW)
+        as_classes_N3HW = paint(model, one, every_class, plan.sampling).images_BCHW.cpu()
+        freely_N3HW = paint(model, one, sampling=plan.sampling).images_BCHW[:3].cpu()
+        shown = [images_N3HW[digit], one.blanked_BCHW[:1].cpu(), freely_N3HW, as_classes_N3HW]
+        wrong_N = classifier(as_classes_N3HW) != torch.arange(10)
+        edits.append(
+            Edited(
+                name=name,
+                digits=len(classes_N),
+                named_as_before=_share(classifier(painted_N3HW) == classes_N),
+                named_as_itself=_share(classifier(as_itself_N3HW) == classes_N),
+                named_as_another=_share(classifier(as_another_N3HW) == others_N),
+                known_error=F.mse_loss(painted_N3HW[:, :, ~hole_HW], images_N3HW[:, :, ~hole_HW]).item(),
+                decoded_error=F.mse_loss(decoded_N3HW[:, :, ~hole_HW], images_N3HW[:, :, ~hole_HW]).item(),
+                shown_C3HW=torch.cat(shown),
+                wrong_C=torch.cat([torch.zeros(5, dtype=torch.bool), wrong_N]),
+            )
+        )
+    return edits
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything that the table, the pictures and the summary are made of."""
 
@@ -259,6 +334,7 @@ class Results:
     asked_N: Tensor  # classes of the generated digits
     by_schedule: dict[str, Measured]  # HMAR
     var: Measured
+    edits: list[Edited]
     hmar_parameters: int
     var_parameters: int
 
@@ -302,6 +378,7 @@ def measure_all(plan: Plan, run_folder: Path, device: torch.device) -> Results:
         asked_N=asked_N.cpu(),
         by_schedule=by_schedule,
         var=of_var,
+        edits=measure_edits(plan, hmar, tokenizer, classifier, real_N3HW, real_classes_N),
         hmar_parameters=sum(p.numel() for p in hmar.parameters()),
         var_parameters=sum(p.numel() for p in var.parameters()),
     )
@@ -389,6 +466,18 @@ def summarise(plan: Plan, results: Results, rows: list[dict[str, Any]], device: 
             }
             for name, schedule in schedules(results.tokenizer.pyramid).items()
         ],
+        "edits": [
+            {
+                "painted": edited.name,
+                "digits": edited.digits,
+                "without_class_named_as_before": edited.named_as_before,
+                "as_itself_named_as_asked": edited.named_as_itself,
+                "as_another_class_named_as_asked": edited.named_as_another,
+                "mean_squared_error_outside": edited.known_error,
+                "mean_squared_error_outside_of_the_tokenizer_alone": edited.decoded_error,
+            }
+            for edited in results.edits
+        ],
         "accuracy_by_class": {
             name: [_share((measured.named_N == results.asked_N)[results.asked_N == digit]) for digit in range(10)]
             for name, measured in (("hmar", results.default), ("var", results.var))
@@ -429,6 +518,7 @@ def draw(plan: Plan, results: Results, run_folder: Path, output: Path) -> None:
     for name, measured in (("HMAR", results.default), ("VAR", results.var)):
         figures.save(_digits_by_class(name, measured, plan), output / f"generated_{name.lower()}.png")
     figures.save(_more_passes(results.by_schedule, plan), output / "masked_steps.png")
+    figures.save(_edits(results.edits), output / "edits.png")
     curve = {stage: loss_curve(run_folder / stage) for stage in STAGES}
     figures.save(
         figures.loss_curves(
@@ -492,6 +582,20 @@ def _more_passes(by_schedule: dict[str, Measured], plan: Plan) -> figures.Figure
         framed_RC=wrong,
         note=f"Percentages: digits named as intended, of {len(rows[0].named_N)}."
         + (" Framed: the classifier names another." if wrong.any() else ""),
+    )
+
+
+def _edits(edits: Sequence[Edited]) -> figures.Figure:
+    wrong = torch.stack([edited.wrong_C for edited in edits])
+    return figures.image_grid(
+        torch.stack([edited.shown_C3HW for edited in edits]),
+        title="HMAR paints a part of held-out digits, without being trained for it",
+        row_labels=[f"{edited.name}\n{edited.named_as_itself:.0%} / {edited.named_as_another:.0%}" for edited in edits],
+        column_labels=["real", "hole", "painted", "without", "a class", *(f"as {digit}" for digit in range(10))],
+        framed_RC=wrong,
+        note="The hole is filled with the colours around it before the tokenizer sees the digit. Percentages: how many "
+        f"of {edits[0].digits} digits\nthe classifier names as asked, painted as the class that they are / as another."
+        + (" Framed: it names another class than the one asked for." if wrong.any() else ""),
     )
 
 

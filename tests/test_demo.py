@@ -23,6 +23,7 @@ PICTURES = (
     "generated_hmar",
     "generated_var",
     "masked_steps",
+    "edits",
     "loss_curves",
     "masks",
     "pyramid",
@@ -112,6 +113,24 @@ def test_masked_steps_go_from_none_to_one_token_a_pass(quick):
     passes = [row["passes"] for row in steps]
     assert passes == sorted(passes) and passes[0] == 4 and passes[-1] == 30
     assert all([sum(scale) for scale in row["codes_per_pass"]] == [1, 4, 9, 16] for row in steps)
+
+
+def test_edits_are_measured_for_every_hole(quick):
+    edits = quick[1]["edits"]
+    assert [edit["painted"] for edit in edits] == list(demo.holes(32))
+    for edit in edits:
+        assert edit["digits"] == 20
+        for share in ("without_class_named_as_before", "as_itself_named_as_asked", "as_another_class_named_as_asked"):
+            assert 0 <= edit[share] <= 1
+        assert edit["mean_squared_error_outside"] > 0
+        assert edit["mean_squared_error_outside_of_the_tokenizer_alone"] > 0
+
+
+def test_holes_cover_what_they_are_called():
+    found = {name: hole.float().mean().item() for name, hole in demo.holes(32).items()}
+    assert found == {"lower half": 0.5, "right half": 0.5, "the middle": 0.25, "all around the middle": 0.75}
+    assert demo.holes(32)["lower half"][16:].all() and demo.holes(32)["right half"][:, 16:].all()
+    assert not (demo.holes(32)["the middle"] & demo.holes(32)["all around the middle"]).any()
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
