@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from published_files import write_published_files
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = "steps=2 batch_size=4 log_every=1 checkpoint_every=2"
@@ -29,12 +31,15 @@ def run(line, folder):
 
 
 def test_hmar_commands_run_in_their_order(tmp_path):
+    write_published_files(tmp_path)
     ours = [line for line in commands("bash") if line.startswith("hmar ")]
     assert any(" masked " in line for line in ours) and any(line.startswith("hmar sample") for line in ours)
     for line in ours:
         result = run(f"{line} {SHORT}" if line.startswith("hmar train") else line, tmp_path)
         assert result.returncode == 0, f"{line}\n{result.stderr[-2000:]}"
     assert len(list((tmp_path / "samples").glob("*.png"))) == 21
+    assert (tmp_path / "edits/grid.png").exists() and (tmp_path / "runs/evaluation/evaluation.json").exists()
+    assert (tmp_path / "weights/hmar/model.safetensors").exists() and (tmp_path / "exported.pth").exists()
 
 
 @pytest.mark.parametrize("code", blocks("python"))
