@@ -12,9 +12,11 @@ up to the decoder, which reaches far as well, and the coarse scales, which belon
 
 Which tokens are known. A position of the latent is known when no pixel of its stride x stride cell is in the hole, and
 at the last scale these are the known tokens. A token of a coarser scale stands for the positions that resizing the
-latent to its scale averages, and is known when at least `known_share` of them are. One half is the default: a coarse
-token fixes colour and layout of everything in its cell, and where it is drawn anew, known pixels beside the hole change
-with it. With 1, a hole of any size makes the token of scale 1 unknown, and the whole picture drifts.
+latent to its scale averages, and is known when at least `known_share` of them are. A coarse token fixes colour and
+layout of everything in its cell: where it is put back, the hole inherits them from the blanked image, and where it is
+drawn anew, known pixels in its cell change with it. The default of one half is between the two. With 1, a hole of any
+size makes the token of scale 1 unknown and lets the whole picture drift, which gives a class its way; less than a half
+holds small known parts, as in out-painting, together. `composite` returns the known pixels as they were in any case.
 
 (VAR, arXiv 2404.02905, section 5.3; HMAR, arXiv 2506.04421, section 5.) Read `hmar.edit_image` for editing a file.
 
@@ -50,7 +52,7 @@ class KnownImage:
     """What is known of images with holes, in codes.
 
     Args:
-        images_BCHW: images in [-1, 1] of the tokenizer's size; pixels in the hole may hold anything, NaN included.
+        images_BCHW: floats in [-1, 1], of the tokenizer's size; pixels in the hole may hold anything, NaN included.
         hole: bool [H, W] for all images or [B, H, W]; True is to be painted.
         known_share: in (0, 1], see the head of this file.
 
@@ -67,19 +69,22 @@ class KnownImage:
             raise ValueError(f"known_share is {known_share}; it must lie above 0 and be at most 1.")
         weight = tokenizer.quantizer.codebook.weight
         self.tokenizer = tokenizer
-        images_BCHW = images_BCHW.to(weight)
+        images_BCHW = images_BCHW.to(weight.device)
         size = tokenizer.image_size
-        if images_BCHW.ndim != 4 or tuple(images_BCHW.shape[2:]) != (size, size):
+        if not images_BCHW.is_floating_point() or images_BCHW.ndim != 4 or tuple(images_BCHW.shape[2:]) != (size, size):
             raise ValueError(
-                f"Images have shape {tuple(images_BCHW.shape)}, but this tokenizer's are (batch, channels, {size}, "
-                f"{size}); hmar.edit.fit_image resizes an image together with its hole."
+                f"Images are of {images_BCHW.dtype} and shape {tuple(images_BCHW.shape)}, but this tokenizer's are "
+                f"floats in [-1, 1] of shape (batch, channels, {size}, {size}); hmar.edit.fit_image resizes an image "
+                "together with its hole."
             )
         self.hole_BHW = _checked_hole(torch.as_tensor(hole, device=weight.device), images_BCHW, tokenizer.config.stride)
         self.images_BCHW = images_BCHW
         self.blanked_BCHW = blank(images_BCHW, self.hole_BHW)
+        if not (self.blanked_BCHW.abs() <= 1 + 1e-3).all():
+            raise ValueError("Images hold known pixels outside of [-1, 1] or none at all (NaN).")
         # NOTE: codes are an argmin over near ties, so they are taken in full precision even under autocast.
         with torch.autocast(weight.device.type, enabled=False), evaluating(tokenizer):
-            codes_BL = tokenizer.encode(self.blanked_BCHW)
+            codes_BL = tokenizer.encode(self.blanked_BCHW.to(weight.dtype))
         tokens_BL = known_tokens(tokenizer, self.hole_BHW, known_share)
         self.codes = KnownCodes(codes_BL, tokens_BL)
 
@@ -91,7 +96,7 @@ class KnownImage:
 
     def composite(self, painted_BCHW: Tensor) -> Tensor:
         """Painted images with the original pixels outside of the hole."""
-        return torch.where(self.hole_BHW[:, None], painted_BCHW, self.images_BCHW.to(painted_BCHW.dtype))
+        return torch.where(self.hole_BHW[:, None], painted_BCHW.to(self.images_BCHW.dtype), self.images_BCHW)
 
 
 def inpaint(

@@ -254,6 +254,11 @@ def test_composite_keeps_the_original_pixels(model, tokenizer, images):
     assert torch.equal(pasted[:, :, ~hole_HW], images[:, :, ~hole_HW])
     assert torch.equal(pasted[:, :, hole_HW], plain[:, :, hole_HW])
     assert not torch.equal(plain[:, :, ~hole_HW], images[:, :, ~hole_HW])
+    with torch.autocast("cpu", torch.bfloat16):
+        output = inpaint(model, tokenizer, images, hole_HW, sampling=SAMPLING, composite=True)
+    assert torch.equal(output.images_BCHW[:, :, ~hole_HW], images[:, :, ~hole_HW]), "at full precision"
+    encoded = inpaint(model, tokenizer, images, hole_HW, sampling=SAMPLING).known.codes.codes_BL
+    assert torch.equal(output.known.codes.codes_BL, encoded)
 
 
 # --- HMAR's masked passes ---------------------------------------------------------------------------------------------
@@ -448,6 +453,9 @@ def test_other_bad_input_is_refused(hmar, tokenizer, images):
     hole = hole_of("middle")
     with pytest.raises(ValueError, match=r"fit_image"):
         inpaint(hmar, tokenizer, images[..., :-4], hole)
+    for wrong in (images.mul(127).byte(), images.mul(127), torch.full_like(images, math.nan)):
+        with pytest.raises(ValueError, match=r"\[-1, 1\]"):
+            inpaint(hmar, tokenizer, wrong, hole)
     with pytest.raises(ValueError, match="known_share is 0"):
         inpaint(hmar, tokenizer, images, hole, known_share=0)
     with pytest.raises(ValueError, match="2 classes for 3 images"):
