@@ -270,6 +270,7 @@ def fit_image(
     if fit not in FITS:
         raise ValueError(f'fit is "{fit}"; known are {", ".join(FITS)}.')
     height, width = images_BCHW.shape[2:]
+    hole_HW = hole_HW.to(images_BCHW.device)
     if tuple(hole_HW.shape) != (height, width):
         raise ValueError(
             f"The mask has {hole_HW.shape[-1]} x {hole_HW.shape[-2]} pixels, but the image has {width} x {height}: the "

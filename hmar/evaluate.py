@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -375,7 +376,7 @@ def _open_npz(path: Path) -> Reference:
             names = set(arrays.files)
             small = {name: arrays[name] for name in ("mu", "sigma", "features", "extractor") if name in names}
         images = ImageArray(path) if "arr_0" in names else None
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

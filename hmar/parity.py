@@ -151,11 +151,13 @@ def measure_file(
     try:
         with (
             torch.autocast(where.type, DTYPES[dtype], enabled=dtype != "float32"),
-            torch.backends.cudnn.flags(allow_tf32=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         ):
             for quantity, actual, expected in QUANTITIES[path.stem](golden, where, attention):
                 rows.append(_compare(path.stem, quantity, actual.cpu(), expected, limit))
-    except (TypeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, IndexError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} has inputs or metadata that cannot be used: {error}") from error
     for name in sorted(set(golden.tensors) - golden.used):
         print(f"{path}: nothing is compared with its tensor {name}", file=sys.stderr)

@@ -361,6 +361,8 @@ def _attention_bias(pyramid: Pyramid, pattern: str) -> Tensor:
 
 
 def _check_derived(module: nn.Module, name: str, tensor: Tensor) -> list[str]:
+    if name.startswith("quantize.") != isinstance(module, Tokenizer):
+        return [f"unexpected {name} {list(tensor.shape)}"]
     if name.endswith("zero_k_bias") and tensor.count_nonzero() > 0:
         return [f"{name} is not zero; keys have no bias here"]
     if name == "lvl_1L" and not torch.equal(tensor.flatten().cpu(), _scale_of_token(module.config.pyramid)):

@@ -222,17 +222,19 @@ class ImageSet:
         """
         paths = [self.path(number) for number in range(count)]
         present = {entry.name for entry in os.scandir(self.output)}
-        batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+        assert not (whole_batches and self.seeds), "there is no image beyond the last seed"
+        ends = (first + batch_size for first in range(0, count, batch_size))
+        batches = [range(end - batch_size, end if whole_batches else min(end, count)) for end in ends]
         batches = batches[rank::world_size]
-        mine = sum(map(len, batches))
-        missing = sum(paths[number].name not in present for batch in batches for number in batch)
+        mine = sum(number < count for batch in batches for number in batch)
+        missing = sum(path.name not in present for batch in batches for path in paths[batch.start : batch.stop])
         if missing < mine:
             self.console.print(f"{mine - missing} of {mine} images are in {self.output} already")
         writing: list[Future] = []
         what = "sampling" if world_size == 1 else f"sampling, process {rank} of {world_size}"
         with Meter(self.console, what, mine, mine - missing) as meter, ThreadPoolExecutor(NUM_WRITERS) as writers:
             for batch in batches:
-                wanted = [number for number in batch if paths[number].name not in present]
+                wanted = [number for number in batch if number < count and paths[number].name not in present]
                 if not wanted:
                     continue
                 pixels_BHWC = to_pixels(self.generate(batch))

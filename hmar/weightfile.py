@@ -160,7 +160,9 @@ def _unwrap(named: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor],
 
 def _check_dense(name: str, tensor: Tensor) -> None:
     # NOTE: a tensor of a few bytes may claim any shape by strides of zero, and modules are built from these shapes.
-    if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+    # A meta tensor claims its size without holding it.
+    held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided and not tensor.is_meta else 0
+    if held < tensor.numel() * tensor.element_size():
         raise ValueError(f"{name} {list(tensor.shape)} is not a dense tensor with a number for every entry")
 
 

@@ -43,6 +43,7 @@ from hmar.evaluate import (
     statistics_of,
 )
 from hmar.extractors import INCEPTION, Features, known_extractors, open_extractor, register_extractor
+from hmar.sample import ImageSet
 from test_cli import ENVIRONMENT, HMAR_COMMAND, TINY, fail, hmar_here, succeed
 
 # What the runs of this file have in common; the number of images is enough for every metric.
@@ -743,6 +744,23 @@ def test_files_that_are_no_reference(arrays, message, tmp_path):
     (tmp_path / "file.npz").write_bytes((tmp_path / "file.npz").read_bytes()[:-30])
     with pytest.raises(ValueError, match="cannot read"):
         open_reference(tmp_path / "file.npz", 16)
+
+
+def test_an_array_under_the_name_of_an_archive_is_no_reference(tmp_path):
+    with open(tmp_path / "file.npz", "wb") as file:
+        np.save(file, np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="cannot read"):
+        open_reference(tmp_path / "file.npz", 16)
+
+
+def test_the_last_batch_is_as_large_as_the_others(folder, monkeypatch):
+    """Another batch size may round otherwise, and then a larger count would not add to the same bits."""
+    sizes = []
+    generate = ImageSet.generate
+    monkeypatch.setattr(ImageSet, "generate", lambda self, batch: (sizes.append(len(batch)), generate(self, batch))[1])
+    succeed(*command_line("odd", "--metrics", "none", count=33), cwd=folder, run=hmar_here)
+    assert len(drawn(folder / "odd")) == 33
+    assert len(set(sizes)) == 1 and sum(sizes) > 33
 
 
 def test_statistics_of_another_extractor_are_refused(folder, tmp_path):

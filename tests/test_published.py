@@ -271,6 +271,13 @@ def test_names_that_collide_and_tensors_that_are_not_dense():
         import_published(huge)
     with pytest.raises(ValueError, match=r"head.bias .* is not a dense tensor"):
         import_published({**weights, "head.bias": weights["head.bias"].to_sparse()})
+    with pytest.raises(ValueError, match=r"head.weight .* is not a dense tensor"):
+        import_published({**weights, "head.weight": weights["head.weight"].to("meta")})
+
+
+def test_a_derived_tensor_of_the_other_kind_is_unexpected():
+    with pytest.raises(MisfitError, match=r"unexpected lvl_1L \[1, 3\]"):
+        load_published(make("tokenizer", config=SMALL), {**small("tokenizer"), "lvl_1L": torch.zeros(1, 3)})
 
 
 def test_other_contents_are_described():
