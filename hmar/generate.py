@@ -77,15 +77,6 @@ class SamplingConfig:
                 raise ValueError(f"SamplingConfig.{name} is {getattr(self, name)}; it must be {expected}.")
 
 
-# Settings of the reported results at 256 pixels (HMAR's by depth; VAR, arXiv 2404.02905).
-PUBLISHED_SAMPLING = {
-    "hmar-d16": SamplingConfig(cfg=1.7, top_k=1000, top_p=0.99),
-    "hmar-d20": SamplingConfig(cfg=1.9, top_k=950, top_p=0.99),
-    "hmar-d24": SamplingConfig(cfg=2.1, top_k=900, top_p=0.99),
-    "hmar-d30": SamplingConfig(cfg=1.6, top_k=650, top_p=0.99),
-    "var": SamplingConfig(cfg=1.5, top_k=900, top_p=0.96),
-}
-
 # Side of a scale -> codes committed by each of its passes; a scale not named takes one pass.
 SMALL_SCALES = {2: (1, 3), 3: (1, 1, 2, 5)}
 DEFAULT_SCHEDULES = {

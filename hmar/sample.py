@@ -43,8 +43,9 @@ from hmar.generate import (
     resolve_schedule,
 )
 from hmar.model import HMAR, NextScaleTransformer
+from hmar.progress import SECONDS_BETWEEN_LINES
 from hmar.tokenizer import Tokenizer
-from hmar.train import SECONDS_BETWEEN_LINES, find_device, find_precision
+from hmar.train import find_device, find_precision
 
 GRID_ROWS, GRID_COLUMNS = 10, 20
 NUM_WRITERS = 4  # threads that compress and write images while the next batch is drawn

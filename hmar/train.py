@@ -33,7 +33,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
 from hmar.data import BrokenImageError, EpochSampler, open_dataset
-from hmar.progress import SECONDS_BETWEEN_LINES as SECONDS_BETWEEN_LINES  # sample.py takes it from here
 from hmar.progress import Display, Logs, StopSignals
 from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown
 from hmar.stages import make_stage, parameter_groups
