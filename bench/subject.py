@@ -85,7 +85,7 @@ def examine(implementation: Implementation, inputs: Inputs) -> Subject:
         subject.status, subject.reason = "unavailable", reason
         return subject
 
-    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    held = requested_bytes(device, "current") if device.type == "cuda" else 0
     try:
         started = time.perf_counter()
         subject.attend = implementation.prepare(cell, device)
@@ -127,8 +127,13 @@ def _read_memory(subject: Subject, held: int) -> None:
         result = call()
         torch.cuda.synchronize(device)
         del result
-        extra = torch.cuda.max_memory_allocated(device) - held
+        extra = requested_bytes(device, "peak") - held
         # q k v, and the gradient of the output when there is a backward
         num_inputs = 3 if direction == "forward" else 4
         subject.extra_bytes[direction] = extra
         subject.peak_bytes[direction] = extra + num_inputs * tensor_bytes(subject.inputs.cell)
+
+
+def requested_bytes(device: torch.device, when: str) -> int:
+    """CUDA memory that tensors asked for, "current" or "peak": the allocator's own rounding depends on its history."""
+    return torch.cuda.memory_stats(device)[f"requested_bytes.all.{when}"]

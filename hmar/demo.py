@@ -162,6 +162,7 @@ def stage_config(plan: Plan, stage: str, run_folder: Path, device: str = "auto")
         **weights_before(stage, run_folder),
         cache_codes=on_codes,
         device=device,
+        precision="fp32",  # on a GPU these small steps wait for launches, and autocast doubles those
         log_every=max(1, min(5, plan.steps[stage] // 10)),
         checkpoint_every=100,
         keep=1,
