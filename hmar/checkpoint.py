@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import re
+import secrets
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -32,16 +33,29 @@ from torch import nn
 from hmar.config import ModelConfig, TokenizerConfig
 from hmar.hub import fetch_weights, is_id
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
-from hmar.published import Imported, MisfitError, import_published, make_module, preset_values
+from hmar.published import (
+    DTYPES,
+    LONG,
+    Imported,
+    MisfitError,
+    check_extent,
+    import_published,
+    make_module,
+    make_outline,
+    preset_values,
+)
 from hmar.pyramid import Pyramid
 from hmar.recipe import make_config, structure, unknown, unstructure
 from hmar.tokenizer import Tokenizer
-from hmar.weightfile import first_line, read_weightfile
+from hmar.weightfile import check_dense, first_line, read_weightfile
 
 FORMAT = 1
 KINDS = ("tokenizer", "next-scale", "masked", "hmar", "var")
 # Where `hmar convert` puts a transformer's tokenizer, within its folder.
 TOKENIZER_FOLDER = "tokenizer"
+WEIGHTS = "model.safetensors"
+# Where new weights wait for the description that makes them valid, see `save_pretrained`.
+STAGED = "model.safetensors.new"
 _METADATA = "hmar"
 _CHECKED = ("format", "weights_sha256")
 _STEP_FILE = re.compile(r"step-(\d{8})\.pt")
@@ -51,23 +65,23 @@ class DamagedCheckpointError(ValueError):
     """A checkpoint file that cannot be used; the message names it and says why."""
 
 
+def temporary_beside(path: Path, ending: str = "tmp") -> Path:
+    """A hidden name beside `path` that no other thread, process or machine takes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{ending}")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, on the disk for good, if the block succeeds.
 
     A full disk or another failure leaves `path` as it was and raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _rename(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors report a full disk as errors of their own, whose text names no file.
         raise OSError(f"could not write {path}: {error}. Is the disk full? Files written before are intact.") from error
@@ -81,9 +95,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     What was in `folder` before is deleted, after the new one has its name.
     """
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    temporary, old = temporary_beside(folder), temporary_beside(folder, "old")
     try:
         temporary.mkdir()
         yield temporary
@@ -97,6 +111,16 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    """Give a file on the disk its name there, for good: a power failure undoes no step before a later one."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
@@ -176,18 +200,49 @@ def save_pretrained(folder: str | Path, module: nn.Module, **notes: Any) -> Path
 
     `notes` are kept in config.json beside the kind, the sizes and the checksum of the weights (JSON values). The sizes
     are in model.safetensors too, so that it can be loaded by itself. Returns the folder.
+
+    Weights that are there are replaced together with their config.json, in one step: the new weights wait under
+    another name until the new config.json, which knows their checksum, has taken the place of the old one. Who reads
+    meanwhile, or after a save that was killed, finds the old pair or the new one.
     """
     folder = Path(folder)
     description = {"format": FORMAT, **_describe(module)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={_METADATA: json.dumps(description)})
-        checksum = _sha256(temporary)
-    with replacing(folder / "config.json") as temporary:
-        content = {**description, "weights_sha256": checksum, **notes}
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _settle(folder)
+    try:
+        with replacing(folder / STAGED) as temporary:
+            save_file(tensors, temporary, metadata={_METADATA: json.dumps(description)})
+            checksum = _sha256(temporary)
+        with replacing(folder / "config.json") as temporary:
+            content = {**description, "weights_sha256": checksum, **notes}
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _rename(folder / STAGED, folder / WEIGHTS)
+    except BaseException:
+        _settle(folder)
+        raise
     return folder
+
+
+def _settle(folder: Path) -> None:
+    """Bring a save that was stopped to its end, or undo it if its description was not yet there."""
+    staged = folder / STAGED
+    if staged.is_file():
+        if _weights_file(folder) == staged:
+            _rename(staged, folder / WEIGHTS)
+        else:
+            staged.unlink()
+
+
+def _weights_file(folder: Path) -> Path:
+    """The weights that config.json describes: model.safetensors, but for the last moment of a save."""
+    staged = folder / STAGED
+    try:
+        if staged.is_file() and _sha256(staged) == read_description(folder).get("weights_sha256"):
+            return staged
+    except (OSError, ValueError):  # it has its own name by now, or there is no description yet
+        pass
+    return folder / WEIGHTS
 
 
 def from_pretrained(
@@ -292,7 +347,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     path = find_weights(folder) / "config.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     kind = description.get("kind") if isinstance(description, dict) else None
     if kind not in KINDS:
@@ -315,51 +370,88 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu", attention
 def load_pretrained(
     folder: str | Path, kinds: tuple[str, ...], device: str | torch.device = "cpu", attention: str = "auto"
 ) -> nn.Module:
-    """The module in a folder of weights, if it is one of `kinds`; every tensor must be there with the right shape."""
+    """The module in a folder of weights, if it is one of `kinds`; every tensor must be there, of the right shape and
+    dtype, and finite."""
     folder = find_weights(folder)
+    while True:
+        written = _stamp(folder)
+        try:
+            return _load_folder(folder, kinds, attention).to(device).eval().requires_grad_(False)
+        except ValueError:
+            # A save may have replaced description and weights between the looks at them.
+            if _stamp(folder) == written:
+                raise
+
+
+def _load_folder(folder: Path, kinds: tuple[str, ...], attention: str) -> nn.Module:
     description = read_description(folder)
     if description["kind"] not in kinds:
         raise ValueError(f'{folder} holds weights of kind "{description["kind"]}", expected {" or ".join(kinds)}')
-    try:
-        module = _build(description, attention)
-    except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks the entry {error}") from None
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    path = folder / "model.safetensors"
+    path = _weights_file(folder)
     try:
         tensors = load_file(path)
+        # NOTE: in this order, so that it is not the checksum of an earlier file.
+        damaged = description.get("weights_sha256", checksum := _sha256(path)) != checksum
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {folder} holds only a config.json") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
-    differences = compare_tensors(tensors, module.state_dict())
-    if differences:
-        raise ValueError(f"{path} does not fit its config.json: {differences}")
-    if description.get("weights_sha256", checksum := fingerprint(folder)) != checksum:
+    try:
+        module = _fill(description, tensors, attention)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} lacks the entry {error}") from None
+    except MisfitError as error:
+        raise ValueError(f"{path} does not fit its config.json: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    if damaged:
         raise ValueError(f"{path} is damaged: its checksum is not the one in its config.json")
-    module.load_state_dict(tensors)
-    return module.to(device).eval().requires_grad_(False)
+    return module
 
 
-def compare_tensors(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
-    """What differs between two sets of named tensors, in words; empty if names and shapes agree."""
-    shapes = [
-        f"{name} is {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}"
-        for name in expected
-        if name in got and got[name].shape != expected[name].shape
-    ]
-    groups = (
-        ("missing", [name for name in expected if name not in got]),
-        ("unexpected", [name for name in got if name not in expected]),
-        ("wrong shape", shapes),
-    )
-    return "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in groups if names)
+def _stamp(folder: Path) -> tuple[int | bool, ...] | None:
+    """Changes with every step of a save that changes which files are the weights."""
+    try:
+        status = (folder / "config.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size, (folder / STAGED).exists()
+
+
+def check_tensors(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises MisfitError unless two sets of named tensors agree in names, shapes and dtypes and all numbers are finite.
+
+    `expected` may be on the meta device. Where it has floating-point numbers any of DTYPES will do, if its own dtype
+    can hold them.
+    """
+    groups: dict[str, list[str]] = {
+        "missing": [name for name in expected if name not in got],
+        "unexpected": [name for name in got if name not in expected],
+    }
+    for name, tensor in expected.items():
+        if name not in got:
+            continue
+        dtypes = (tensor.dtype, *(dtype for dtype in DTYPES if tensor.is_floating_point() and dtype != tensor.dtype))
+        if got[name].shape != tensor.shape:
+            problem = f"{name} is {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
+            groups.setdefault("wrong shape", []).append(problem)
+        elif got[name].dtype not in dtypes:
+            others = f", or {', '.join(map(str, dtypes[1:]))}, which are converted" if dtypes[1:] else ""
+            problem = f"{name} is {got[name].dtype}, expected {dtypes[0]}{others}"
+            groups.setdefault("wrong dtype", []).append(problem)
+        elif bad := int(got[name].numel() - got[name].to(dtypes[0]).isfinite().sum()):
+            problem = f"{name} holds {bad} numbers that are NaN or infinite, of {got[name].numel()}"
+            groups.setdefault("not finite", []).append(problem)
+    problems = [problem for names in groups.values() for problem in names]
+    if problems:
+        listed = "; ".join(f"{len(names)} {what} ({_some(names)})" for what, names in groups.items() if names)
+        remedy = ": take weights from before the training diverged" if "not finite" in groups else ""
+        raise MisfitError.summed_up(listed + remedy, problems)
 
 
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of the weights in a folder, to tell whether two folders hold the same ones."""
-    return _sha256(find_weights(folder) / "model.safetensors")
+    return _sha256(_weights_file(find_weights(folder)))
 
 
 def _sha256(path: Path) -> str:
@@ -378,12 +470,10 @@ def _import_own(description: Any, tensors: Mapping[str, Any], attention: str, or
     kind = description.get("kind") if isinstance(description, dict) else None
     if kind not in KINDS:
         raise ValueError(unknown("kind", kind, KINDS))
-    module = _build(description, attention)
-    differences = compare_tensors(tensors, module.state_dict())
-    if differences:
-        raise ValueError(f"its tensors do not fit its description: {differences}")
-    module.load_state_dict(tensors)
-    return Imported(module, kind, origin)
+    try:
+        return Imported(_fill(description, tensors, attention), kind, origin)
+    except MisfitError as error:
+        raise MisfitError.summed_up(f"its tensors do not fit its description: {error}", error.problems) from None
 
 
 def _import_run(state: Mapping[str, Any], part: str | None, attention: str) -> Imported:
@@ -439,13 +529,27 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     return {"kind": kind, "model": unstructure(module.config)}
 
 
-def _build(description: Mapping[str, Any], attention: str) -> nn.Module:
-    if description["kind"] == "tokenizer":
-        config, sides = structure(description["tokenizer"], TokenizerConfig), tuple(description["sides"])
+def _fill(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], attention: str) -> nn.Module:
+    """The module of a description with these tensors; MisfitError if they are not its own.
+
+    Nothing of the size that a description claims is made before the tensors turn out to have that size.
+    """
+    kind = description["kind"]
+    if kind == "tokenizer":
+        config, sides = structure(description["tokenizer"], TokenizerConfig), Pyramid(tuple(description["sides"])).sides
     else:
         config = structure(description["model"], ModelConfig)
         sides = config.sides
-    return make_module(description["kind"], config, sides, attention)
+    check_extent(config, sides)
+    for name, tensor in tensors.items():
+        check_dense(name, tensor)
+    if kind != "tokenizer" and config.pyramid.length > LONG:
+        position = {"embedding.position_LC": torch.empty(config.pyramid.length, config.width, device="meta")}
+        check_tensors({name: tensors[name] for name in position if name in tensors}, position)
+    check_tensors(tensors, make_outline(kind, config, sides, attention).state_dict())
+    module = make_module(kind, config, sides, attention)
+    module.load_state_dict(tensors)
+    return module
 
 
 def _some(names: list[str]) -> str:

@@ -24,7 +24,7 @@ from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
 from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
 from hmar.recipe import find_preset, structure, unstructure
 from hmar.tokenizer import Tokenizer
-from hmar.weightfile import StateDict, find_state_dicts
+from hmar.weightfile import StateDict, find_state_dicts, first_line
 
 # Our name -> published name: regular expressions, all applied in this order.
 TRANSFORMER_NAMES = (
@@ -89,6 +89,10 @@ FAMILIES = {
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_LISTED = 40
+# More blocks, scales or the like no file may claim: modules are made of them before all tensors are compared.
+MAX_PARTS = 1000
+# A pyramid of more tokens is believed only if there is a position for each of them.
+LONG = 2**16
 
 
 class Published(NamedTuple):
@@ -125,6 +129,13 @@ class MisfitError(ValueError):
         super().__init__(f"{what}: {'; '.join(listed)}")
         self.problems = problems
 
+    @classmethod
+    def summed_up(cls, message: str, problems: list[str]) -> MisfitError:
+        """With a message of its own that tells the problems."""
+        error = cls("", problems)
+        error.args = (message,)
+        return error
+
 
 def load_published(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy published weights into a Tokenizer, NextScaleTransformer, MaskedTransformer or HMAR, as its dtype.
@@ -149,7 +160,7 @@ def check_published(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}")
         elif tensor.dtype not in DTYPES:
             problems.append(f"{name} has dtype {tensor.dtype}, expected floating-point numbers")
-        elif not tensor.isfinite().all():
+        elif not tensor.float().isfinite().all():
             problems.append(f"{name} holds numbers that are not finite")
     if problems:
         raise MisfitError(f"the weights do not fit this {type(module).__name__}", problems)
@@ -298,13 +309,42 @@ def import_published(
     kind = kind or kinds[id(state)][0]
     values = preset_values(state.family, preset) | dict(given or {})
     config, sides = read_config(kind, state.tensors, values)
-    with torch.device("meta"):
-        outline = make_module(kind, config, sides, attention)
-    check_published(outline, state.tensors)
+    check_extent(config, sides)
+    position = state.tensors.get("pos_1LC")
+    length = Pyramid(sides).length
+    if kind != "tokenizer" and length > LONG and (position is None or position.shape[1:2] != (length,)):
+        got = "is missing" if position is None else f"has shape {list(position.shape)}"
+        raise MisfitError(
+            "the weights do not fit their pyramid", [f"pos_1LC {got}, expected {[1, length, config.width]}"]
+        )
+    check_published(make_outline(kind, config, sides, attention), state.tensors)
     module = make_module(kind, config, sides, attention)
     _copy(module, state.tensors)
     others = tuple(f"{kinds[id(other)][0]} in {other}" for other in found if other is not state)
     return Imported(module, kind, str(state), others)
+
+
+def check_extent(config: TokenizerConfig | ModelConfig, sides: tuple[int, ...]) -> None:
+    """Raises ValueError for sizes that would make a module of very many parts, or of none."""
+    counts = {"scales": len(sides)}
+    if isinstance(config, ModelConfig):
+        counts |= {"depth": config.depth}
+        if config.width < 1:
+            raise ValueError(f"width is {config.width}, expected at least 1")
+    else:
+        counts |= {"num_phis": config.num_phis, "blocks": len(config.multipliers) * config.num_res_blocks}
+    for name, count in counts.items():
+        if count > MAX_PARTS:
+            raise ValueError(f"it asks for {name} {count}, expected at most {MAX_PARTS}")
+
+
+def make_outline(kind: str, config: TokenizerConfig | ModelConfig, sides: tuple[int, ...], attention: str) -> nn.Module:
+    """The module of a kind on the meta device: names and shapes without numbers. ValueError if there cannot be one."""
+    try:
+        with torch.device("meta"):
+            return make_module(kind, config, sides, attention)
+    except (RuntimeError, ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"it asks for sizes that no tensor can have: {first_line(error)}") from error
 
 
 def make_module(kind: str, config: TokenizerConfig | ModelConfig, sides: tuple[int, ...], attention: str) -> nn.Module:

@@ -121,7 +121,7 @@ def find_state_dicts(tree: Any, families: Mapping[str, tuple[str, ...]]) -> list
         known = {prefix: family for (family, prefix), count in groups.items() if count >= 2}
         members: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in known}
         for name, tensor in tensors.items() if known else ():
-            _check_dense(name, tensor)
+            check_dense(name, tensor)
             prefix = max((p for p in known if name.startswith(p)), key=len, default=None)
             for owner in known if prefix is None else (prefix,):
                 members[owner][name.removeprefix(owner)] = tensor
@@ -158,7 +158,8 @@ def _unwrap(named: Mapping[str, Tensor], where: str) -> tuple[dict[str, Tensor],
     return tensors, tuple(wrapper for wrapper in WRAPPERS if wrapper in removed)
 
 
-def _check_dense(name: str, tensor: Tensor) -> None:
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless a tensor holds a number for every entry that its shape claims."""
     # NOTE: a tensor of a few bytes may claim any shape by strides of zero, and modules are built from these shapes.
     # A meta tensor claims its size without holding it.
     held = tensor.untyped_storage().nbytes() if tensor.layout == torch.strided and not tensor.is_meta else 0

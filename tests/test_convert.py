@@ -242,9 +242,19 @@ def test_checkpoints_of_own_runs(runs, tmp_path, monkeypatch):
     assert 'holds weights of kind "tokenizer", not "var"' in message
     assert 'no part "average"; it has model and ema' in refuse(runs / "next-scale" / step, "x", "--part", "average")
     state = torch.load(runs / "next-scale" / step, weights_only=True)
+
+    def changed(bias):
+        return {**state["ema"], "module.head.linear.bias": bias}
+
     for change, message in (
         ({"ema": 3}, 'its part "ema" is no state dict'),
         ({"ema": {**state["ema"], "module.extra": torch.zeros(1)}}, "1 unexpected (extra)"),
+        ({"ema": changed(torch.full((32,), torch.nan))}, "head.linear.bias holds 32 numbers that are NaN"),
+        (
+            {"ema": changed(torch.zeros(32, dtype=torch.long))},
+            "head.linear.bias is torch.int64, expected",
+        ),
+        ({"ema": changed(torch.zeros(1).expand(32))}, "head.linear.bias [32] is not a dense tensor"),
         ({"config": "{"}, "bad.pt: "),
         ({"config": "[]"}, "bad.pt: its configuration is []"),
         ({"config": torch.zeros(2)}, "holds no weights of a VAR or HMAR"),
