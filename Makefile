@@ -29,8 +29,8 @@ lint: $(READY)  ## ruff
 demo: $(READY)  ## train tokenizer, HMAR and VAR on digits, write reports/demo
 	$(BIN)/hmar demo
 
-bench:  ## attention benchmarks, in the current Python environment (needs an NVIDIA GPU)
-	$(PYTHON) -m pytest bench --benchmark-only
+bench:  ## attention benchmarks, in the current Python environment (needs an NVIDIA GPU); ARGS="--impl triton ..."
+	$(PYTHON) -m pytest bench --benchmark-only $(ARGS)
 
 report: $(READY)  ## tables and plots from reports/data
 	$(BIN)/python reports/build.py

@@ -8,12 +8,20 @@ The method, in one place:
   What fails is recorded as failed and has no time. Non-finite values never pass.
 * Device time. Each round is one call between two device events. Before it a buffer several times larger than the L2
   cache is written, as often as it takes for the host to queue the whole call behind it: launch overhead of the host
-  is not in the time, but recorded beside it as `host_ms`. Warm-up rounds first; median, p10 and p90 of the rest.
+  is not in the time. Warm-up rounds first; median, p10 and p90 of the rest.
+* Host overhead, `host_us`: host time of a call among several queued one after another without waiting for the device.
 * Forward is timed with gradients enabled, so that it stores what its backward needs. Backward is timed alone, on a
   fresh graph each round.
 * Work is counted over unmasked pairs (`work.py`): a kernel that computes masked pairs gets no credit for them.
-* Memory is the largest amount allocated during one forward, or one forward + backward, tensors of the caller included.
+* Memory. `extra_bytes` is the largest amount that one forward, or one forward + backward, holds beside its inputs (what
+  an implementation prepares for a mask is counted); `peak_bytes` adds the inputs, `fewest_extra_bytes` is the least.
+* Nothing that one implementation does ends the run: what raises, runs out of memory, crashes or hangs is recorded with
+  the reason (`supervisor.py`). Each result is in the file as soon as it is known; `--continue` goes on with the rest.
 
-Read `shapes.py` (what is measured), `rivals.py` (who takes part), `test_attention.py` (how), `conftest.py` (options and
-the raw JSON that `reports/build.py` turns into tables and plots).
+The default run has the cells of `shapes.BATCH_HEADS` at head dims 64 and 128 (heads halved) with every rival, but those
+that take a minute to compile at head dim 64 only: 8 to 9 minutes on an H100, estimated. `--full` has batches 8 and 1,
+two densities in between, and slow rivals everywhere. A rival of your own is a file, `--rival FILE.py` (`rivals.py`).
+
+Read `shapes.py` (what is measured), `rivals.py` (who takes part), `test_attention.py` (how), `conftest.py` (options),
+`results.py` (the raw JSON that `reports/build.py` turns into tables and plots).
 """

@@ -39,7 +39,18 @@ def forward_backward(attend: Callable, q, k, v, do) -> tuple[torch.Tensor, ...]:
     """(out, dq, dk, dv) of attend(q, k, v) for the output gradient `do`, all [B,H,L,D]."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     out = attend(q, k, v)
+    if not isinstance(out, torch.Tensor):
+        raise CheckFailed(f"attend(q, k, v) returned {type(out).__name__}, expected one tensor like q")
+    _same_kind("out", out, q)
+    if not out.requires_grad:
+        raise CheckFailed("out has no gradient: attend(q, k, v) must be differentiable by autograd")
     return out.detach(), *torch.autograd.grad(out, (q, k, v), do)
+
+
+def _same_kind(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
+    if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+        got, expected = (f"{x.dtype} {list(x.shape)}" for x in (tensor, like))
+        raise CheckFailed(f"{name} is {got}, expected {expected}")
 
 
 class Oracle:
@@ -49,7 +60,7 @@ class Oracle:
         batch, heads = q.shape[:2]
         last = batch * heads - 1  # NOTE: the last pair would show an offset that overflows 32 bits
         self.pairs = [divmod(i, heads) for i in sorted({0, last // 2, last})]
-        self.shape, self.dtype = q.shape, q.dtype
+        self.like = q.detach()
         self.expected: list[tuple[torch.Tensor, ...]] = []
         self.limits: list[list[torch.Tensor]] = []
 
@@ -67,9 +78,7 @@ class Oracle:
         """Deviations of whole-batch (out, dq, dk, dv). Raises CheckFailed where one is over its limit or not finite."""
         deviations = {}
         for name, tensor in zip(NAMES, actual, strict=True):
-            if (tensor.shape, tensor.dtype) != (self.shape, self.dtype):
-                got, expected = (f"{d} {list(s)}" for s, d in ((tensor.shape, tensor.dtype), (self.shape, self.dtype)))
-                raise CheckFailed(f"{name} is {got}, expected {expected}")
+            _same_kind(name, tensor, self.like)
             finite = int(torch.isfinite(tensor).sum())
             if finite < tensor.numel():
                 raise CheckFailed(f"{name} has {tensor.numel() - finite} non-finite values of {tensor.numel()}")

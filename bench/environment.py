@@ -6,6 +6,7 @@ import datetime
 import platform
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def environment(device: torch.device, commit: str | None) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "triton": triton,
+        "flash_attn_4": _version("flash-attn-4"),
         "python": platform.python_version(),
         "commit": commit or _git_commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -58,6 +60,13 @@ def _matmul_seconds(stopwatch: Stopwatch, side: int) -> float:
     for _ in range(10):
         a @ b
     return stopwatch.seconds(lambda _: a @ b, repeats=21)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _driver() -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,9 +13,16 @@ from hmar.pyramid import Pyramid
 from hmar_kernels import SpanMask
 
 PATTERNS = ("block_diagonal", "block_causal")
+"""Those of the two models. "window_N" (a token sees the last N scales) is known too: densities between them."""
+WINDOW = re.compile(r"window_([1-9]\d*)")
 RESOLUTIONS = (256, 512, 1024)
-# Batch and heads per resolution: about the same number of tokens x heads, in the proportions of d16 and d24 models.
+# Anchors, batch and heads per resolution at head dim 64: about the same number of tokens x heads, in the proportions of
+# d16 and d24 models.
 BATCH_HEADS = {256: (64, 16), 512: (16, 24), 1024: (4, 24)}
+ANCHOR = "anchor"  # the batch of that table, among the batches of a run
+HEAD_DIM, HEAD_DIMS = 64, (64, 128)
+FULL_BATCHES = (ANCHOR, 8, 1)
+FULL_WINDOWS, WINDOW_RESOLUTION = ("window_2", "window_4"), 1024
 STRIDE = 16  # pixels per side of the last scale's tokens
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -34,8 +43,10 @@ class Cell:
     dtype: str
 
     def __post_init__(self):
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"unknown pattern {self.pattern!r}; known are {', '.join(PATTERNS)}")
+        if self.pattern not in PATTERNS and not WINDOW.fullmatch(self.pattern):
+            raise ValueError(
+                f"unknown pattern {self.pattern!r}; known are {', '.join(PATTERNS)}, window_1, window_2, ..."
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; known are {', '.join(DTYPES)}")
         Pyramid(self.sides)  # raises for sides that are none
@@ -62,8 +73,10 @@ class Cell:
 
     def mask(self) -> SpanMask:
         """A new mask object each time, so that no implementation finds what another one cached on it."""
-        make = SpanMask.block_diagonal if self.pattern == "block_diagonal" else SpanMask.block_causal
-        return make(Pyramid(self.sides).sizes)
+        sizes = Pyramid(self.sides).sizes
+        if window := WINDOW.fullmatch(self.pattern):
+            return SpanMask.window(sizes, int(window[1]))
+        return SpanMask.block_diagonal(sizes) if self.pattern == "block_diagonal" else SpanMask.block_causal(sizes)
 
     def __str__(self) -> str:
         return f"{self.pattern}-{self.resolution}-b{self.batch}h{self.heads}d{self.head_dim}-{self.dtype}"
@@ -71,38 +84,57 @@ class Cell:
 
 def cells(
     *,
-    patterns: list[str] | None = None,
-    resolutions: list[int] | None = None,
+    patterns: Sequence[str] | None = None,
+    resolutions: Sequence[int] | None = None,
     sides: tuple[int, ...] | None = None,
-    batch: int | None = None,
+    batches: Sequence[int | str] | None = None,
     heads: int | None = None,
-    head_dim: int | None = None,
+    head_dims: Sequence[int] | None = None,
     dtype: str = "bfloat16",
+    full: bool = False,
     smoke: bool = False,
 ) -> list[Cell]:
-    """The cells of a run. What is not given is that of the full run, or of the smoke run.
+    """The cells of a run, the most telling first. What is not given is that of the default run.
 
-    `sides` is a pyramid of any other shape, instead of `resolutions`.
+    Args:
+        sides: a pyramid of any other shape, instead of `resolutions`.
+        batches: images; ANCHOR stands for those of BATCH_HEADS.
+        heads: default those of BATCH_HEADS at head dim 64; as many fewer as head dims are larger, so that tensors keep
+            their size.
+        full: batches of 8 and 1 and masks between the two patterns too.
+        smoke: small sizes, which try the harness on a CPU.
     """
     if sides is not None and resolutions:
-        raise ValueError(f"give either resolutions or sides, got {resolutions} and {sides}")
+        raise ValueError(f"give either resolutions or sides, got {list(resolutions)} and {sides}")
     if sides is None and smoke and not resolutions:
         sides = SMOKE_SIDES
     pyramids = [sides] if sides else [Pyramid.for_resolution(r).sides for r in resolutions or RESOLUTIONS]
-    out = []
-    for pattern in patterns or PATTERNS:
-        for pyramid in pyramids:
-            default_batch, default_heads = (
-                SMOKE_BATCH_HEADS if smoke else BATCH_HEADS.get(STRIDE * pyramid[-1], BATCH_HEADS[256])
-            )
-            out.append(
-                Cell(
-                    pattern=pattern,
-                    sides=tuple(pyramid),
-                    batch=batch or default_batch,
-                    heads=heads or default_heads,
-                    head_dim=head_dim or (SMOKE_HEAD_DIM if smoke else 64),
-                    dtype=dtype,
-                )
-            )
-    return out
+    head_dims = head_dims or ([SMOKE_HEAD_DIM] if smoke else HEAD_DIMS)
+    batches = batches or (FULL_BATCHES if full else [ANCHOR])
+
+    def cell(pattern: str, pyramid: tuple[int, ...], batch: int | str, head_dim: int) -> Cell:
+        anchor_batch, anchor_heads = BATCH_HEADS.get(STRIDE * pyramid[-1], BATCH_HEADS[256])
+        if smoke:
+            anchor_batch, anchor_heads = SMOKE_BATCH_HEADS
+        else:
+            anchor_heads = max(1, anchor_heads * HEAD_DIM // max(1, head_dim))
+        return Cell(
+            pattern=pattern,
+            sides=tuple(pyramid),
+            batch=anchor_batch if batch == ANCHOR else batch,
+            heads=anchor_heads if heads is None else heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+
+    out = [
+        cell(pattern, pyramid, batch, head_dim)
+        for batch in batches
+        for head_dim in head_dims
+        for pattern in patterns or PATTERNS
+        for pyramid in pyramids
+    ]
+    if full and not patterns:
+        between = [p for p in pyramids if STRIDE * p[-1] == WINDOW_RESOLUTION]
+        out += [cell(pattern, p, batches[0], head_dims[0]) for p in between for pattern in FULL_WINDOWS]
+    return list(dict.fromkeys(out))

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from .check import Oracle, forward_backward, poison
+from .check import CheckFailed, Oracle, forward_backward, poison
 from .rivals import Attend, Implementation
 from .shapes import Cell
 from .work import tensor_bytes
@@ -38,7 +38,8 @@ class Subject:
     """What is known of one implementation in one cell before it is timed.
 
     Attributes:
-        status: "ok", "unavailable", "failed" or "out of memory"; `reason` says more for all but the first.
+        status: "ok", "unavailable", "failed" or "out of memory"; `reason` says more for all but the first. (Results
+            know one more, "crashed": the process did not survive. See `supervisor.py`.)
         deviations: per tensor, largest error and limit.
         first_call_seconds: preparing, compiling and running forward + backward once.
         peak_bytes, extra_bytes: per direction, largest allocation during one call; with and without the inputs.
@@ -69,11 +70,15 @@ class Subject:
         out, leaves = graph
         return torch.autograd.grad(out, leaves, self.inputs.do)
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         self.attend = None
         self.status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
         message = str(error).strip().splitlines() or [""]
         self.reason = f"{type(error).__name__}: {message[0]}"[:300]
+
+
+# What an implementation may raise: recorded, and the run goes on. SystemExit, because somebody else's code may exit.
+ERRORS = (Exception, SystemExit)
 
 
 def examine(implementation: Implementation, inputs: Inputs) -> Subject:
@@ -89,6 +94,8 @@ def examine(implementation: Implementation, inputs: Inputs) -> Subject:
     try:
         started = time.perf_counter()
         subject.attend = implementation.prepare(cell, device)
+        if not callable(subject.attend):
+            raise CheckFailed(f"prepare returned {type(subject.attend).__name__}, expected a function of q, k, v")
         poison(inputs.q, 6)
         actual = forward_backward(subject.attend, inputs.q, inputs.k, inputs.v, inputs.do)
         if device.type == "cuda":
@@ -98,9 +105,20 @@ def examine(implementation: Implementation, inputs: Inputs) -> Subject:
         del actual
         if device.type == "cuda":
             _read_memory(subject, held)
-    except Exception as error:
+    except ERRORS as error:
         subject.give_up(error)
     return subject
+
+
+def device_is_lost(device: torch.device) -> bool:
+    """Whether an error such as an illegal address has left this process without a working device."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def release(device: torch.device) -> None:

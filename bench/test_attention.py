@@ -3,7 +3,8 @@
 import math
 
 import pytest
-import torch
+
+from .subject import ERRORS
 
 MIN_ROUNDS, MAX_ROUNDS = 10, 200
 WARMUP_SHARE = 0.25
@@ -13,12 +14,12 @@ def test_attention(benchmark, run, inputs, subject, direction):
     if subject.status == "ok":
         try:
             measure(benchmark, run, subject, direction)
-        except torch.OutOfMemoryError as error:
+        except ERRORS as error:
             subject.give_up(error)
     if subject.status == "ok":
         return
 
-    run.add(subject, direction, None, None)
+    run.add_failure(subject, direction)
     message = f"{subject.implementation.name} is {subject.status}: {subject.reason}"
     if subject.status == "failed" and subject.implementation.ours:
         pytest.fail(message)
@@ -30,6 +31,7 @@ def measure(benchmark, run, subject, direction):
     stopwatch, cell = run.stopwatch, subject.inputs.cell
     call, prepare = (subject.forward, subject.leaves) if direction == "forward" else (subject.backward, subject.graph)
     host_seconds = stopwatch.host_seconds(call, prepare)
+    overhead_seconds = stopwatch.overhead_seconds(call, prepare)
     estimate = stopwatch.seconds(call, prepare)
     rounds = min(max(math.ceil(run.seconds / estimate), MIN_ROUNDS), MAX_ROUNDS)
 
@@ -40,7 +42,7 @@ def measure(benchmark, run, subject, direction):
 
     benchmark.name = subject.implementation.name
     benchmark.group = f"{cell} {direction}"
-    benchmark.extra_info.update(host_ms=1e3 * host_seconds)
+    benchmark.extra_info.update(host_us=1e6 * overhead_seconds)
     benchmark.pedantic(call, setup=setup, rounds=rounds, warmup_rounds=math.ceil(WARMUP_SHARE * rounds))
     if benchmark.stats is not None:  # None under --benchmark-disable
-        run.add(subject, direction, benchmark.stats.stats.data, host_seconds)
+        run.add(subject, direction, benchmark.stats.stats.data, overhead_seconds)

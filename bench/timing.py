@@ -17,6 +17,8 @@ import torch
 
 FLUSH_BYTES = 256 << 20
 L2_FACTOR = 4
+# NOTE: a device queue takes about a thousand launches before the host has to wait; some rivals need 200 a call.
+OVERHEAD_CALLS, OVERHEAD_LOOPS = 4, 9
 MAX_HEAD_START = 0.05  # seconds; a call that the host needs longer to queue than this is timed with its gaps
 
 
@@ -82,6 +84,20 @@ class Stopwatch:
             result = call(argument)
             samples.append(time.perf_counter() - start)
             del result
+        self.synchronize()
+        return statistics.median(samples)
+
+    def overhead_seconds(self, call: Callable, prepare: Callable[[], object] = lambda: None) -> float:
+        """Median host time of a call among several that are queued one after another, with nothing waiting for the
+        device: what a program that keeps the device busy pays for each. On a CPU, the time of the call."""
+        samples = []
+        for _ in range(OVERHEAD_LOOPS):
+            arguments = [prepare() for _ in range(OVERHEAD_CALLS)]
+            self.synchronize()
+            start = time.perf_counter()
+            for argument in arguments:
+                call(argument)
+            samples.append((time.perf_counter() - start) / OVERHEAD_CALLS)
         self.synchronize()
         return statistics.median(samples)
 

@@ -19,7 +19,7 @@ from hmar_kernels import SpanMask
 from hmar_kernels.attention import reference
 from hmar_kernels.attention import triton as kernels
 
-from .shapes import cells
+from .shapes import ANCHOR, cells
 from .timing import Stopwatch
 
 PASSES = ("forward", "dq", "dkdv")
@@ -112,7 +112,11 @@ def main() -> None:
     watch = Stopwatch(torch.device("cuda"))
     rows = []
     for cell in cells(
-        resolutions=args.resolution, batch=args.batch, heads=args.heads, head_dim=args.head_dim, dtype=args.dtype
+        resolutions=args.resolution,
+        batches=[args.batch or ANCHOR],
+        heads=args.heads,
+        head_dims=[args.head_dim],
+        dtype=args.dtype,
     ):
         torch.manual_seed(0)
         passes = Passes(cell.mask(), cell.batch, cell.heads, cell.head_dim, cell.torch_dtype)

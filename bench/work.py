@@ -19,6 +19,13 @@ def fewest_bytes(cell: Cell, direction: str) -> int:
     return TENSORS[direction] * tensor_bytes(cell)
 
 
+def fewest_extra_bytes(cell: Cell, direction: str) -> int:
+    """What one call must allocate beside its inputs: the output and the lse of each row; dq, dk, dv and delta too for
+    forward + backward."""
+    tensors, statistics = (1, 1) if direction == "forward" else (4, 2)
+    return tensors * tensor_bytes(cell) + statistics * 4 * cell.batch * cell.heads * cell.length
+
+
 def tensor_bytes(cell: Cell) -> int:
     """Bytes of one [B,H,L,D] tensor."""
     return cell.batch * cell.heads * cell.length * cell.head_dim * cell.torch_dtype.itemsize

@@ -26,7 +26,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 HERE = Path(__file__).resolve().parent
-KIND, VERSION = "attention", 1
+KIND, VERSIONS = "attention", (1, 2)
 CELL = ["pattern", "resolution", "batch", "heads", "head_dim", "dtype"]
 COLUMNS = ["gpu", "commit", *CELL, "impl", "direction", "ms", "tflops", "gb_per_s", "peak_mb"]
 PATTERNS = ("block_diagonal", "block_causal")
@@ -77,8 +77,8 @@ def load(folder: Path) -> list[Source]:
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or content.get("kind") != KIND:
             continue
-        if content.get("version") != VERSION:
-            raise ValueError(f"{path} is of version {content.get('version')}; this script reads version {VERSION}")
+        if content.get("version") not in VERSIONS:
+            raise ValueError(f"{path} is of version {content.get('version')}; this script reads versions 1 and 2")
         rows = _derive(pd.DataFrame(content["results"]), content["environment"], content["ceilings"])
         sources.append(Source(path, content["environment"], content["ceilings"], rows))
     return sources

@@ -1,5 +1,6 @@
 """The benchmark harness, run for real on the CPU: work formulas, the check before timing, clocks, the raw JSON."""
 
+import argparse
 import json
 import math
 import os
@@ -7,14 +8,17 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from bench import rivals, shapes, subject, timing, work
+from bench import conftest, rivals, shapes, subject, supervisor, timing, work
 from bench.check import CheckFailed, Oracle, forward_backward
+from bench.results import Results
 from bench.rivals import IMPLEMENTATIONS, Implementation
 from bench.shapes import Cell
 from bench.subject import Inputs, examine
@@ -39,14 +43,45 @@ def bench(*arguments):
 # Shapes and work
 
 
-def test_a_full_run_has_the_six_published_cells():
-    found = {(c.pattern, c.resolution, c.batch, c.heads, c.head_dim, c.dtype, c.length) for c in shapes.cells()}
-    sizes = {256: (64, 16, 680), 512: (16, 24, 2240), 1024: (4, 24, 9451)}
-    assert found == {
-        (pattern, resolution, b, h, 64, "bfloat16", length)
+SIZES = {256: (64, 16, 680), 512: (16, 24, 2240), 1024: (4, 24, 9451)}
+
+
+def published(batches=(None,)):
+    """(pattern, resolution, batch, heads, head dim, length): heads halve where the head dim doubles."""
+    return [
+        (pattern, resolution, batch or b, h * 64 // d, d, length)
+        for batch in batches
+        for d in (64, 128)
         for pattern in ("block_diagonal", "block_causal")
-        for resolution, (b, h, length) in sizes.items()
-    }
+        for resolution, (b, h, length) in SIZES.items()
+    ]
+
+
+def listed(cells):
+    return [(c.pattern, c.resolution, c.batch, c.heads, c.head_dim, c.length) for c in cells]
+
+
+def test_a_default_run_has_the_published_cells_at_both_head_dims():
+    cells = shapes.cells()
+    assert listed(cells) == published() and {c.dtype for c in cells} == {"bfloat16"}
+    bytes_at = {d: {work.tensor_bytes(c) for c in cells if c.head_dim == d} for d in (64, 128)}
+    assert bytes_at[64] == bytes_at[128]
+
+
+def test_a_full_run_adds_batches_and_densities_in_between():
+    cells = shapes.cells(full=True)
+    assert listed(cells)[:36] == published(batches=(None, 8, 1))
+    assert listed(cells[36:]) == [(f"window_{n}", 1024, 4, 24, 64, 9451) for n in (2, 4)]
+    densities = [c.mask().density for c in (cells[2], *cells[36:], cells[5])]
+    assert densities == sorted(densities) and len(set(densities)) == 4
+
+
+def test_cells_can_be_chosen():
+    chosen = shapes.cells(batches=[2, shapes.ANCHOR, 16], head_dims=[128], resolutions=[512], patterns=["window_3"])
+    assert listed(chosen) == [("window_3", 512, 2, 12, 128, 2240), ("window_3", 512, 16, 12, 128, 2240)]
+    assert listed(shapes.cells(sides=(1, 2, 5), heads=3, head_dims=[32], patterns=["block_causal"])) == [
+        ("block_causal", 80, 64, 3, 32, 30)
+    ]
 
 
 # Published figures: FLOPs of the forward in units of 1e9, its fewest bytes in MB.
@@ -55,11 +90,15 @@ def test_a_full_run_has_the_six_published_cells():
     [("block_diagonal", 256, 29, 357), ("block_causal", 512, 321, 440), ("block_causal", 1024, 1400, 465)],
 )
 def test_work_of_the_published_cells(pattern, resolution, gigaflops, megabytes):
-    (c,) = shapes.cells(patterns=[pattern], resolutions=[resolution])
+    c, wide = shapes.cells(patterns=[pattern], resolutions=[resolution])
+    assert work.flops(wide, "forward") == work.flops(c, "forward")
     assert work.flops(c, "forward") / 1e9 == pytest.approx(gigaflops, rel=0.01)
     assert work.fewest_bytes(c, "forward") / 1e6 == pytest.approx(megabytes, rel=0.01)
     assert work.flops(c, "backward") == 2.5 * work.flops(c, "forward")
     assert work.fewest_bytes(c, "backward") == 2 * work.fewest_bytes(c, "forward")
+    row_statistics = 4 * c.batch * c.heads * c.length
+    assert work.fewest_extra_bytes(c, "forward") == work.fewest_bytes(c, "forward") / 4 + row_statistics
+    assert work.fewest_extra_bytes(c, "backward") == work.fewest_bytes(c, "forward") + 2 * row_statistics
 
 
 def test_flops_follow_the_mask_and_not_the_dense_matrix():
@@ -90,17 +129,59 @@ def test_what_runs_on_a_cpu_passes_its_check(name, dtype, pattern):
 
 def test_what_needs_a_gpu_says_so():
     inputs = Inputs(cell("block_diagonal"), CPU)
-    for name in ("flex", "flex_max_autotune", "varlen_flash"):
+    for name in ("flex", "flex_max_autotune", "varlen_flash", "flash4_varlen", "flash4_per_scale"):
         result = examine(IMPLEMENTATIONS[name], inputs)
         assert result.status == "unavailable" and "CUDA" in result.reason
-    causal = examine(IMPLEMENTATIONS["varlen_flash"], Inputs(cell("block_causal"), CPU))
-    assert causal.status == "unavailable" and "cu_seqlens" in causal.reason
+    for name in ("varlen_flash", "flash4_varlen"):
+        causal = examine(IMPLEMENTATIONS[name], Inputs(cell("block_causal"), CPU))
+        assert causal.status == "unavailable" and "cu_seqlens" in causal.reason
+
+
+def flash_attention_4(monkeypatch, lse):
+    """The interface of flash-attn-4 on [B,L,H,D] and [tokens,H,D], computed by SDPA; some releases return lse too."""
+
+    def dense(q, k, v):
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return (out, None) if lse else out
+
+    def varlen(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        edges = cu_seqlens_q.tolist()
+        assert edges == cu_seqlens_k.tolist() and cu_seqlens_q.dtype == torch.int32
+        assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in pairwise(edges))
+        parts = [dense(q[None, a:b], k[None, a:b], v[None, a:b]) for a, b in pairwise(edges)]
+        out = torch.cat([p[0][0] if lse else p[0] for p in parts])
+        return (out, None) if lse else out
+
+    monkeypatch.setattr(rivals, "_flash_attention_4", lambda: (dense, varlen))
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("flash4_varlen", "block_diagonal"), ("flash4_per_scale", "block_diagonal"), ("flash4_per_scale", "block_causal")],
+)
+def test_flash_attention_4_is_called_as_its_interface_wants(monkeypatch, name, pattern, lse):
+    flash_attention_4(monkeypatch, lse)
+    entry = replace(IMPLEMENTATIONS[name], unavailable=rivals.anywhere)
+    result = examine(entry, Inputs(cell(pattern), CPU))
+    assert (result.status, result.reason) == ("ok", None)
+
+
+def test_flash_attention_4_is_optional(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", None)
+    rivals._flash_attention_4.cache_clear()
+    try:
+        reason = rivals.flash_attention_4_takes(False, cell(), SimpleNamespace(type="cuda"))
+        assert "flash-attn-4 is not installed" in reason
+    finally:
+        rivals._flash_attention_4.cache_clear()
 
 
 def test_default_rivals_on_a_gpu_are_the_fair_ones():
     names = {entry.name for entry in rivals.choose(None, torch.device("cuda"))}
-    assert {"triton", "flex", "varlen_flash", "flash_per_scale", "sdpa_dense"} <= names
-    assert "flex_max_autotune" not in names
+    assert names == set(IMPLEMENTATIONS) - {"reference"}
+    fair = {"flex", "flex_max_autotune", "varlen_flash", "flash4_varlen", "flash4_per_scale", "flash_per_scale"}
+    assert fair | {"triton", "sdpa_dense"} <= names
     with pytest.raises(ValueError, match="known are reference, triton"):
         rivals.choose(["triton", "flashier"], CPU)
 
@@ -147,8 +228,11 @@ def zero_last_rows(out):
         (lambda out: out.roll(1, dims=0), "out is off by"),
         (lambda out: out.float(), "out is torch.float32"),
         (WrongGradient.apply, "dq is off by"),
+        (lambda out: out[:, :, :-1], "out is torch.bfloat16 [2, 3, 65, 16], expected torch.bfloat16 [2, 3, 66, 16]"),
+        (lambda out: (out, None), "attend(q, k, v) returned tuple, expected one tensor"),
+        (torch.Tensor.detach, "must be differentiable"),
     ],
-    ids=["nan", "scaled", "rows_missing", "other_image", "dtype", "gradient"],
+    ids=["nan", "scaled", "rows_missing", "other_image", "dtype", "gradient", "shape", "tuple", "detached"],
 )
 def test_a_wrong_result_is_never_timed(spoil, reason):
     result = examine(implementation(spoil), Inputs(cell(), CPU))
@@ -188,6 +272,10 @@ def test_errors_of_an_implementation_are_recorded():
     exhausted = examine(Implementation("x", exhaust, rivals.anywhere), inputs)
     assert exhausted.status == "out of memory"
     assert exhausted.peak_bytes == dict.fromkeys(subject.DIRECTIONS)
+    left = examine(Implementation("x", lambda cell, device: sys.exit("no licence"), rivals.anywhere), inputs)
+    assert (left.status, left.reason) == ("failed", "SystemExit: no licence")
+    nothing = examine(Implementation("x", lambda cell, device: None, rivals.anywhere), inputs)
+    assert "prepare returned NoneType, expected a function" in nothing.reason
 
 
 # Time
@@ -214,6 +302,21 @@ def test_the_host_clock_measures_the_call_and_not_its_preparation(monkeypatch):
     watch = timing.Stopwatch(CPU)
     assert watch.host_seconds(work, prepared([3.0, 1.0, 50.0, 2.0, 4.0])) == 3.0
     assert watch.seconds(work, prepared([70.0, 80.0, 5.0, 60.0, 4.0])) == 5.0  # two rounds before the three that count
+
+
+def test_overhead_is_that_of_a_call_among_several_and_waits_for_nothing_in_between(monkeypatch):
+    now, waits = 0.0, []
+
+    def work(seconds):
+        nonlocal now
+        now += seconds
+
+    durations = iter([1.0] * timing.OVERHEAD_CALLS + [2.0] * 100)  # the first loop is faster than the others
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: now))
+    watch = timing.Stopwatch(CPU)
+    monkeypatch.setattr(watch, "synchronize", lambda: waits.append(now))
+    assert watch.overhead_seconds(work, lambda: work(1000.0) or next(durations)) == 2.0
+    assert len(waits) == timing.OVERHEAD_LOOPS + 1
 
 
 @pytest.mark.gpu
@@ -245,18 +348,75 @@ def test_peak_memory_counts_outputs_gradients_and_inputs():
     assert 8 * tensor <= result.peak_bytes["backward"] < 8.6 * tensor
 
 
+# Rivals from files
+
+GOOD_RIVAL = """
+import torch.nn.functional as F
+
+NAME = "stranger"
+
+def unavailable(cell, device):
+    return "block-causal only" if cell.pattern == "block_diagonal" else None
+
+def prepare(cell, device):
+    dense = cell.mask().to_dense(device)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
+"""
+
+
+def written(folder, text, name="mine.py"):
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_file_defines_a_rival(tmp_path):
+    path = written(tmp_path, GOOD_RIVAL)
+    chosen = rivals.choose(["triton"], CPU, [path])
+    assert [entry.name for entry in chosen] == ["triton", "stranger"] and not chosen[1].ours
+    assert rivals.choose(None, CPU, [path])[-1].name == "stranger"
+    assert examine(chosen[1], Inputs(cell("block_causal"), CPU)).status == "ok"
+    assert examine(chosen[1], Inputs(cell("block_diagonal"), CPU)).reason == "block-causal only"
+    nameless = written(tmp_path, GOOD_RIVAL.replace('NAME = "stranger"', ""))
+    assert rivals.load_rival(nameless).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no such file"),
+        ("def attend(q, k, v):\n    return q", r"has no function prepare\(cell, device\)"),
+        ("import flashier", "raises when it is loaded: ModuleNotFoundError: No module named 'flashier'"),
+        ("raise SystemExit(3)", "raises when it is loaded: SystemExit: 3"),
+        ("def prepare(cell, device)\n    pass", "raises when it is loaded: SyntaxError"),
+        (GOOD_RIVAL.replace("stranger", "triton"), "the name 'triton' is taken"),
+        (GOOD_RIVAL.replace('"stranger"', "7"), "NAME is 7, expected a string"),
+        (GOOD_RIVAL + "unavailable = True", "unavailable is bool, expected a function"),
+    ],
+)
+def test_a_file_that_defines_no_rival_is_explained(tmp_path, text, message):
+    path = tmp_path / "mine.py" if text is None else written(tmp_path, text)
+    with pytest.raises(ValueError, match=message):
+        rivals.choose(None, CPU, [path])
+
+
 # The whole harness
+
+QUICK = ("--benchmark-only", "--device", "cpu", "--seconds", "0.01")
+ONE_CELL = ("--patterns", "block_causal", "--sides", "1,2,5", "--impl", "sdpa_dense")
+
+
+def statuses(path):
+    return {(r["impl"], r["direction"]): r["status"] for r in json.loads(path.read_text())["results"]}
 
 
 def test_a_run_writes_raw_results_that_pytest_benchmark_agrees_with(tmp_path):
     raw, stats = tmp_path / "deep" / "raw.json", tmp_path / "stats.json"
-    done = bench(
-        "--benchmark-only", "--device", "cpu", "--seconds", "0.01", "--commit", "abc123",
-        "--output", str(raw), "--benchmark-json", str(stats),
-    )  # fmt: skip
+    done = bench(*QUICK, "--commit", "abc123", "--output", str(raw), "--benchmark-json", str(stats))
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads(raw.read_text())
-    assert (content["kind"], content["version"]) == ("attention", 1)
+    assert (content["kind"], content["version"], content["complete"]) == ("attention", 2, True)
+    assert list(raw.parent.iterdir()) == [raw]
     assert content["environment"]["commit"] == "abc123"
     assert content["environment"]["torch"] == torch.__version__
     assert content["ceilings"]["copy_gb_per_s"] > 0 and content["ceilings"]["matmul_tflops"] > 0
@@ -270,8 +430,8 @@ def test_a_run_writes_raw_results_that_pytest_benchmark_agrees_with(tmp_path):
     ]
     medians = {(b["group"], b["name"]): b["stats"]["median"] for b in json.loads(stats.read_text())["benchmarks"]}
     for row in rows:
-        assert row["status"] == "ok" and row["rounds"] >= 10
-        assert 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"]
+        assert row["status"] == "ok" and row["rounds"] >= 10 and row["commit"] == "abc123"
+        assert 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"] and row["host_us"] > 0
         assert math.isfinite(row["ms"]) and row["peak_bytes"] is None
         assert set(row["check"]) == {"out", "dq", "dk", "dv"}
         group = f"{row['pattern']}-64-b2h3d16-bfloat16 {row['direction']}"
@@ -281,31 +441,201 @@ def test_a_run_writes_raw_results_that_pytest_benchmark_agrees_with(tmp_path):
 def test_a_run_can_be_narrowed(tmp_path):
     raw = tmp_path / "raw.json"
     done = bench(
-        "--benchmark-only", "--device", "cpu", "--seconds", "0.01", "--output", str(raw), "--impl", "flex",
-        "--impl", "sdpa_dense", "--pattern", "block_causal", "--direction", "forward", "--sides", "1,2,5",
-        "--batch", "1", "--heads", "2", "--head-dim", "32", "--dtype", "float32",
+        *QUICK, "--output", str(raw), "--impl", "flex,sdpa_dense", "--patterns", "block_causal,window_2",
+        "--directions", "forward", "--sides", "1,2,5", "--batches", "1", "--heads", "2", "--head-dims", "32",
+        "--head-dims", "64", "--dtype", "float32",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(raw.read_text())["results"]
-    assert [(r["impl"], r["status"]) for r in rows] == [("flex", "unavailable"), ("sdpa_dense", "ok")]
-    assert rows[0]["ms"] is None and "CUDA" in rows[0]["reason"]
+    found = {(r["head_dim"], r["pattern"], r["impl"], r["direction"]): r["status"] for r in rows}
+    assert found == {
+        (head_dim, pattern, impl, "forward"): status
+        for head_dim in (32, 64)
+        for pattern in ("block_causal", "window_2")
+        for impl, status in (("flex", "unavailable"), ("sdpa_dense", "ok"))
+    }
     for row in rows:
-        assert (row["sides"], row["length"], row["pairs"]) == ([1, 2, 5], 30, 1 + 4 * 5 + 25 * 30)
-        assert (row["batch"], row["heads"], row["head_dim"], row["dtype"]) == (1, 2, 32, "float32")
+        assert row["status"] == "ok" or (row["ms"] is None and "CUDA" in row["reason"])
+        pairs = 1 + 4 * 5 + 25 * (30 if row["pattern"] == "block_causal" else 29)
+        assert (row["sides"], row["length"], row["pairs"]) == ([1, 2, 5], 30, pairs)
+        assert (row["batch"], row["heads"], row["dtype"]) == (1, 2, "float32")
 
 
-def test_a_mistyped_option_is_explained():
-    done = bench("--device", "cpu", "--impl", "flashier")
+def test_a_run_survives_what_implementations_do(tmp_path):
+    """One ends the process, one raises in its backward, one has the wrong shape; the others are measured."""
+    died = written(tmp_path, "import os\ndef prepare(cell, device):\n    os.abort()", "dies.py")
+    text = GOOD_RIVAL.replace("stranger", "shrinks").replace("attn_mask=dense)", "attn_mask=dense)[:, :-1]")
+    shrinks = written(tmp_path, text, "shrinks.py")
+    raises = written(
+        tmp_path,
+        "import torch\n"
+        "class Fails(torch.autograd.Function):\n"
+        "    @staticmethod\n    def forward(ctx, q, k, v):\n        return q.clone()\n"
+        "    @staticmethod\n    def backward(ctx, grad):\n        raise NotImplementedError('backward: not yet')\n"
+        "def prepare(cell, device):\n    return Fails.apply\n",
+        "raises.py",
+    )
+    raw = tmp_path / "raw.json"
+    files = [option for path in (died, shrinks, raises) for option in ("--rival", str(path))]
+    done = bench(*QUICK, *ONE_CELL, *files, "--output", str(raw))
+    assert done.returncode == 0, done.stdout + done.stderr  # only implementations of ours fail a run
+    assert statuses(raw) == {
+        (impl, direction): status
+        for impl, status in (("sdpa_dense", "ok"), ("dies", "crashed"), ("shrinks", "failed"), ("raises", "failed"))
+        for direction in ("forward", "backward")
+    }
+    rows = {r["impl"]: r for r in json.loads(raw.read_text())["results"]}
+    assert rows["dies"]["reason"] == "the process died of SIGABRT" and rows["dies"]["ms"] is None
+    assert rows["dies"]["flops"] == rows["sdpa_dense"]["flops"]
+    assert rows["shrinks"]["reason"].startswith("CheckFailed: out is torch.bfloat16 [2, 2, 30, 16]")
+    assert rows["raises"]["reason"] == "NotImplementedError: backward: not yet"
+    assert "crashed: the process died of SIGABRT" in done.stdout
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    raw, partial = tmp_path / "raw.json", tmp_path / "raw.json.partial"
+    raw.write_text("of an earlier run")
+    command = (*QUICK, "--patterns", "block_causal", "--sides", "1,2,5", "--output", str(raw), "--commit", "one")
+    done = bench(*command, "--directions", "forward", "-k", "sdpa_dense or reference")
+    assert done.returncode == 0 and raw.exists() and not partial.exists()
+
+    # As a killed process leaves it: some rows, one of them failed, something at work.
+    content = json.loads(raw.read_text())
+    assert set(statuses(raw)) == {("reference", "forward"), ("sdpa_dense", "forward")}
+    content["results"][0]["status"], content["complete"] = "failed", False
+    content["running"] = [content["results"][0]]
+    kept = content["results"][1] | {"ms": 123.0}
+    content["results"][1] = kept
+    partial.write_text(json.dumps(content))
+    raw.unlink()
+
+    done = bench(*command, "--continue")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 passed" in done.stdout and not partial.exists()
+    assert set(statuses(raw).values()) == {"ok"} and len(statuses(raw)) == 6
+    assert kept in json.loads(raw.read_text())["results"]
+
+
+def test_results_of_another_machine_are_not_continued(tmp_path):
+    path = tmp_path / "raw.json"
+    results = Results(path)
+    here = dict.fromkeys(("gpu", "driver", "torch", "cuda", "triton", "flash_attn_4"), "x")
+    results.head = {"environment": here, "ceilings": {}, "method": {}}
+    results.write(complete=False)
+    read = Results.read(path, path)
+    read.check_environment(here | {"commit": "another"})
+    with pytest.raises(ValueError, match=r"measured with torch x, here it is 9\.0"):
+        read.check_environment(here | {"torch": "9.0"})
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
+    with pytest.raises(ValueError, match="version 1; only 'attention' version 2 is continued"):
+        Results.read(path, path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="cannot be continued: JSONDecodeError"):
+        Results.read(path, path)
+
+
+def test_there_must_be_something_to_continue(tmp_path):
+    done = bench(*QUICK, "--output", str(tmp_path / "none.json"), "--continue")
+    assert done.returncode == 4 and "there to go on from" in done.stdout + done.stderr
+
+
+def test_a_run_stops_when_its_minutes_are_over(tmp_path):
+    raw = tmp_path / "raw.json"
+    done = bench(*QUICK, *ONE_CELL, "--output", str(raw), "--minutes", "0")
+    assert done.returncode == 0 and "2 skipped" in done.stdout and "minutes of this run are over" in done.stdout
+    assert not raw.exists()
+
+
+def test_only_measurements_of_this_code_are_kept():
+    row = {"status": "ok", "ours": True, "commit": "a"}
+    assert conftest.Run.is_valid(row, "a") and not conftest.Run.is_valid(row, "b")
+    assert conftest.Run.is_valid(row | {"ours": False}, "b") and not conftest.Run.is_valid(
+        row | {"status": "crashed"}, "a"
+    )
+
+
+# What the measuring process does, in a script without torch: each start takes the next of its acts.
+ACTS = """
+import json, os, pathlib, signal, sys, time
+journal = pathlib.Path(sys.argv[sys.argv.index("--journal") + 1])
+started = journal.with_name("started")
+count = int(started.read_text()) if started.exists() else 0
+started.write_text(str(count + 1))
+assert ("--restarted" in sys.argv) == (count > 0)
+row = lambda impl: {"pattern": "p", "sides": [1], "batch": 1, "heads": 1, "head_dim": 1, "dtype": "d", "impl": impl,
+                    "direction": "forward", "ours": impl == "triton", "status": "crashed", "reason": None}
+if journal.exists():
+    content = json.loads(journal.read_text())
+else:
+    content = {"kind": "attention", "version": 2, "environment": {}, "ceilings": {}, "method": {}, "results": []}
+def write(running, rows=()):
+    content["running"], content["results"] = running, content["results"] + list(rows)
+    journal.write_text(json.dumps(content))
+"""
+
+
+@pytest.mark.parametrize(
+    ("acts", "status", "recorded"),
+    [
+        # it hangs, is killed, and the next process ends well: that ours crashed is in the exit status
+        (["write([row('triton')]); time.sleep(600)", "pass"], 1, {"triton": "killed: no result within 1 s"}),
+        (["write([row('flex')]); time.sleep(600)", "pass"], 0, {"flex": "killed: no result within 1 s"}),
+        (["write([row('flex')]); os.kill(os.getpid(), 11)", "sys.exit(1)"], 1, {"flex": "the process died of SIGSEGV"}),
+        (["write([row('flex')]); os._exit(9)", "pass"], 0, {"flex": "the process ended with exit status 9"}),
+        # the device is lost: the process has written the row itself
+        (["write([], [row('flex')]); os._exit(75)", "pass"], 0, {"flex": None}),
+        # it was ended on purpose
+        (["write([row('flex')]); os.kill(os.getpid(), 15)", "1 / 0"], 143, {}),
+        (["write([row('flex')]); sys.exit(2)", "1 / 0"], 2, {}),
+        # it dies before it begins anything: trying again would not help
+        (["os.abort()", "1 / 0"], 1, None),
+        (["write([row('a')]); os.abort()", "os.abort()"], 1, {"a": "the process died of SIGABRT"}),
+    ],
+)
+def test_the_supervisor_goes_on_after_a_crash(tmp_path, acts, status, recorded):
+    script, journal = tmp_path / "acts.py", tmp_path / "raw.json.partial"
+    script.write_text(ACTS + "".join(f"if count == {i}:\n    {act}\n" for i, act in enumerate(acts)))
+    assert supervisor.supervise([str(script)], journal, 1.0, tmp_path) == status
+    assert journal.exists() == (recorded is not None)
+    if recorded is not None:
+        assert {r["impl"]: r["reason"] for r in json.loads(journal.read_text())["results"]} == recorded
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (conftest._integers, "64,x", "expected integers and commas, such as 64,128; got '64,x'"),
+        (conftest._batches, "anker", "expected integers and commas"),
+        (conftest._directions, "forward,sideways", "unknown direction 'sideways'; known are forward, backward"),
+    ],
+)
+def test_a_malformed_list_is_explained(parse, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--impl", "flashier"), "unknown implementation 'flashier'; known are reference, triton"),
+        (("--directions", "sideways"), "known are forward, backward"),
+    ],
+)
+def test_a_mistyped_option_is_explained(options, message):
+    done = bench("--device", "cpu", *options)
     assert done.returncode == 4
-    assert "unknown implementation 'flashier'; known are reference, triton" in done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"patterns": ["dense"]}, "known are block_diagonal, block_causal"),
+        ({"patterns": ["dense"]}, "known are block_diagonal, block_causal, window_1"),
+        ({"patterns": ["window_0"]}, "unknown pattern 'window_0'"),
         ({"resolutions": [300]}, "known are 256, 512, 1024"),
         ({"resolutions": [256], "sides": (1, 2)}, "either resolutions or sides"),
+        ({"heads": 0}, "heads must be at least 1"),
+        ({"head_dims": [0]}, "head_dim must be at least 1"),
     ],
 )
 def test_unknown_shapes_are_explained(choices, message):

@@ -208,8 +208,8 @@ def test_an_implementation_from_elsewhere_keeps_its_name(data, tmp_path):
 
 
 def test_a_version_from_the_future_is_refused(data, tmp_path):
-    (data / "attention_test.json").write_text(json.dumps(content() | {"version": 2}))
-    with pytest.raises(ValueError, match="version 2; this script reads version 1"):
+    (data / "attention_test.json").write_text(json.dumps(content() | {"version": 3}))
+    with pytest.raises(ValueError, match="version 3; this script reads versions 1 and 2"):
         make(data, tmp_path)
 
 
