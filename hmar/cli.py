@@ -426,7 +426,10 @@ def convert(
         str | None, typer.Option(help="Stage 1, when the source is stage 2: writes the HMAR they make.")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Preset that the source must have the sizes of.")] = None,
-    part: Annotated[str | None, typer.Option(help="One state dict of several, as in trainer.var_wo_ddp.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(help="One state dict of several, as in trainer.var_wo_ddp; without, an error lists them."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace weights that are there.")] = False,
 ) -> None:

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
 from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
 from hmar.recipe import find_preset, structure, unstructure
 from hmar.tokenizer import Tokenizer
-from hmar.weightfile import StateDict, find_state_dicts, first_line
+from hmar.weightfile import Family, StateDict, find_state_dicts, first_line
 
 # Our name -> published name: regular expressions, all applied in this order.
 TRANSFORMER_NAMES = (
@@ -77,15 +78,22 @@ UNIT_AXES = (
 DERIVED = r"^lvl_1L$|^attn_bias_for_masking$|\.attn\.zero_k_bias$|^quantize\.ema_vocab_hit_SV$"
 
 # Names by which the state dicts are found among others; published files have all of them.
+_OF_A_TOKENIZER = r"(encoder|decoder|quantize|quant_conv|post_quant_conv)\."
 FAMILIES = {
-    "tokenizer": (
-        "quantize.embedding.weight",
-        "quant_conv.weight",
-        "post_quant_conv.weight",
-        "encoder.conv_in.weight",
-        "decoder.conv_in.weight",
+    "transformer": Family(
+        ("pos_start", "pos_1LC", "class_emb.weight", "lvl_embed.weight", "word_embed.weight"),
+        rf"(?!{_OF_A_TOKENIZER})",
     ),
-    "transformer": ("pos_start", "pos_1LC", "class_emb.weight", "lvl_embed.weight", "word_embed.weight"),
+    "tokenizer": Family(
+        (
+            "quantize.embedding.weight",
+            "quant_conv.weight",
+            "post_quant_conv.weight",
+            "encoder.conv_in.weight",
+            "decoder.conv_in.weight",
+        ),
+        _OF_A_TOKENIZER,
+    ),
 }
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_LISTED = 40
@@ -211,8 +219,9 @@ def recognise(found: StateDict, given: Mapping[str, Any] | None = None) -> tuple
     if bias is None:
         return ("var", "next-scale")
     pyramid = Pyramid(_sides_of_transformer(weights, given or {}))
+    patterns = _patterns_of(bias, pyramid)
     for pattern, kinds in (("block_causal", ("var", "next-scale")), ("block_diagonal", ("next-scale",))):
-        if torch.equal(bias.float(), _attention_bias(pyramid, pattern)):
+        if pattern in patterns:
             return kinds
     raise ValueError(
         f"attn_bias_for_masking {list(bias.shape)} is neither VAR's block-causal mask nor HMAR's block-diagonal one "
@@ -284,11 +293,13 @@ def import_published(
             and a tokenizer the transformer. "next-scale" for VAR's weights makes them the start of stage 1.
         preset: name of a preset that it must have the sizes of.
         given: see `read_config`; wins over the preset.
-        part: path of one state dict where the file has several, as "trainer.var_wo_ddp".
+        part: one state dict where the file has several: its path, as "trainer.var_wo_ddp", with the prefix of its names
+            or its family behind that where the path does not tell it from others (the error lists them).
     Raises:
-        ValueError: no or several state dicts of that kind, or anything that `read_config` or `check_published` reports.
+        ValueError: no or several state dicts of that kind, a tokenizer and a transformer that nothing tells apart, or
+            anything that `read_config` or `check_published` reports.
     """
-    found = [state for state in find_published(tree) if part in (None, state.where)]
+    found = [state for state in find_published(tree) if part in (None, state.where, state.part)]
     if not found:
         raise ValueError(_nothing_found(tree, part))
     values = preset_values("transformer", preset) | dict(given or {})
@@ -297,12 +308,22 @@ def import_published(
         fitting = [state for state in found if kind in kinds[id(state)]]
     else:
         fitting = [state for state in found if state.family == "transformer"] or found
+        mixed = [state.part for state in found if state.mixed and state.where == fitting[0].where]
+        if len(mixed) > 1:
+            choices = " or ".join(f"--part {name}" for name in mixed)
+            raise ValueError(
+                "it holds a transformer and a tokenizer whose names have nothing that separates them: choose one by "
+                f"its part: {choices} (part= in Python), or by its kind"
+            )
     if not fitting:
         held = ", ".join(f"{kinds[id(state)][0]} in {state}" for state in found)
         raise ValueError(f'it holds no weights for kind "{kind}", but {held}')
     if len(fitting) > 1:
-        parts = ", ".join(state.where or "the file itself" for state in fitting)
-        raise ValueError(f"it holds several state dicts that fit ({parts}): choose one by its part")
+        parts = [state.part or '"", the file itself' for state in fitting]
+        raise ValueError(
+            f"it holds several state dicts that fit ({', '.join(parts)}): choose one by its part, as in --part "
+            f"{parts[-1]} (part= in Python)"
+        )
     (state,) = fitting
     if kind is None and len(kinds[id(state)]) > 1 and "attn_bias_for_masking" not in state.tensors:
         raise ValueError('it does not tell VAR from HMAR\'s stage 1: say kind "var" or "next-scale"')
@@ -398,6 +419,22 @@ def _attention_bias(pyramid: Pyramid, pattern: str) -> Tensor:
     query_L1, key_1L = scale_L[:, None], scale_L[None]
     allowed_LL = query_L1 >= key_1L if pattern == "block_causal" else query_L1 == key_1L
     return torch.zeros(allowed_LL.shape).masked_fill(~allowed_LL, -math.inf)[None, None]
+
+
+def _patterns_of(bias: Tensor, pyramid: Pyramid) -> set[str]:
+    """The patterns whose mask over the pyramid this is, found by looking at it: none is made to compare it with, for
+    the pyramid is only what a file claims to have."""
+    if tuple(bias.shape) != (1, 1, pyramid.length, pyramid.length):
+        return set()
+    patterns = {"block_causal", "block_diagonal"}
+    for start, stop in pairwise(pyramid.offsets):
+        rows = bias[0, 0, start:stop]
+        if not (rows[:, start:stop] == 0).all() or not (rows[:, stop:] == -math.inf).all():
+            return set()
+        for pattern, value in (("block_causal", 0), ("block_diagonal", -math.inf)):
+            if not (rows[:, :start] == value).all():
+                patterns.discard(pattern)
+    return patterns
 
 
 def _check_derived(module: nn.Module, name: str, tensor: Tensor) -> list[str]:
@@ -500,7 +537,7 @@ def preset_values(family: str, preset: str | None) -> dict[str, Any]:
 
 
 def _nothing_found(tree: Any, part: str | None) -> str:
-    places = [state.where or "the file itself" for state in find_published(tree)]
+    places = [state.part or "the file itself" for state in find_published(tree)]
     if part is not None and places:
         return f'it has no part "{part}" with weights; it has {", ".join(places)}'
     names = list(tree) if isinstance(tree, Mapping) else []

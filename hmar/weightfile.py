@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,12 +29,21 @@ WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 COUNTERS = ("n_averaged",)
 
 
+class Family(NamedTuple):
+    """State dicts of one kind: a few names that tell that one is there, and how all its names begin (a regular
+    expression), which matters only where the state dict of another family lies among them."""
+
+    markers: tuple[str, ...]
+    names: str
+
+
 @dataclass(frozen=True)
 class StateDict:
     """Tensors found in a file, by name without wrappers and prefix.
 
-    family: which list of markers they answered to. where: path of their dictionary, as trainer.var_wo_ddp; empty for
-    the file itself. prefix: what stood before every name; wrappers: which of WRAPPERS were taken out of the names.
+    family: which markers they answered to. where: path of their dictionary, as trainer.var_wo_ddp; empty for the file
+    itself. prefix: what stood before every name; wrappers: which of WRAPPERS were taken out of the names. mixed:
+    tensors of another family stood among them, behind the same prefix.
     """
 
     family: str
@@ -42,11 +51,18 @@ class StateDict:
     prefix: str
     wrappers: tuple[str, ...]
     tensors: dict[str, Tensor]
+    mixed: bool = False
+
+    @property
+    def part(self) -> str:
+        """What it is chosen by: path, prefix and, where that does not tell, family; empty for a plain file."""
+        return ".".join(filter(None, (self.where, self.prefix.rstrip("."), self.family if self.mixed else "")))
 
     def __str__(self) -> str:
         removed = [f"{wrapper}." for wrapper in self.wrappers] + ([self.prefix] if self.prefix else [])
         place = self.where or "the file itself"
-        return f"{place} (names without {' and '.join(removed)})" if removed else place
+        place = f"{place} (names without {' and '.join(removed)})" if removed else place
+        return f"{place}, tensors of a {self.family}" if self.mixed else place
 
 
 def read_weightfile(path: str | Path) -> tuple[Any, dict[str, str]]:
@@ -102,30 +118,36 @@ def _read_torch(path: Path, zipped: bool) -> Any:
         raise ValueError(f"{path} is damaged or cut short: {first_line(error)}") from error
 
 
-def find_state_dicts(tree: Any, families: Mapping[str, tuple[str, ...]]) -> list[StateDict]:
+def find_state_dicts(tree: Any, families: Mapping[str, Family]) -> list[StateDict]:
     """Every state dict of a known family among nested dictionaries and lists.
 
-    families: name of a family -> names that its tensors have (markers). A group of tensors belongs to it when two of
-    them are there behind the same prefix. Tensors beside it that carry no known prefix are kept under their own name,
-    so that a strict load reports them. Raises ValueError for names that collide and for tensors that are not dense.
+    A group of tensors belongs to a family when two of its markers are there behind the same prefix. If it belongs to
+    several, each gets the tensors that begin as its own do (`mixed`). Tensors beside it that carry no known prefix are
+    kept under their own name, so that a strict load reports them. Raises ValueError for names that collide and for
+    tensors that are not dense.
     """
     found = []
     for where, named in _dictionaries_of_tensors(tree):
         tensors, wrappers = _unwrap(named, where)
         groups: Counter[tuple[str, str]] = Counter()
         for name in tensors:
-            for family, markers in families.items():
-                for marker in markers:
+            for family in families:
+                for marker in families[family].markers:
                     if name == marker or name.endswith(f".{marker}"):
                         groups[family, name.removesuffix(marker)] += 1
-        known = {prefix: family for (family, prefix), count in groups.items() if count >= 2}
-        members: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in known}
+        known = [group for group, count in groups.items() if count >= 2]
+        members: dict[str, dict[str, Tensor]] = {prefix: {} for _, prefix in known}
         for name, tensor in tensors.items() if known else ():
             check_dense(name, tensor)
-            prefix = max((p for p in known if name.startswith(p)), key=len, default=None)
-            for owner in known if prefix is None else (prefix,):
+            prefix = max((p for p in members if name.startswith(p)), key=len, default=None)
+            for owner in members if prefix is None else (prefix,):
                 members[owner][name.removeprefix(owner)] = tensor
-        found += [StateDict(known[prefix], where, prefix, wrappers, members[prefix]) for prefix in known]
+        shared = {prefix for prefix, count in Counter(prefix for _, prefix in known).items() if count > 1}
+        for family, prefix in sorted(known, key=lambda group: list(families).index(group[0])):
+            named = members[prefix]
+            if prefix in shared:
+                named = {name: tensor for name, tensor in named.items() if re.match(families[family].names, name)}
+            found.append(StateDict(family, where, prefix, wrappers, named, prefix in shared))
     return found
 
 

@@ -1,7 +1,10 @@
 """Published state dicts: there and back bit for bit, found inside other files, and every way not to fit."""
 
 import pickle
+import resource
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +281,110 @@ def test_names_that_collide_and_tensors_that_are_not_dense():
 def test_a_derived_tensor_of_the_other_kind_is_unexpected():
     with pytest.raises(MisfitError, match=r"unexpected lvl_1L \[1, 3\]"):
         load_published(make("tokenizer", config=SMALL), {**small("tokenizer"), "lvl_1L": torch.zeros(1, 3)})
+
+
+def test_a_tokenizer_and_a_transformer_in_one_place_are_told_apart_by_choice_only():
+    """Nothing in the names separates them, so neither is taken silently, and both can be had."""
+    transformer, tokenizer = small("var"), small("tokenizer")
+    for tree, parts, origin in (
+        ({**transformer, **tokenizer}, ("transformer", "tokenizer"), "the file itself"),
+        ({**tokenizer, **transformer}, ("transformer", "tokenizer"), "the file itself"),
+        ({"ema": {**tokenizer, **transformer}}, ("ema.transformer", "ema.tokenizer"), "ema"),
+        (
+            {"ema": {f"module.net.{name}": tensor for name, tensor in {**tokenizer, **transformer}.items()}},
+            ("ema.net.transformer", "ema.net.tokenizer"),
+            "ema (names without module. and net.)",
+        ),
+    ):
+        message = f"a transformer and a tokenizer .*choose one by its part: --part {parts[0]} or --part {parts[1]}"
+        with pytest.raises(ValueError, match=message):
+            import_published(tree)
+        for options in ({"part": parts[0]}, {"kind": "var"}):
+            imported = import_published(tree, **options)
+            assert imported.origin == f"{origin}, tensors of a transformer"
+            assert_same(imported.module, make("var", config=SMALL))
+        assert imported.others == (f"tokenizer in {origin}, tensors of a tokenizer",)
+        for options in ({"part": parts[1]}, {"kind": "tokenizer"}):
+            imported = import_published(tree, given={"sides": [1, 2, 3]}, **options)
+            assert imported.origin == f"{origin}, tensors of a tokenizer"
+            assert_same(imported.module, make("tokenizer", config=SMALL))
+    with pytest.raises(ValueError, match='no part "vae" with weights; it has transformer, tokenizer'):
+        import_published({**transformer, **tokenizer}, part="vae")
+    # Strict as ever: what belongs to neither is reported.
+    assert problems_of({**transformer, **tokenizer, "surplus": torch.zeros(2)}, kind="var") == [
+        "unexpected surplus [2]"
+    ]
+    # One tensor with a name of the other family is a stray, not a second state dict.
+    stray = {**transformer, "encoder.conv_in.weight": torch.zeros(2)}
+    assert problems_of(stray) == ["unexpected encoder.conv_in.weight [2]"]
+
+
+def test_state_dicts_of_one_family_under_prefixes_are_told_apart_by_their_part():
+    var = [small("var", seed=seed) for seed in (0, 1)]
+    prefixed = [
+        {f"{prefix}.{k}": v for k, v in weights.items()}
+        for prefix, weights in zip(("net", "net_ema"), var, strict=True)
+    ]
+    tree = {"state_dict": prefixed[0] | prefixed[1]}
+    message = (
+        r"that fit \(state_dict\.net, state_dict\.net_ema\): choose one by its part, as in --part state_dict\.net_ema"
+    )
+    for options in ({}, {"part": "state_dict"}):
+        with pytest.raises(ValueError, match=message):
+            import_published(tree, **options)
+    for seed, part in enumerate(("state_dict.net", "state_dict.net_ema")):
+        assert_same(import_published(tree, part=part).module, make("var", config=SMALL, seed=seed))
+
+
+@pytest.fixture
+def little_memory():
+    """2 GB more than this process has."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2 * 2**30, limit[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limit)
+
+
+def claiming(sides):
+    """A small file whose lvl_1L claims a large pyramid."""
+    scales = [torch.full((side * side,), k, dtype=torch.int32) for k, side in enumerate(sides)]
+    return {**small("var"), "lvl_1L": torch.cat(scales)[None]}
+
+
+@pytest.mark.parametrize("sides", [(1, 2, 5000), (1,) * 5000], ids=["long", "many"])
+@pytest.mark.parametrize("bias", ["small", "none", "claimed"])
+def test_a_claimed_pyramid_costs_no_more_than_the_file(sides, bias, little_memory):
+    """Its mask alone would have 10^14 entries."""
+    weights = claiming(sides)
+    length = weights["lvl_1L"].numel()
+    if bias == "none":
+        del weights["attn_bias_for_masking"]
+    if bias == "claimed":
+        weights["attn_bias_for_masking"] = torch.zeros(()).expand(1, 1, length, length)
+    started = time.monotonic()
+    for kind in ("var", "next-scale", None):
+        with pytest.raises(ValueError, match=r"neither VAR's|scales 5000|pos_1LC|not a dense|does not tell VAR"):
+            import_published(weights, kind=kind)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("kind", ["var", "next-scale"])
+def test_every_entry_of_a_stored_mask_counts(kind):
+    """Also when the pyramid has a single scale, where both masks are one, and for masks of other shapes."""
+    weights = small(kind)
+    bias = weights["attn_bias_for_masking"]
+    for i, j in [(0, 0), (0, 1), (1, 0), (4, 4), (4, 5), (13, 0), (13, 13), (0, 13), (8, 3)]:
+        changed = bias.clone()
+        changed[0, 0, i, j] = 0 if changed[0, 0, i, j] else -torch.inf
+        with pytest.raises(ValueError, match=r"attn_bias_for_masking \[1, 1, 14, 14\] is neither"):
+            import_published({**weights, "attn_bias_for_masking": changed})
+    for changed in (bias[0], bias[..., :-1], bias.expand(2, -1, -1, -1).contiguous(), bias[:, :, :13, :13]):
+        with pytest.raises(ValueError, match="is neither VAR's"):
+            import_published({**weights, "attn_bias_for_masking": changed})
+    half = import_published({**weights, "attn_bias_for_masking": bias.to(torch.bfloat16)})
+    assert half.kind == kind
+    assert import_published(state_dict(kind, config=replace(SMALL, sides=(2,)))).kind == "var"
 
 
 def test_other_contents_are_described():
