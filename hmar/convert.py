@@ -7,7 +7,9 @@ what can be read, published.py for the names.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hmar.checkpoint import TOKENIZER_FOLDER, fingerprint, read_pretrained, replacing, replacing_folder, save_pretrained
+from hmar.checkpoint import (
+    FORMAT,
+    KINDS,
+    STAGED,
+    TOKENIZER_FOLDER,
+    WEIGHTS,
+    fingerprint,
+    read_pretrained,
+    replacing,
+    replacing_folder,
+    save_pretrained,
+)
 from hmar.config import TokenizerConfig
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
 from hmar.published import Imported, to_published
@@ -46,7 +59,7 @@ def convert(
         tokenizer: anything that holds the tokenizer of a transformer. It is fitted to the transformer's pyramid and
             written into the folder too, where `hmar sample` finds it.
         next_scale: anything that holds stage 1, when the source holds stage 2: both are assembled to HMAR.
-        overwrite: replace what `convert` or `save_pretrained` wrote there before.
+        overwrite: replace what `convert` or `save_pretrained` wrote there before, unless other things are there too.
     Returns:
         What was found and written, in sentences.
     Raises:
@@ -147,10 +160,32 @@ def _check_destination(destination: Path, to_file: bool, overwrite: bool) -> Non
     """Refuse to write over anything but earlier weights, and over those unless `overwrite`."""
     if not destination.exists() or (destination.is_dir() and not to_file and not any(destination.iterdir())):
         return
-    if to_file != destination.is_file() or not (to_file or (destination / "config.json").is_file()):
-        raise ValueError(f"{destination} is there and is no such weights: choose another destination")
+    problem = "" if to_file == destination.is_file() else f", which are a {'file' if to_file else 'folder'}"
+    if destination.is_dir() and not problem and (foreign := _foreign(destination)) is not None:
+        problem = f": {foreign} was not written by hmar"
+    if problem:
+        raise ValueError(f"{destination} is there and is no such weights{problem}; choose another destination")
     if not overwrite:
         raise ValueError(f"{destination} is there already: replace it by --overwrite or choose another destination")
+
+
+def _foreign(folder: Path) -> Path | None:
+    """Something in a folder that neither `convert` nor `save_pretrained` has put there; None if it is all theirs."""
+    config = folder / "config.json"
+    try:
+        description = json.loads(config.read_text(encoding="utf-8"))
+        ours = description["format"] == FORMAT and description["kind"] in KINDS and "weights_sha256" in description
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        ours = False
+    if not ours:
+        return config if config.exists() else next(folder.iterdir(), folder)
+    for path in sorted(folder.iterdir()):
+        if path.name == TOKENIZER_FOLDER and path.is_dir() and not path.is_symlink():
+            if (foreign := _foreign(path)) is not None:
+                return foreign
+        elif path.name not in ("config.json", WEIGHTS, STAGED) and not fnmatch(path.name, ".*.tmp"):
+            return path
+    return None
 
 
 def _write_folder(folder: Path, module: nn.Module, beside: Imported | None, notes: dict[str, Any]) -> None:

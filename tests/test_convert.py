@@ -136,6 +136,18 @@ def test_what_is_found_is_said(here):
     assert_same(load_tokenizer("vae"), make("tokenizer"))
 
 
+def test_a_part_is_chosen_where_names_do_not_tell_what_belongs_together(here):
+    small = {**state_dict("var", config=SMALL), **state_dict("tokenizer")}
+    torch.save(small, "both.pth")
+    message = refuse("both.pth", "weights")
+    assert "choose one by its part: --part transformer or --part tokenizer" in message
+    assert "tensors of a transformer" in convert("both.pth", "var", "--part", "transformer", "--tokenizer", "both.pth")
+    assert_same(load_model("var"), make("var", config=SMALL))
+    assert load_tokenizer("var").pyramid.sides == SMALL.sides
+    assert "tensors of a tokenizer" in convert("both.pth", "vae", "--part", "tokenizer")
+    assert_same(load_tokenizer("vae"), make("tokenizer"))
+
+
 def test_a_model_with_its_tokenizer_samples_wherever_it_is_moved(here):
     convert("hmar-d16.pth", "weights", "--tokenizer", "vae_ch160v4096z32.pth")
     shutil.move("weights", "moved")
@@ -435,6 +447,71 @@ def test_weights_are_replaced_only_when_told(here):
     Path("empty").mkdir()
     convert("var_d16.pth", "empty")
     assert_same(load_model("empty"), make("var"))
+
+
+def foreign_description(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+
+
+def foreign_kind(folder):
+    """A description that another program could have, with a word of ours in it."""
+    (folder / "config.json").write_text(json.dumps({"kind": "tokenizer", "vocab": 3}))
+
+
+def broken_description(folder):
+    (folder / "config.json").write_text("{")
+
+
+def foreign_file(folder):
+    (folder / "README.md").write_text("keep me")
+
+
+def foreign_folder(folder):
+    (folder / "logs").mkdir()
+    (folder / "logs" / "events").write_text("keep me")
+
+
+def foreign_file_below(folder):
+    (folder / "tokenizer" / "notes.txt").write_text("keep me")
+
+
+def foreign_tokenizer(folder):
+    foreign_description(folder / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("make_foreign", "what"),
+    [
+        (foreign_description, "weights/config.json was not written by hmar"),
+        (foreign_kind, "weights/config.json was not written by hmar"),
+        (broken_description, "weights/config.json was not written by hmar"),
+        (foreign_file, "weights/README.md was not written by hmar"),
+        (foreign_folder, "weights/logs was not written by hmar"),
+        (foreign_file_below, "weights/tokenizer/notes.txt was not written by hmar"),
+        (foreign_tokenizer, "weights/tokenizer/config.json was not written by hmar"),
+    ],
+)
+def test_only_folders_that_this_program_wrote_are_replaced(here, make_foreign, what):
+    convert("hmar-d16.pth", "weights", "--tokenizer", "vae_ch160v4096z32.pth")
+    make_foreign(here / "weights")
+    for more in ((), ("--overwrite",)):
+        message = refuse("var_d16.pth", "weights", *more)
+        assert "weights is there and is no such weights" in message and what in message
+        assert "choose another destination" in message
+
+
+def test_what_a_killed_save_left_behind_may_be_replaced(here):
+    convert("hmar-d16.pth", "weights", "--tokenizer", "vae_ch160v4096z32.pth")
+    for name in (".config.json.0123456789abcdef.tmp", ".model.safetensors.12345.tmp", checkpoint.STAGED):
+        (here / "weights" / name).write_text("half")
+    convert("var_d16.pth", "weights", "--overwrite")
+    assert sorted(path.name for path in Path("weights").iterdir()) == ["config.json", "model.safetensors"]
+    # Where the folder is known by another name, that name stays, and only what it stands for is replaced.
+    Path("link").symlink_to("weights")
+    convert("hmar-d16.pth", "link", "--overwrite")
+    assert Path("link").is_symlink()
+    assert_same(load_model("weights"), make("hmar"))
+    assert not list(here.glob(".*"))
 
 
 @pytest.mark.parametrize("destination", ["weights", "weights.pth", "weights.safetensors"])
