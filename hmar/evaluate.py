@@ -12,6 +12,7 @@ spread evenly over all of them. Metrics: FID arXiv 1706.08500, IS 1606.03498, KI
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import zipfile
@@ -32,7 +33,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from hmar.checkpoint import replacing
+from hmar.checkpoint import replacing, temporary_beside
 from hmar.data import IMAGE_SUFFIXES, SPLITS, BrokenImageError, open_dataset, read_image
 from hmar.extractors import INCEPTION, Extractor, Features, import_torch_fidelity, open_extractor
 from hmar.generate import SamplingConfig
@@ -43,6 +44,7 @@ METRICS = ("fid", "is", "kid", "precision", "recall")
 COMPARE_FEATURES = ("kid", "precision", "recall")  # these need the reference's features, not only mean and covariance
 BUILT_IN_REFERENCES = ("digits", "photographs")
 VERSIONS = ("hmar", "torch", "torchvision", "torch-fidelity", "numpy", "scipy", "pillow")
+PIECE = 2**24  # bytes of an array that are read at a time
 LONGEST_WAIT = timedelta(days=14)  # of a process for the others
 
 
@@ -288,15 +290,12 @@ class ImageFiles(Dataset):
 
 
 class ImageArray(Dataset):
-    """The array arr_0 of an .npz, uint8 [N, H, W, 3], as uint8 [3, H, W]; read when first used."""
+    """The array arr_0 of an .npz, uint8 [N, H, W, 3], as uint8 [3, H, W]; taken into memory when first used."""
 
-    def __init__(self, path: Path):
-        self.path, self.array_NHWC = path, None
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            read_header = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
-            self.shape, _, dtype = read_header(file)
-        if len(self.shape) != 4 or self.shape[3] != 3 or dtype != np.uint8:
-            raise ValueError(f"arr_0 of {path} is {dtype} {self.shape}, expected images uint8 (N, H, W, 3)")
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.dtype):
+        if len(shape) != 4 or shape[3] != 3 or 0 in shape or dtype != np.uint8:
+            raise ValueError(f"arr_0 of {path} is {dtype} {shape}, expected images uint8 (N, H, W, 3)")
+        self.path, self.shape, self.array_NHWC = path, shape, None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -328,7 +327,7 @@ def open_reference(source: str | Path, size: int) -> Reference:
     A folder: all image files in it and below, the shorter side resized to `size`, the middle cut out. If each lies in a
         sub-folder, these count as classes. grid.png of a folder that `hmar sample` wrote is left out.
     An .npz: mu [D] and sigma [D, D], mean and covariance of features; or arr_0 uint8 [N, H, W, 3], images; or both, as
-        ADM's reference batches have it; or what `evaluate` wrote as save_reference.
+        ADM's reference batches have it; or what `evaluate` wrote as save_reference. All of it is read and checked.
 
     Raises ValueError if it is none of these.
     """
@@ -372,31 +371,80 @@ def _image_files(root: Path) -> list[Path]:
 
 def _open_npz(path: Path) -> Reference:
     try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.removesuffix(".npy") for name in archive.namelist()}
+            read = [name for name in ("mu", "sigma", "features", "extractor", "arr_0") if name in names]
+            headers = {name: _check_array(archive, name) for name in read}
         with np.load(path, allow_pickle=False) as arrays:
-            names = set(arrays.files)
-            small = {name: arrays[name] for name in ("mu", "sigma", "features", "extractor") if name in names}
-        images = ImageArray(path) if "arr_0" in names else None
-    except (OSError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            small = {name: arrays[name] for name in read if name != "arr_0"}
+    except (OSError, EOFError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    images = ImageArray(path, *headers["arr_0"]) if "arr_0" in names else None
     statistics = None
     if {"mu", "sigma"} <= names:
-        statistics = Statistics(small["mu"].astype(np.float64), small["sigma"].astype(np.float64))
-        width = len(statistics.mu) if statistics.mu.ndim == 1 else None
-        if statistics.sigma.shape != (width, width):
-            raise ValueError(
-                f"{path}: mu is {statistics.mu.shape} and sigma {statistics.sigma.shape}, expected (D,) and (D, D)"
-            )
-        if not all(np.isfinite(part).all() for part in statistics):
-            raise ValueError(f"{path}: mu and sigma hold numbers that are not finite")
+        mu_D, sigma_DD = small["mu"], small["sigma"]
+        if mu_D.ndim != 1 or len(mu_D) == 0 or sigma_DD.shape != (len(mu_D), len(mu_D)):
+            raise ValueError(f"{path}: mu is {mu_D.shape} and sigma {sigma_DD.shape}, expected (D,) and (D, D)")
+        statistics = Statistics(*(_numbers(path, name, small[name]) for name in ("mu", "sigma")))
     if statistics is None and images is None:
         raise ValueError(
             f"{path} holds {', '.join(sorted(names)) or 'nothing'}: expected mu and sigma, or arr_0 (images), or both"
         )
-    features_ND = torch.from_numpy(small["features"]).double() if "features" in names else None
-    extractor = json.loads(str(small["extractor"])) if "extractor" in names else None
+    features_ND = extractor = None
+    if "features" in names:
+        features = small["features"]
+        if statistics is None:
+            raise ValueError(f"{path} holds features without mu and sigma: expected their mean and covariance, too")
+        width = len(statistics.mu)
+        if features.ndim != 2 or len(features) == 0 or features.shape[1] != width:
+            raise ValueError(
+                f"{path}: features is {features.dtype} {features.shape}, expected (N, {width}) as mu has it"
+            )
+        features_ND = torch.from_numpy(_numbers(path, "features", features))
+    if "extractor" in names:
+        try:
+            extractor = json.loads(str(small["extractor"]))
+        except ValueError:
+            extractor = None
+        if not isinstance(extractor, dict):
+            raise ValueError(
+                f"{path}: extractor is no JSON object; expected what hmar evaluate --save-reference writes"
+            )
     return Reference(str(path), images, statistics, features_ND, extractor)
+
+
+def _check_array(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of an array in an .npz of which every byte is there, as its checksum says.
+
+    It is read piece by piece: 50 000 images need not fit into memory, and one that claims to be larger than it is must
+    not be given a place there.
+    """
+    with archive.open(f"{name}.npy") as file:
+        version = npy.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{name} has the format {version}, expected what numpy.savez writes")
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError(f"{name} is {dtype}. Object arrays cannot be loaded, expected numbers")
+        left = math.prod(shape) * dtype.itemsize
+        while left >= 0 and (piece := file.read(PIECE)):
+            left -= len(piece)
+    if left:
+        raise ValueError(f"{name} has {'fewer' if left > 0 else 'more'} numbers than its shape {shape} says")
+    return shape, dtype
+
+
+def _numbers(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """An array of finite real numbers as float64."""
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: {name} is {array.dtype}, expected real numbers")
+    array = array.astype(np.float64)
+    if bad := int(array.size - np.isfinite(array).sum()):
+        raise ValueError(f"{path}: {name} holds {bad} numbers that are not finite, of {array.size}")
+    return array
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -503,13 +551,18 @@ def _features_of(
     if reference is None:
         return ComparedFeatures(None, None)
     statistics, features_ND = reference.statistics, reference.features_ND
-    wants_features = bool(set(COMPARE_FEATURES) & set(config.metrics))
-    wants_statistics = "fid" in config.metrics and statistics is None
-    if features_ND is None and (wants_features or wants_statistics):
+    if _looks_at_images(reference, config):
         features_ND = extract(reference.images, extractor, console=console, what="reference").features_BD
-    if wants_statistics:
+    if "fid" in config.metrics and statistics is None:
         statistics = statistics_of(features_ND)
     return ComparedFeatures(statistics, features_ND)
+
+
+def _looks_at_images(reference: Reference, config: MetricsConfig) -> bool:
+    """Whether features are wanted that only the reference's images can give."""
+    wants_features = bool(set(COMPARE_FEATURES) & set(config.metrics))
+    wants_statistics = "fid" in config.metrics and reference.statistics is None
+    return reference.features_ND is None and (wants_features or wants_statistics)
 
 
 def _save_reference(path: Path, compared: ComparedFeatures, extractor: Extractor) -> None:
@@ -549,6 +602,8 @@ def _prepare(
     if reference is not None:
         _check_classes(reference, set(images.classes) - {images.model.config.null_class})
         _check_statistics(reference, extractor, num_features, config, measured.notes)
+        if reference.images is not None and _looks_at_images(reference, config):
+            extractor(reference.images[0][None])  # tells now whether it takes images of their size
     _check_counts(config, count, reference)
     if "fid" in config.metrics and count <= num_features:
         measured.notes.append(
@@ -636,7 +691,7 @@ def _npz_writer(path: Path | None, labels_N: Sequence[int], size: int) -> Iterat
         return
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels_N), size, size, 3)}
     # NOTE: not inside of `replacing`, which would take any error of an extractor for one of the disk.
-    begun = path.with_name(f".{path.name}.begun.tmp")
+    begun = temporary_beside(path)
     try:
         # Uncompressed members of a fixed date: ADM's evaluator streams them, and equal images give equal files.
         with zipfile.ZipFile(begun, "w", zipfile.ZIP_STORED) as archive:

@@ -70,7 +70,8 @@ def sample(
     """Write `count` images of each class (all classes by default) as output/NNNNNN-class-C.png, and output/grid.png.
 
     With `seeds`, one image of each class for each of them, as output/seed-S-class-C.png; `count` and `sampling.seed`
-    then say nothing. The classes share a seed, and the same seed is the same image in every folder.
+    then say nothing. The classes share a seed, and the same seed is the same image in every folder, so that no seed and
+    no class may be named twice.
 
     Images that are there already are kept if they were made with the same settings (output/settings.json); other
     settings are an error unless `overwrite`, which deletes the images. Without tokenizer_folder the tokenizer is the
@@ -137,6 +138,12 @@ def open_image_set(
         raise ValueError(
             f"classes {unknown or '(none)'}: expected numbers from 0 to {config.num_classes - 1}, or "
             f"{config.null_class} for no class in particular"
+        )
+    twice = [target for target in classes if classes.count(target) > 1]
+    if seeds is not None and twice:
+        raise ValueError(
+            f"class {twice[0]} is named twice, and with seeds both would be seed-S-class-{twice[0]}.png, the same "
+            "image: name each class once, or take a count instead of seeds for several images of a class"
         )
     classes = order(classes)
     settings = {

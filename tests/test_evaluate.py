@@ -49,6 +49,7 @@ from test_cli import ENVIRONMENT, HMAR_COMMAND, TINY, fail, hmar_here, succeed
 # What the runs of this file have in common; the number of images is enough for every metric.
 SMALL = ("--reference", "digits", "--extractor", "digits", "--kid-subset-size", "40", "--kid-subsets", "5")
 SMALL += ("--batch-size", "8", "--device", "cpu")
+TWO = {"mu": np.zeros(2), "sigma": np.eye(2)}  # a reference of two features
 OWN_EXTRACTOR = """
 import torch
 from torch.nn import functional as F
@@ -733,9 +734,23 @@ def test_a_broken_image_is_named_and_drawn_again(folder, tmp_path):
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "not finite"),
         ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, r"arr_0 of .* is uint8 \(2, 4, 4\), expected images uint8"),
         ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "is float32"),
+        ({"arr_0": np.zeros((0, 4, 4, 3), np.uint8)}, r"arr_0 of .* is uint8 \(0, 4, 4, 3\), expected images uint8"),
         ({"mu": np.array([object()]), "sigma": np.eye(1)}, "Object arrays cannot be loaded"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu is \(0,\) and sigma \(0, 0\), expected"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu is <U1, expected real numbers"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2) + 1j}, "sigma is complex128, expected real numbers"),
+        ({**TWO, "features": np.zeros(2)}, r"features is float64 \(2,\), expected \(N, 2\)"),
+        ({**TWO, "features": np.zeros((5, 3))}, r"features is float64 \(5, 3\), expected \(N, 2\)"),
+        ({**TWO, "features": np.zeros((0, 2))}, r"features is float64 \(0, 2\), expected \(N, 2\)"),
+        ({**TWO, "features": np.array([[1, np.nan], [0, 0]])}, "features holds 1 numbers that are not finite"),
+        ({**TWO, "features": np.full((3, 2), np.inf, np.float32)}, "features holds 6 numbers that are not finite"),
+        ({**TWO, "features": np.zeros((3, 2), bool)}, "features is bool, expected real numbers"),
+        ({**TWO, "features": np.array([[object(), 1]])}, "Object arrays cannot be loaded"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "features": np.zeros((2, 2))}, "features without mu and sigma"),
+        ({**TWO, "extractor": np.array("{")}, "extractor is no JSON object"),
+        ({**TWO, "extractor": np.array("[1]")}, "extractor is no JSON object"),
+        ({**TWO, "extractor": np.zeros(3)}, "extractor is no JSON object"),
     ],
-    ids=["names", "shapes", "nan", "grey", "float", "pickle"],
 )
 def test_files_that_are_no_reference(arrays, message, tmp_path):
     np.savez(tmp_path / "file.npz", **arrays)
@@ -744,6 +759,65 @@ def test_files_that_are_no_reference(arrays, message, tmp_path):
     (tmp_path / "file.npz").write_bytes((tmp_path / "file.npz").read_bytes()[:-30])
     with pytest.raises(ValueError, match="cannot read"):
         open_reference(tmp_path / "file.npz", 16)
+
+
+@pytest.mark.parametrize("name", ["arr_0", "features", "mu"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_arrays_are_read_to_the_end_before_anything_is_drawn(folder, tmp_path, name, compressed):
+    """A file may be whole as an archive and yet have a broken or short array in it."""
+    arrays = {**TWO, "features": np.ones((500, 2)), "arr_0": np.ones((200, 32, 32, 3), np.uint8)}
+    save = np.savez_compressed if compressed else np.savez
+    save(tmp_path / "whole.npz", **arrays)
+    open_reference(tmp_path / "whole.npz", 32)
+    with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
+        place = archive.getinfo(f"{name}.npy")
+    content = bytearray((tmp_path / "whole.npz").read_bytes())
+    content[place.header_offset + 60 + place.compress_size - 10] ^= 255
+    (tmp_path / "broken.npz").write_bytes(content)
+    message = fail(*command_line("none", "--reference", tmp_path / "broken.npz"), cwd=folder)
+    assert f"cannot read {tmp_path / 'broken.npz'}" in message
+    with zipfile.ZipFile(tmp_path / "short.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for other, array in arrays.items():
+            buffer = io.BytesIO()
+            np.save(buffer, array)
+            archive.writestr(f"{other}.npy", buffer.getvalue()[:-8] if other == name else buffer.getvalue())
+    message = fail(*command_line("none", "--reference", tmp_path / "short.npz"), cwd=folder)
+    assert f"{name} has fewer numbers than its shape" in message
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["arr_0", "features", "mu", "sigma"])
+def test_an_array_that_claims_to_be_huge_costs_nothing(tmp_path, name):
+    shapes = {"arr_0": (10**12, 32, 32, 3), "features": (10**13, 2), "mu": (10**14,), "sigma": (10**7, 10**7)}
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        for other, array in {**TWO, name: None}.items():
+            buffer = io.BytesIO()
+            if other == name:
+                descr = "|u1" if name == "arr_0" else "<f8"
+                np.lib.format.write_array_header_1_0(
+                    buffer, {"descr": descr, "fortran_order": False, "shape": shapes[name]}
+                )
+            else:
+                np.save(buffer, array)
+            archive.writestr(f"{other}.npy", buffer.getvalue())
+    with pytest.raises(ValueError, match=f"{name} has fewer numbers than its shape"):
+        open_reference(tmp_path / "huge.npz", 32)
+
+
+def test_images_that_the_extractor_cannot_take_are_refused_before_anything_is_drawn(folder, tmp_path):
+    (tmp_path / "square.py").write_text(
+        "def Squares():\n"
+        "    def look(images):\n"
+        "        if images.shape[2:] != (32, 32):\n"
+        "            raise ValueError('I look at 32 x 32 pixels')\n"
+        "        return images.double().mean((2, 3))\n"
+        "    return look\n"
+    )
+    np.savez(tmp_path / "wide.npz", arr_0=np.zeros((60, 16, 32, 3), np.uint8))
+    more = ("--extractor", f"{tmp_path / 'square.py'}:Squares", "--metrics", "fid")
+    message = fail(*command_line("none", "--reference", tmp_path / "wide.npz", *more), cwd=folder)
+    assert "I look at 32 x 32 pixels" in message
+    assert not (folder / "none").exists()
 
 
 def test_an_array_under_the_name_of_an_archive_is_no_reference(tmp_path):

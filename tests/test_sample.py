@@ -74,6 +74,14 @@ def test_the_same_seed_is_the_same_image_in_every_folder(folder, tmp_path):
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["seed"] == "in the names of the files"
 
 
+def test_a_class_named_twice_gives_two_images_where_they_differ(folder, tmp_path):
+    """Numbered images draw from numbers of their own; with seeds the two would be one image, and one file."""
+    code, err, images = sample(folder, tmp_path / "a", "--classes", "2,2", "--count", "2")
+    assert (code, err) == (0, "")
+    assert set(images) == {f"{number:06d}-class-2.png" for number in range(4)}
+    assert len(set(images.values())) == 4
+
+
 def test_ramps_and_schedules_change_the_images_and_are_noted(folder, tmp_path):
     written = {}
     for ramp in ("linear", "constant", "[0, 0.5, 1]"):
@@ -97,6 +105,10 @@ def test_ramps_and_schedules_change_the_images_and_are_noted(folder, tmp_path):
     [
         (("--seeds", "1,1"), "seeds are [1, 1]: expected different"),
         (("--seeds", "x"), '--seeds is "x": expected numbers'),
+        (
+            ("--seeds", "5", "--classes", "2,3,2"),
+            "class 2 is named twice, and with seeds both would be seed-S-class-2.png",
+        ),
         (("--cfg-ramp", "steep"), "known are linear, constant, cosine"),
         (("--cfg-ramp", "[1, 2]"), "2 factors, but the pyramid (1, 2, 4) has 3"),
         (("--schedule", "even-0"), "known are default, none, one-token, even-N and cosine-N"),
