@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup test test-gpu lint demo bench report clean
+.PHONY: help setup test test-gpu lint demo bench bench-compare report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ demo: $(READY)  ## train tokenizer, HMAR and VAR on digits, write reports/demo
 
 bench:  ## attention benchmarks, in the current Python environment (needs an NVIDIA GPU); ARGS="--impl triton ..."
 	$(PYTHON) -m pytest bench --benchmark-only $(ARGS)
+
+bench-compare:  ## kernels of the working tree against those of a commit: make bench-compare BASE=<git ref>; ARGS="--impl triton ..."
+	$(PYTHON) -m bench.compare "$(BASE)" $(ARGS)
 
 report: $(READY)  ## tables and plots from reports/data
 	$(BIN)/python reports/build.py

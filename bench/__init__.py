@@ -23,5 +23,6 @@ that take a minute to compile at head dim 64 only: 8 to 9 minutes on an H100, es
 two densities in between, and slow rivals everywhere. A rival of your own is a file, `--rival FILE.py` (`rivals.py`).
 
 Read `shapes.py` (what is measured), `rivals.py` (who takes part), `test_attention.py` (how), `conftest.py` (options),
-`results.py` (the raw JSON that `reports/build.py` turns into tables and plots).
+`results.py` (the raw JSON that `reports/build.py` turns into tables and plots), `compare.py` (one commit against
+another).
 """

@@ -5,17 +5,17 @@ Read next: `results.py` (the raw JSON), `supervisor.py` (the process that starts
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import tempfile
 import time
+from argparse import SUPPRESS
 from pathlib import Path
 
 import pytest
 import torch
 
-from . import results, rivals, shapes, supervisor
+from . import options, results, rivals, shapes, supervisor
 from .environment import ceilings, environment
 from .results import Results
 from .subject import DIRECTIONS, Inputs, Subject, device_is_lost, examine, release
@@ -26,28 +26,6 @@ DATA = HERE.parent / "reports" / "data"
 RUN = pytest.StashKey["Run"]()
 
 
-def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
-
-
-def _integers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _names(text)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers and commas, such as 64,128; got {text!r}") from None
-
-
-def _batches(text: str) -> list[int | str]:
-    return [part if part == shapes.ANCHOR else _integers(part)[0] for part in _names(text)]
-
-
-def _directions(text: str) -> list[str]:
-    for name in (names := _names(text)):
-        if name not in DIRECTIONS:
-            raise argparse.ArgumentTypeError(f"unknown direction {name!r}; known are {', '.join(DIRECTIONS)}")
-    return names
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("attention benchmarks", "lists are separated by commas")
 
@@ -55,15 +33,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         group.addoption(name, action="extend", type=kind, metavar="A,B,...", help=help)
 
     group.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the harness on a tiny pyramid")
-    takes_list("--impl", _names, f"default: all but reference; known: {', '.join(rivals.IMPLEMENTATIONS)}")
+    takes_list("--impl", options.names, f"default: all but reference; known: {', '.join(rivals.IMPLEMENTATIONS)}")
     group.addoption("--rival", action="append", default=[], type=Path, metavar="FILE.py", help="see bench/rivals.py")
-    takes_list("--patterns", _names, f"default: {','.join(shapes.PATTERNS)}; known too: window_N")
-    takes_list("--resolutions", _integers, "pixels; default: 256,512,1024")
-    group.addoption("--sides", type=_integers, metavar="N,N,...", help="a pyramid of these sides, not --resolutions")
-    takes_list("--batches", _batches, f"images; default: {shapes.ANCHOR}, that of the resolution")
+    takes_list("--patterns", options.names, f"default: {','.join(shapes.PATTERNS)}; known too: window_N")
+    takes_list("--resolutions", options.integers, "pixels; default: 256,512,1024")
+    group.addoption("--sides", type=options.integers, metavar="N,N,...", help="a pyramid, not --resolutions")
+    takes_list("--batches", options.batches, f"images; default: {shapes.ANCHOR}, that of the resolution")
     group.addoption("--heads", type=int, help="default: those of the resolution, halved at head dim 128")
-    takes_list("--head-dims", _integers, "default: 64,128")
-    takes_list("--directions", _directions, f"default: {','.join(DIRECTIONS)}")
+    takes_list("--head-dims", options.integers, "default: 64,128")
+    takes_list("--directions", options.directions, f"default: {','.join(DIRECTIONS)}")
     group.addoption("--dtype", choices=tuple(shapes.DTYPES), default="bfloat16")
     group.addoption("--full", action="store_true", help="batches 8 and 1, and masks of densities in between, as well")
     group.addoption("--seconds", type=float, default=0.3, help="time to spend on one measurement (default 0.3)")
@@ -79,8 +57,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--patience", type=float, default=300.0, metavar="S", help="kill an implementation silent so long (300 s)"
     )
-    group.addoption("--journal", type=Path, help=argparse.SUPPRESS)
-    group.addoption("--restarted", action="store_true", help=argparse.SUPPRESS)
+    group.addoption("--journal", type=Path, help=SUPPRESS)
+    group.addoption("--restarted", action="store_true", help=SUPPRESS)
 
 
 class Run:
@@ -236,9 +214,9 @@ class Run:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
     """Measure in a process of its own, and start it again where an implementation took it down."""
-    option = config.option
+    chosen = config.option
     elsewhere = ("help", "version", "collectonly", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
-    if option.journal or any(getattr(option, name, False) for name in elsewhere):
+    if chosen.journal or any(getattr(chosen, name, False) for name in elsewhere):
         return None
     run = Run(config)
     if run.missing:
@@ -246,7 +224,7 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
     command = ["-m", "pytest", *config.invocation_params.args]
     with tempfile.TemporaryDirectory() as folder:
         journal = run.journal(Path(folder).resolve()).absolute()
-        if not getattr(option, "continue"):
+        if not getattr(chosen, "continue"):
             journal.unlink(missing_ok=True)
         return supervisor.supervise(command, journal, run.patience, config.invocation_params.dir)
 

@@ -109,7 +109,7 @@ class Results:
         self.write(complete=False)
 
     def add(self, row: dict) -> None:
-        self.rows[key_of(row)] = _rounded(row)
+        self.rows[key_of(row)] = rounded(row)
         self.running = [other for other in self.running if key_of(other) != key_of(row)]
         self.write(complete=False)
 
@@ -133,8 +133,8 @@ class Results:
             partial.unlink(missing_ok=True)
 
 
-def _rounded(value):
+def rounded(value):
     """Six significant digits are more than any of these is known to."""
     if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
+        return {k: rounded(v) for k, v in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

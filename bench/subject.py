@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -69,6 +70,10 @@ class Subject:
     def backward(self, graph: tuple[torch.Tensor, tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         out, leaves = graph
         return torch.autograd.grad(out, leaves, self.inputs.do)
+
+    def timed(self, direction: str) -> tuple[Callable, Callable]:
+        """(call, prepare): call(prepare()) is one round of a measurement, and only the call is timed."""
+        return (self.forward, self.leaves) if direction == "forward" else (self.backward, self.graph)
 
     def give_up(self, error: BaseException) -> None:
         self.attend = None

@@ -29,7 +29,7 @@ def test_attention(benchmark, run, inputs, subject, direction):
 def measure(benchmark, run, subject, direction):
     """Time one direction of a subject that has passed its check, and add it to the results."""
     stopwatch, cell = run.stopwatch, subject.inputs.cell
-    call, prepare = (subject.forward, subject.leaves) if direction == "forward" else (subject.backward, subject.graph)
+    call, prepare = subject.timed(direction)
     host_seconds = stopwatch.host_seconds(call, prepare)
     overhead_seconds = stopwatch.overhead_seconds(call, prepare)
     estimate = stopwatch.seconds(call, prepare)

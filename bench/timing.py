@@ -104,15 +104,19 @@ class Stopwatch:
     def seconds(self, call: Callable, prepare: Callable[[], object] = lambda: None, repeats: int = 3) -> float:
         """Median time of a few rounds, by the method of the measured ones."""
         host = self.host_seconds(call, prepare, repeats=2)
+        return statistics.median(self.samples(call, prepare, host, repeats))
+
+    def samples(self, call: Callable, prepare: Callable[[], object], host_seconds: float, rounds: int) -> list[float]:
+        """Times of single rounds of a call that takes the host `host_seconds`."""
         samples = []
-        for _ in range(repeats):
+        for _ in range(rounds):
             argument = prepare()
-            self.pause(host)
+            self.pause(host_seconds)
             start = self.clock()
             result = call(argument)
             samples.append(self.clock() - start)
             del result
-        return statistics.median(samples)
+        return samples
 
 
 def quantile(samples: list[float], q: float) -> float:

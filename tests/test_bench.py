@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import conftest, rivals, shapes, subject, supervisor, timing, work
+from bench import conftest, options, rivals, shapes, subject, supervisor, timing, work
 from bench.check import CheckFailed, Oracle, forward_backward
 from bench.results import Results
 from bench.rivals import IMPLEMENTATIONS, Implementation
@@ -604,9 +604,9 @@ def test_the_supervisor_goes_on_after_a_crash(tmp_path, acts, status, recorded):
 @pytest.mark.parametrize(
     ("parse", "text", "message"),
     [
-        (conftest._integers, "64,x", "expected integers and commas, such as 64,128; got '64,x'"),
-        (conftest._batches, "anker", "expected integers and commas"),
-        (conftest._directions, "forward,sideways", "unknown direction 'sideways'; known are forward, backward"),
+        (options.integers, "64,x", "expected integers and commas, such as 64,128; got '64,x'"),
+        (options.batches, "anker", "expected integers and commas"),
+        (options.directions, "forward,sideways", "unknown direction 'sideways'; known are forward, backward"),
     ],
 )
 def test_a_malformed_list_is_explained(parse, text, message):
@@ -615,14 +615,14 @@ def test_a_malformed_list_is_explained(parse, text, message):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("choice", "message"),
     [
         (("--impl", "flashier"), "unknown implementation 'flashier'; known are reference, triton"),
         (("--directions", "sideways"), "known are forward, backward"),
     ],
 )
-def test_a_mistyped_option_is_explained(options, message):
-    done = bench("--device", "cpu", *options)
+def test_a_mistyped_option_is_explained(choice, message):
+    done = bench("--device", "cpu", *choice)
     assert done.returncode == 4
     assert message in done.stdout + done.stderr
 
