@@ -6,7 +6,13 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
+#ifdef HMAR_HOPPER
+#include "hopper.h"
+#endif
 #include "launch.h"
 
 namespace py = pybind11;
@@ -79,6 +85,93 @@ void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uin
       "attention_forward");
 }
 
+#ifdef HMAR_HOPPER
+using View = std::pair<uintptr_t, StrideTuple>;  // address and strides
+
+hmar::HopperTensor tensor(const View& view) { return {pointer<const void>(view.first), strides(view.second)}; }
+
+// What every pass is told, in this order: bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start,
+// key_end, scale.
+using ShapeTuple = std::tuple<bool, int, int, int, int, int, uintptr_t, uintptr_t, float>;
+// Of the plan of the pass: jobs, num_jobs, next_item.
+using PlanTuple = std::tuple<uintptr_t, int, uintptr_t>;
+
+hmar::HopperShape hopper_shape(const ShapeTuple& shape, const PlanTuple& plan) {
+  const auto [bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale] = shape;
+  const auto [jobs, num_jobs, next_item] = plan;
+  return {bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
+          head_dim,
+          batch_size,
+          num_heads,
+          num_queries,
+          num_keys,
+          pointer<const int32_t>(key_start),
+          pointer<const int32_t>(key_end),
+          pointer<const int32_t>(jobs),
+          num_jobs,
+          pointer<int32_t>(next_item),
+          scale};
+}
+
+void hopper_forward(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
+                    const View& out, uintptr_t lse, float logit_bound, int device, uintptr_t stream) {
+  const DeviceGuard guard(device);
+  DeviceGuard::check(hmar::launch_hopper_forward(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v),
+                                                 tensor(out), pointer<float>(lse), logit_bound,
+                                                 reinterpret_cast<cudaStream_t>(stream)),
+                     "hopper_forward");
+}
+
+void hopper_dq(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
+               const View& out, const View& d_out, uintptr_t lse, uintptr_t d_lse, const View& dq, uintptr_t statistics,
+               int device, uintptr_t stream) {
+  const DeviceGuard guard(device);
+  DeviceGuard::check(
+      hmar::launch_hopper_dq(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v), tensor(out), tensor(d_out),
+                             pointer<const float>(lse), pointer<const float>(d_lse), tensor(dq),
+                             pointer<hmar::RowStatistics>(statistics), reinterpret_cast<cudaStream_t>(stream)),
+      "hopper_dq");
+}
+
+void hopper_dkdv(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
+                 const View& d_out, uintptr_t statistics, const View& dk, const View& dv, int device, uintptr_t stream) {
+  const DeviceGuard guard(device);
+  DeviceGuard::check(hmar::launch_hopper_dkdv(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v),
+                                              tensor(d_out), pointer<const hmar::RowStatistics>(statistics), tensor(dk),
+                                              tensor(dv), reinterpret_cast<cudaStream_t>(stream)),
+                     "hopper_dkdv");
+}
+
+// (head dim, warpgroups, columns a block, stages, row stages, overlap, blocks an SM) of each kernel of a pass.
+py::list hopper_tiles(const std::vector<hmar::HopperTile>& tiles) {
+  py::list rows;
+  for (const auto& tile : tiles) {
+    rows.append(py::make_tuple(tile.head_dim, tile.groups, tile.block_cols, tile.stages, tile.row_stages, tile.overlap,
+                               tile.blocks_per_sm));
+  }
+  return rows;
+}
+
+std::string hopper_load_error(int device) {
+  const DeviceGuard guard(device);
+  const cudaError_t error = hmar::load_hopper();
+  if (error == cudaSuccess) return "";
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+void bind_hopper(py::module_& module) {
+  module.attr("hopper_forward_tiles") = hopper_tiles(hmar::hopper_forward_tiles());
+  module.attr("hopper_dq_tiles") = hopper_tiles(hmar::hopper_dq_tiles());
+  module.attr("hopper_dkdv_tiles") = hopper_tiles(hmar::hopper_dkdv_tiles());
+  module.def("hopper_forward", &hopper_forward);
+  module.def("hopper_dq", &hopper_dq);
+  module.def("hopper_dkdv", &hopper_dkdv);
+  module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
+             "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
+}
+#endif
+
 std::string load_error(int device) {
   const DeviceGuard guard(device);
   const cudaError_t error = hmar::load_attention_forward();
@@ -106,6 +199,9 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("batch_size"), py::arg("num_heads"), py::arg("num_queries"), py::arg("num_tiles"),
              py::arg("head_dim"), py::arg("tile_rows"), py::arg("bfloat16"), py::arg("scale"), py::arg("device"),
              py::arg("stream"), "Puts the forward kernel on a stream; raises RuntimeError when the launch fails.");
+#ifdef HMAR_HOPPER
+  bind_hopper(module);
+#endif
   module.def("load_error", &load_error, py::arg("device"),
              "Why this build cannot run on a device (no code for its architecture, ...); empty when it can.");
 }

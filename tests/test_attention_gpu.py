@@ -10,7 +10,7 @@ from hmar_kernels.attention import api
 pytestmark = pytest.mark.gpu
 
 MASKS = small_masks()
-OURS = ["triton", "cuda"]
+OURS = ["triton", "cuda", "hopper"]
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -60,9 +60,13 @@ def test_custom_op_passes_opcheck(impl):
     mask = pyramid_mask("block_causal", 256)
     q, k, v, *_ = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
     skip_unless_available(impl, (q, k, v), mask)
-    tensors, tiles = api._plan_arguments(impl, mask, q.device, 64, q.dtype)
-    operator = {"triton": api._attention_triton, "cuda": api._attention_cuda}[impl]
-    torch.library.opcheck(operator, (*(x.requires_grad_() for x in (q, k, v)), *tensors, tiles, 0.3))
+    if impl == "hopper":
+        operator, rest = api._attention_hopper, (*api._job_arguments(mask, q.device, 64), 0.3, 40.0)
+    else:
+        operator = {"triton": api._attention_triton, "cuda": api._attention_cuda}[impl]
+        rest = (*api._plan_arguments(impl, mask, q.device, 64, q.dtype), 0.3)
+    tensors, *numbers = rest
+    torch.library.opcheck(operator, (*(x.requires_grad_() for x in (q, k, v)), *tensors, *numbers))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

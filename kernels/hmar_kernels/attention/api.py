@@ -12,10 +12,10 @@ from dataclasses import astuple, replace
 import torch
 
 from ..mask import SpanMask
-from . import cuda, flex, reference, triton, varlen
+from . import cuda, flex, hopper, reference, triton, varlen
 from .plan import TilePlan
 
-IMPLEMENTATIONS = ("reference", "triton", "cuda", "flex", "varlen")
+IMPLEMENTATIONS = ("reference", "triton", "cuda", "hopper", "flex", "varlen")
 """Names that `attention(..., impl=...)` takes beside "auto"."""
 
 
@@ -26,6 +26,7 @@ def attention(
     mask: SpanMask,
     *,
     scale: float | None = None,
+    logit_bound: float | None = None,
     impl: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +37,8 @@ def attention(
         k, v: [B, H, Lk, D], any strides, of q's dtype and device.
         mask: SpanMask of Lq queries and Lk keys.
         scale: positive factor on the logits; default 1 / sqrt(D).
+        logit_bound: a promise that no |scale q.k| is larger, as for normalised q and k; lets impl="hopper" leave out
+            the running maximum where the bound is at most 69 and the dtype bfloat16. A broken promise gives NaN.
         impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises; `choose` tells what "auto"
             takes and why.
         return_lse: also return the log-sum-exp of each query's logits; differentiable, but for impl="varlen", whose
@@ -52,6 +55,9 @@ def attention(
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
+    logit_bound = math.inf if logit_bound is None else float(logit_bound)
+    if not logit_bound >= 0:
+        raise ValueError(f"logit_bound must be a number from 0, or None when nothing is known, got {logit_bound}")
     if impl == "auto":
         impl, _ = choose(q, k, v, mask)
     else:
@@ -65,6 +71,9 @@ def attention(
         tensors, tiles = _plan_arguments(impl, mask, q.device, head_dim, q.dtype)
         attend = _attention_triton if impl == "triton" else _attention_cuda
         out, lse = attend(q, k, v, *tensors, tiles, scale)
+    elif impl == "hopper":
+        tensors, tiles = _job_arguments(mask, q.device, head_dim)
+        out, lse = _attention_hopper(q, k, v, *tensors, tiles, scale, logit_bound)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
     elif impl == "varlen":
@@ -92,6 +101,8 @@ def unavailable(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ma
         return triton.unavailable(q.device, q.dtype, q.shape[-1])
     if impl == "cuda":
         return cuda.unavailable(q, k, v)
+    if impl == "hopper":
+        return hopper.unavailable(q, k, v)
     if impl == "flex":
         return flex.unavailable(q.device, q.dtype, q.shape[-1])
     if impl == "varlen":
@@ -144,6 +155,13 @@ def _plan_arguments(
     plan = triton.make_plan(mask, tiles, device)
     tensors = [plan.key_start, plan.key_end, plan.forward.tiles, plan.dq.tiles, plan.dkdv.tiles]
     return tensors, [n for tile in (tiles.forward, tiles.dq, tiles.dkdv) for n in astuple(tile)]
+
+
+@torch.compiler.assume_constant_result
+def _job_arguments(mask: SpanMask, device: torch.device, head_dim: int) -> tuple[list[torch.Tensor], list[int]]:
+    tiles = hopper.select_tiles(head_dim, mask)
+    plans = hopper.make_plans(mask, tiles, device)
+    return [*mask.intervals(device), *(plan.jobs for plan in plans)], hopper.tile_numbers(head_dim, tiles)
 
 
 def _unpack_plan(key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles: list[int]) -> triton.AttentionPlan:
@@ -239,3 +257,66 @@ def _backward(ctx, do, dlse):
 
 for _operator in (_attention_triton, _attention_cuda):
     _operator.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("hmar_kernels::attention_hopper", mutates_args=())
+def _attention_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_start: torch.Tensor,
+    key_end: torch.Tensor,
+    forward_jobs: torch.Tensor,
+    dq_jobs: torch.Tensor,
+    dkdv_jobs: torch.Tensor,
+    tiles: list[int],
+    scale: float,
+    logit_bound: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return hopper.forward(q, k, v, key_start, key_end, forward_jobs, tiles[0], scale, logit_bound)
+
+
+@_attention_hopper.register_fake
+def _(q, k, v, key_start, key_end, forward_jobs, dq_jobs, dkdv_jobs, tiles, scale, logit_bound):
+    return triton.empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hmar_kernels::attention_hopper_backward", mutates_args=())
+def _attention_hopper_backward(
+    do: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_start: torch.Tensor,
+    key_end: torch.Tensor,
+    dq_jobs: torch.Tensor,
+    dkdv_jobs: torch.Tensor,
+    tiles: list[int],
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return hopper.backward(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, dkdv_jobs, *tiles[1:], scale)
+
+
+@_attention_hopper_backward.register_fake
+def _(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, dkdv_jobs, tiles, scale):
+    return triton.empty_rows_like(q), triton.empty_rows_like(k), triton.empty_rows_like(v)
+
+
+def _save_for_hopper_backward(ctx, inputs, output):
+    q, k, v, key_start, key_end, _, dq_jobs, dkdv_jobs, tiles, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, key_start, key_end, dq_jobs, dkdv_jobs)
+    ctx.tiles, ctx.scale = tiles, scale
+    ctx.set_materialize_grads(False)
+
+
+def _hopper_backward(ctx, do, dlse):
+    q, k, v, out, lse, *plan = ctx.saved_tensors
+    do = torch.zeros_like(out) if do is None else do
+    gradients = _attention_hopper_backward(do, dlse, q, k, v, out, lse, *plan, ctx.tiles, ctx.scale)
+    return (*gradients, None, None, None, None, None, None, None, None)
+
+
+_attention_hopper.register_autograd(_hopper_backward, setup_context=_save_for_hopper_backward)

@@ -138,3 +138,84 @@ def _cut(start: np.ndarray, end: np.ndarray, exact: bool, block_rows: int, block
         cut.append((row, best[row][1]))
         row = best[row][1]
     return cut
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """Tiles for kernels whose blocks have several warpgroups of 64 rows each that share their columns (csrc/hopper*).
+
+    Attributes:
+        jobs: int32 [num_jobs, fields] on the kernel's device, as csrc/hopper_params.h names the fields: the first
+            column and the number of column blocks, then for each warpgroup its rows, the blocks of which it sees a
+            column and the blocks of which all its rows see all columns. Fields are padded to a multiple of four.
+        groups, block_cols: what the plan was made for.
+    """
+
+    jobs: torch.Tensor
+    groups: int
+    block_cols: int
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self.jobs)
+
+
+GROUP_ROWS = 64
+NUM_JOB_FIELDS, NUM_GROUP_FIELDS = 2, 6
+
+
+def query_jobs(mask: SpanMask, groups: int, block_cols: int, device: torch.device | str) -> JobPlan:
+    """Rows are queries, columns are keys: the forward and the dq pass."""
+    return mask.cached(
+        ("query_jobs", groups, block_cols, str(device)),
+        lambda: _job_plan(mask.key_start.numpy(), mask.key_end.numpy(), True, groups, block_cols, device),
+    )
+
+
+def key_jobs(mask: SpanMask, groups: int, block_cols: int, device: torch.device | str) -> JobPlan:
+    """Rows are keys, columns are queries: the dk/dv pass."""
+    return mask.cached(
+        ("key_jobs", groups, block_cols, str(device)),
+        lambda: _job_plan(
+            mask.query_start.numpy(), mask.query_end.numpy(), mask.has_exact_transpose, groups, block_cols, device
+        ),
+    )
+
+
+def _job_plan(
+    start: np.ndarray, end: np.ndarray, exact: bool, groups: int, block_cols: int, device: torch.device | str
+) -> JobPlan:
+    tiles = [
+        _tile(start, end, exact, a, b, block_cols) for a, b in _cut(start, end, exact, GROUP_ROWS * groups, block_cols)
+    ]
+    tiles.sort(key=lambda tile: -_work(tile, block_cols))
+    num_fields = math.ceil((NUM_JOB_FIELDS + NUM_GROUP_FIELDS * groups) / 4) * 4
+    jobs = np.zeros((len(tiles), num_fields), dtype=np.int32)
+    for job, (row_begin, row_end, col_begin, col_end, _, _) in zip(jobs, tiles, strict=True):
+        fields = [col_begin, math.ceil((col_end - col_begin) / block_cols)]
+        for group in range(groups):
+            a = min(row_begin + group * GROUP_ROWS, row_end)
+            b = min(a + GROUP_ROWS, row_end)
+            if a == b:  # nothing to do, but the row where loads begin must be one that exists
+                fields += [row_begin, row_begin, 0, 0, 0, 0]
+            else:
+                fields += [a, b, *_blocks(start[a:b], end[a:b], exact, col_begin, block_cols)]
+        job[: len(fields)] = fields
+    return JobPlan(torch.from_numpy(jobs).to(device), groups, block_cols)
+
+
+def _blocks(
+    starts: np.ndarray, ends: np.ndarray, exact: bool, first: int, block_cols: int
+) -> tuple[int, int, int, int]:
+    """Blocks, counted from column `first`, of which the rows see a column, and of which all rows see all columns."""
+    seeing = ends > starts
+    if not seeing.any():
+        return 0, 0, 0, 0
+    begin = (int(starts[seeing].min()) - first) // block_cols
+    end = math.ceil((int(ends[seeing].max()) - first) / block_cols)
+    if exact and seeing.all():
+        full_begin = math.ceil((int(starts.max()) - first) / block_cols)
+        full_end = (int(ends.min()) - first) // block_cols
+        if full_end > full_begin:
+            return begin, end, full_begin, full_end
+    return begin, end, begin, begin

@@ -1,0 +1,210 @@
+// Instances of the Hopper kernels and their launch. Everything else is in hopper_*.cuh.
+#include "hopper.h"
+
+#include <cuda.h>
+
+#include "hopper_backward_dkdv.cuh"
+#include "hopper_backward_dq.cuh"
+#include "hopper_forward.cuh"
+
+namespace hmar {
+namespace {
+
+template <class Params>
+struct Instance {
+  HopperTile tile;
+  void (*float16)(Params);
+  void (*bfloat16)(Params);
+  int num_threads;
+};
+
+// head dim, warpgroups, columns a block, stages, (forward: overlap; backward: row stages), blocks an SM
+template <int kHeadDim, int kGroups, int kBlockN, int kStages, Overlap kOverlap, int kBlocksPerSM>
+constexpr Instance<HopperForwardParams> forward() {
+  using Half = HopperForwardTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kOverlap, kBlocksPerSM>;
+  using Brain = HopperForwardTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kOverlap, kBlocksPerSM>;
+  return {{kHeadDim, kGroups, kBlockN, kStages, Half::kRowStages, int(kOverlap), kBlocksPerSM,
+           sizeof(typename Half::Shared)},
+          hopper_forward_kernel<Half>, hopper_forward_kernel<Brain>, Half::kNumThreads};
+}
+
+template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, int kBlocksPerSM>
+constexpr Instance<HopperDqParams> dq() {
+  using Half = HopperDqTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
+  using Brain = HopperDqTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
+  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
+          hopper_dq_kernel<Half>, hopper_dq_kernel<Brain>, Half::kNumThreads};
+}
+
+template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, int kBlocksPerSM>
+constexpr Instance<HopperDkdvParams> dkdv() {
+  using Half = HopperDkdvTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
+  using Brain = HopperDkdvTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
+  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
+          hopper_dkdv_kernel<Half>, hopper_dkdv_kernel<Brain>, Half::kNumThreads};
+}
+
+const Instance<HopperForwardParams> FORWARD[] = {
+    forward<64, 2, 64, 4, Overlap::kNone, 2>(),    forward<64, 1, 64, 3, Overlap::kNone, 4>(),
+    forward<64, 1, 64, 4, Overlap::kNone, 3>(),    forward<64, 3, 64, 4, Overlap::kOutput, 1>(),
+    forward<64, 2, 64, 4, Overlap::kBoth, 1>(),    forward<64, 3, 128, 2, Overlap::kNone, 1>(),
+    forward<64, 3, 128, 2, Overlap::kOutput, 1>(), forward<64, 2, 128, 3, Overlap::kOutput, 1>(),
+    forward<128, 2, 128, 2, Overlap::kNone, 1>(),  forward<128, 2, 128, 2, Overlap::kOutput, 1>(),
+    forward<128, 2, 64, 3, Overlap::kOutput, 1>(),
+};
+const Instance<HopperDqParams> DQ[] = {
+    dq<64, 3, 64, 4, 2, 1>(), dq<64, 2, 64, 4, 2, 1>(), dq<64, 2, 128, 3, 1, 1>(), dq<128, 2, 64, 2, 1, 1>(),
+};
+const Instance<HopperDkdvParams> DKDV[] = {
+    dkdv<64, 2, 64, 4, 2, 1>(), dkdv<64, 1, 64, 3, 1, 2>(), dkdv<128, 2, 64, 2, 1, 1>(),
+};
+
+template <class Params, size_t kCount>
+std::vector<HopperTile> tiles_of(const Instance<Params> (&instances)[kCount]) {
+  std::vector<HopperTile> tiles;
+  for (const auto& instance : instances) tiles.push_back(instance.tile);
+  return tiles;
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+cudaError_t find_encoder(EncodeTiled* encode) {
+  static const EncodeTiled found = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const auto error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+#else
+    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
+                                                                         : nullptr;
+  }();
+  *encode = found;
+  return found == nullptr ? cudaErrorSymbolNotFound : cudaSuccess;
+}
+
+// A tensor [batch, head, length, head_dim] that the copy engine reads in boxes of `box_rows` rows and 64 columns.
+cudaError_t describe(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor, int length, int box_rows) {
+  EncodeTiled encode;
+  const cudaError_t error = find_encoder(&encode);
+  if (error != cudaSuccess) return error;
+  const auto bytes = [](int64_t stride, int size) { return size > 1 ? uint64_t(2 * stride) : uint64_t{16}; };
+  const cuuint64_t sizes[] = {cuuint64_t(shape.head_dim), cuuint64_t(length), cuuint64_t(shape.num_heads),
+                              cuuint64_t(shape.batch_size)};
+  const cuuint64_t strides[] = {bytes(tensor.strides.row, length), bytes(tensor.strides.head, shape.num_heads),
+                                bytes(tensor.strides.batch, shape.batch_size)};
+  const cuuint32_t box[] = {kPanelColumns, cuuint32_t(box_rows), 1, 1}, steps[] = {1, 1, 1, 1};
+  static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
+  const CUresult result = encode(
+      reinterpret_cast<CUtensorMap*>(map),
+      shape.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      const_cast<void*>(tensor.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+HopperWork work_of(const HopperShape& shape) {
+  return {shape.key_start,
+          shape.key_end,
+          shape.jobs,
+          shape.next_item,
+          shape.num_jobs,
+          shape.num_jobs * shape.batch_size * shape.num_heads,
+          shape.num_heads,
+          shape.num_queries,
+          shape.num_keys,
+          shape.scale};
+}
+
+template <class Params>
+cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, Params& params, cudaStream_t stream) {
+  const int num_items = params.work.num_items;
+  if (num_items == 0) return cudaSuccess;
+  int device, num_sms;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  const void* kernel =
+      reinterpret_cast<const void*>(shape.dtype == DType::kBFloat16 ? instance.bfloat16 : instance.float16);
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.tile.shared_bytes);
+  }
+  if (error == cudaSuccess) error = cudaMemsetAsync(params.work.next_item, 0, sizeof(int32_t), stream);
+  if (error != cudaSuccess) return error;
+  const int resident = num_sms * instance.tile.blocks_per_sm;
+  void* arguments[] = {&params};
+  return cudaLaunchKernel(kernel, num_items < resident ? num_items : resident, instance.num_threads, arguments,
+                          instance.tile.shared_bytes, stream);
+}
+
+template <class Params, size_t kCount>
+const Instance<Params>* find(const Instance<Params> (&instances)[kCount], int tile, const HopperShape& shape) {
+  const bool known = tile >= 0 && tile < int(kCount) && instances[tile].tile.head_dim == shape.head_dim;
+  return known ? &instances[tile] : nullptr;
+}
+
+}  // namespace
+
+std::vector<HopperTile> hopper_forward_tiles() { return tiles_of(FORWARD); }
+std::vector<HopperTile> hopper_dq_tiles() { return tiles_of(DQ); }
+std::vector<HopperTile> hopper_dkdv_tiles() { return tiles_of(DKDV); }
+
+cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
+                                  HopperTensor out, float* lse, float logit_bound, cudaStream_t stream) {
+  const auto* instance = find(FORWARD, tile, shape);
+  if (instance == nullptr) return cudaErrorInvalidValue;
+  HopperForwardParams params{};
+  cudaError_t error = describe(&params.q, shape, q, shape.num_queries, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.k, shape, k, shape.num_keys, instance->tile.block_cols);
+  if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, instance->tile.block_cols);
+  if (error != cudaSuccess) return error;
+  params.out = const_cast<void*>(out.data), params.out_strides = out.strides;
+  params.lse = lse, params.logit_bound = logit_bound;
+  params.work = work_of(shape);
+  return launch(*instance, shape, params, stream);
+}
+
+cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
+                             HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse, HopperTensor dq,
+                             RowStatistics* statistics, cudaStream_t stream) {
+  const auto* instance = find(DQ, tile, shape);
+  if (instance == nullptr) return cudaErrorInvalidValue;
+  HopperDqParams params{};
+  cudaError_t error = describe(&params.q, shape, q, shape.num_queries, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.d_out, shape, d_out, shape.num_queries, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.k, shape, k, shape.num_keys, instance->tile.block_cols);
+  if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, instance->tile.block_cols);
+  if (error != cudaSuccess) return error;
+  params.out = out.data, params.out_strides = out.strides;
+  params.lse = lse, params.d_lse = d_lse;
+  params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
+  params.statistics = statistics;
+  params.work = work_of(shape);
+  return launch(*instance, shape, params, stream);
+}
+
+cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
+                               HopperTensor d_out, const RowStatistics* statistics, HopperTensor dk, HopperTensor dv,
+                               cudaStream_t stream) {
+  const auto* instance = find(DKDV, tile, shape);
+  if (instance == nullptr) return cudaErrorInvalidValue;
+  HopperDkdvParams params{};
+  cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.q, shape, q, shape.num_queries, instance->tile.block_cols);
+  if (error == cudaSuccess) error = describe(&params.d_out, shape, d_out, shape.num_queries, instance->tile.block_cols);
+  if (error != cudaSuccess) return error;
+  params.statistics = statistics;
+  params.dk = const_cast<void*>(dk.data), params.dk_strides = dk.strides;
+  params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;
+  params.work = work_of(shape);
+  return launch(*instance, shape, params, stream);
+}
+
+cudaError_t load_hopper() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(FORWARD[0].bfloat16));
+}
+
+}  // namespace hmar

@@ -1,0 +1,57 @@
+// Host side of the Hopper kernels: which tiles there are, and their launch. Implemented by hopper.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <vector>
+
+#include "hopper_params.h"
+
+namespace hmar {
+
+// One compiled kernel, for both dtypes. Its index in the list of its pass names it.
+struct HopperTile {
+  int head_dim;
+  int groups;      // warpgroups that compute, 64 rows each
+  int block_cols;  // columns a block
+  int stages;      // blocks in shared memory
+  int row_stages;  // jobs whose rows are in shared memory
+  int overlap;     // forward only, see hopper_forward.cuh
+  int blocks_per_sm;
+  int shared_bytes;
+};
+
+struct HopperTensor {
+  const void* data;
+  Strides strides;
+};
+
+// What all passes are told: shapes, and the plan of the pass.
+struct HopperShape {
+  DType dtype;
+  int head_dim, batch_size, num_heads, num_queries, num_keys;
+  const int32_t* key_start;
+  const int32_t* key_end;
+  const int32_t* jobs;
+  int32_t num_jobs;
+  int32_t* next_item;  // any four bytes: set to zero before the launch
+  float scale;
+};
+
+std::vector<HopperTile> hopper_forward_tiles();
+std::vector<HopperTile> hopper_dq_tiles();
+std::vector<HopperTile> hopper_dkdv_tiles();
+
+cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
+                                  HopperTensor out, float* lse, float logit_bound, cudaStream_t stream);
+cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
+                             HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse, HopperTensor dq,
+                             RowStatistics* statistics, cudaStream_t stream);
+cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
+                               HopperTensor d_out, const RowStatistics* statistics, HopperTensor dk, HopperTensor dv,
+                               cudaStream_t stream);
+
+// Whether this build has code for the current device.
+cudaError_t load_hopper();
+
+}  // namespace hmar

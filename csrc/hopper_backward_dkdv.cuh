@@ -1,0 +1,184 @@
+// Block-sparse attention backward for sm_90a, second pass: dk and dv.
+//
+//   p_ij = exp(scale q_i . k_j - lse[i]);   dv[j] = sum_i p_ij do_i
+//   ds_ij = p_ij (do_i . v_j - delta[i]);   dk[j] = scale sum_i ds_ij q_i
+//
+// A warpgroup owns 64 keys, whose logits it computes transposed, so that probabilities leave one product's accumulator as
+// the next one's operand. Queries, do and their statistics come block by block. No atomics: bit-equal from run to run.
+#pragma once
+
+#include "hopper_tile.cuh"
+
+namespace hmar {
+
+template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
+struct HopperDkdvTile {
+  static constexpr DType kType = kType_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr int kRowStages = kRowStages_, kBlocksPerSM = kBlocksPerSM_;
+
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;
+  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
+
+  struct Shared {
+    alignas(1024) uint8_t k[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dk
+    alignas(1024) uint8_t v[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dv
+    alignas(1024) uint8_t q[kStages][kPanels][kBlockPanelBytes];
+    alignas(1024) uint8_t d_out[kStages][kPanels][kBlockPanelBytes];
+    alignas(16) RowStatistics statistics[kStages][kBlockN];
+    Barrier rows_full[kRowStages], rows_empty[kRowStages];
+    Barrier q_full[kStages], d_out_full[kStages], empty[kStages];
+    JobSlot<kGroups> slot[kRowStages];
+  };
+};
+
+template <class Tile>
+__device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typename Tile::Shared& shared) {
+  RingPosition<Tile::kRowStages> rows;
+  RingPosition<Tile::kStages> ring;
+  const int lane = threadIdx.x % 32;
+  for (int item = blockIdx.x;; rows.advance()) {
+    barrier_wait(shared.rows_empty[rows.stage], rows.parity ^ 1);
+    auto& slot = shared.slot[rows.stage];
+    if (!fetch_job(slot, params.work, item)) {
+      if (lane == 0) barrier_arrive(shared.rows_full[rows.stage]);
+      return;
+    }
+    const int batch_head = slot.head;
+    const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
+    if (lane == 0) {
+      barrier_arrive_expecting(shared.rows_full[rows.stage], 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
+#pragma unroll
+      for (int group = 0; group < Tile::kGroups; ++group) {
+        const int row = group_row_begin(slot, group);
+        load_panels<Tile::kPanels>(shared.k[rows.stage][group], params.k, shared.rows_full[rows.stage], row, head, batch);
+        load_panels<Tile::kPanels>(shared.v[rows.stage][group], params.v, shared.rows_full[rows.stage], row, head, batch);
+      }
+    }
+    const RowStatistics* statistics = params.statistics + static_cast<int64_t>(batch_head) * params.work.num_queries;
+    const int num_blocks = slot.job[NUM_BLOCKS];
+    for (int block = 0, row = slot.job[COLUMN_BEGIN]; block < num_blocks; ++block, ring.advance(), row += Tile::kBlockN) {
+      barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      if (lane == 0) {
+        barrier_arrive_expecting(shared.q_full[ring.stage], Tile::kPanels * Tile::kBlockPanelBytes);
+        load_panels<Tile::kPanels>(shared.q[ring.stage], params.q, shared.q_full[ring.stage], row, head, batch);
+        barrier_arrive_expecting(shared.d_out_full[ring.stage], Tile::kPanels * Tile::kBlockPanelBytes);
+        load_panels<Tile::kPanels>(shared.d_out[ring.stage], params.d_out, shared.d_out_full[ring.stage], row, head, batch);
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kBlockN; i += 32) {
+        const int query = row + i + lane;
+        const bool valid = query < params.work.num_queries;
+        cp_async_8(shared_address(&shared.statistics[ring.stage][i + lane]), statistics + (valid ? query : 0), valid);
+      }
+      barrier_arrive_after_cp_async(shared.q_full[ring.stage]);
+      __syncwarp();
+    }
+    item = take_item(params.work);
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void compute_dkdv(const HopperDkdvParams& params, typename Tile::Shared& shared) {
+  constexpr int kLogits = Tile::kBlockN / 2;
+  const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
+  const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
+  const float scale_log2 = params.work.scale * kLog2E;
+  RingPosition<Tile::kRowStages> row_ring;
+  RingPosition<Tile::kStages> ring;
+  const auto skip = [&](int num_blocks) {
+    for (int i = 0; i < num_blocks; ++i, ring.advance()) {
+      barrier_wait(shared.q_full[ring.stage], ring.parity);
+      barrier_wait(shared.d_out_full[ring.stage], ring.parity);
+      release(shared.empty[ring.stage]);
+    }
+  };
+
+  for (;; row_ring.advance()) {
+    barrier_wait(shared.rows_full[row_ring.stage], row_ring.parity);
+    const auto& slot = shared.slot[row_ring.stage];
+    const int batch_head = slot.head;
+    if (batch_head < 0) return;
+    const GroupJob job(slot, group);
+    uint8_t* k = shared.k[row_ring.stage][group][0];
+    uint8_t* v = shared.v[row_ring.stage][group][0];
+    float dk[Tile::kHeadDim / 2], dv[Tile::kHeadDim / 2];
+    set_zero(dk), set_zero(dv);
+
+    skip(job.block_begin);
+    int last_stage = -1;  // of the block whose products for dk and dv are under way
+    uint32_t p[Tile::kBlockN / 16][4], ds[Tile::kBlockN / 16][4];
+    float s[kLogits], dp[kLogits];
+    for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
+      barrier_wait(shared.q_full[ring.stage], ring.parity);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, k, shared.q[ring.stage][0]);
+      barrier_wait(shared.d_out_full[ring.stage], ring.parity);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(dp, v, shared.d_out[ring.stage][0]);
+      wgmma_wait<1>();
+      if (last_stage >= 0) release(shared.empty[last_stage]);
+      if (job.masked(block)) {
+        mask_keys(s, params.work, job.column_begin + block * Tile::kBlockN, job.row_begin + first_row);
+      }
+      // Two neighbouring queries: lse, delta, lse, delta.
+      const auto* statistics = reinterpret_cast<const float4*>(shared.statistics[ring.stage]) + lane % 4;
+#pragma unroll
+      for (int n = 0; n < kLogits / 4; ++n) {
+        const float4 two = statistics[4 * n];
+#pragma unroll
+        for (int i = 4 * n; i < 4 * n + 4; ++i) s[i] = exp2_approx(fmaf(s[i], scale_log2, -(i % 2 == 0 ? two.x : two.z)));
+      }
+      pack_operands<Tile::kType>(p, s);
+      issue_columns_product<Tile::kType>(dv, p, shared.d_out[ring.stage][0]);
+      wgmma_wait<1>();
+#pragma unroll
+      for (int n = 0; n < kLogits / 4; ++n) {
+        const float4 two = statistics[4 * n];
+#pragma unroll
+        for (int i = 4 * n; i < 4 * n + 4; ++i) s[i] *= dp[i] - (i % 2 == 0 ? two.y : two.w);
+      }
+      pack_operands<Tile::kType>(ds, s);
+      issue_columns_product<Tile::kType>(dk, ds, shared.q[ring.stage][0]);
+      last_stage = ring.stage;
+    }
+    wgmma_wait<0>();
+    if (last_stage >= 0) release(shared.empty[last_stage]);
+    skip(job.num_blocks - job.block_end);
+
+    group_sync(group);
+    const float dk_factor[2] = {params.work.scale, params.work.scale}, dv_factor[2] = {1.0f, 1.0f};
+    store_rows<Tile::kType>(dk, dk_factor, k, Tile::kGroupPanelBytes,
+                            rows_of(params.dk, params.dk_strides, params.work, batch_head, job.row_begin),
+                            params.dk_strides.row, job.num_rows);
+    store_rows<Tile::kType>(dv, dv_factor, v, Tile::kGroupPanelBytes,
+                            rows_of(params.dv, params.dv_strides, params.work, batch_head, job.row_begin),
+                            params.dv_strides.row, job.num_rows);
+    fence_async_proxy();
+    release(shared.rows_empty[row_ring.stage]);
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
+    hopper_dkdv_kernel(const __grid_constant__ HopperDkdvParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Tile::kGroups;
+    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_empty, kWarps);
+    barriers_init(shared.q_full, 1 + 32);  // the copy engine's arrival, and every lane's for the statistics
+    barriers_init(shared.d_out_full, 1), barriers_init(shared.empty, kWarps);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x >= Tile::kGroups * kGroupThreads) {
+    give_registers<Registers<Tile::kGroups, Tile::kBlocksPerSM>::kFetch>();
+    if (threadIdx.x < Tile::kGroups * kGroupThreads + 32) fetch_dkdv<Tile>(params, shared);
+  } else {
+    take_registers<Registers<Tile::kGroups, Tile::kBlocksPerSM>::kCompute>();
+    compute_dkdv<Tile>(params, shared);
+  }
+}
+
+}  // namespace hmar

@@ -1,0 +1,204 @@
+// Block-sparse attention backward for sm_90a, first pass: dq, and what the second pass needs of every query.
+//
+//   delta[i] = sum_d out_id do_id - dlse[i];   p_ij = exp(scale q_i . k_j - lse[i])
+//   ds_ij = p_ij (do_i . v_j - delta[i]);      dq[i] = scale sum_j ds_ij k_j
+//
+// Built as the forward is: a warpgroup owns 64 queries and sees keys block by block; no atomics, so the result is bit-equal
+// from run to run. The product with k runs on while the next block's logits and do v^T are computed.
+// Read next: hopper_backward_dkdv.cuh.
+#pragma once
+
+#include "hopper_tile.cuh"
+
+namespace hmar {
+
+template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
+struct HopperDqTile {
+  static constexpr DType kType = kType_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr int kRowStages = kRowStages_, kBlocksPerSM = kBlocksPerSM_;
+
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;
+  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
+
+  struct Shared {
+    alignas(1024) uint8_t q[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dq
+    alignas(1024) uint8_t d_out[kRowStages][kGroups][kPanels][kGroupPanelBytes];
+    alignas(1024) uint8_t k[kStages][kPanels][kBlockPanelBytes];
+    alignas(1024) uint8_t v[kStages][kPanels][kBlockPanelBytes];
+    RowStatistics statistics[kGroups][kGroupRows];
+    Barrier rows_full[kRowStages], rows_empty[kRowStages];
+    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    JobSlot<kGroups> slot[kRowStages];
+  };
+};
+
+template <class Tile>
+__device__ __forceinline__ void fetch_dq(const HopperDqParams& params, typename Tile::Shared& shared) {
+  RingPosition<Tile::kRowStages> rows;
+  RingPosition<Tile::kStages> ring;
+  const bool leader = threadIdx.x % 32 == 0;
+  for (int item = blockIdx.x;; rows.advance()) {
+    barrier_wait(shared.rows_empty[rows.stage], rows.parity ^ 1);
+    auto& slot = shared.slot[rows.stage];
+    if (!fetch_job(slot, params.work, item)) {
+      if (leader) barrier_arrive(shared.rows_full[rows.stage]);
+      return;
+    }
+    if (leader) {
+      const int head = slot.head % params.work.num_heads, batch = slot.head / params.work.num_heads;
+      barrier_arrive_expecting(shared.rows_full[rows.stage], 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
+#pragma unroll
+      for (int group = 0; group < Tile::kGroups; ++group) {
+        const int row = group_row_begin(slot, group);
+        load_panels<Tile::kPanels>(shared.q[rows.stage][group], params.q, shared.rows_full[rows.stage], row, head, batch);
+        load_panels<Tile::kPanels>(shared.d_out[rows.stage][group], params.d_out, shared.rows_full[rows.stage], row, head,
+                                   batch);
+      }
+      for (int block = 0; block < slot.job[NUM_BLOCKS]; ++block, ring.advance()) {
+        const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
+        barrier_wait(shared.k_empty[ring.stage], ring.parity ^ 1);
+        barrier_arrive_expecting(shared.k_full[ring.stage], Tile::kPanels * Tile::kBlockPanelBytes);
+        load_panels<Tile::kPanels>(shared.k[ring.stage], params.k, shared.k_full[ring.stage], row, head, batch);
+        barrier_wait(shared.v_empty[ring.stage], ring.parity ^ 1);
+        barrier_arrive_expecting(shared.v_full[ring.stage], Tile::kPanels * Tile::kBlockPanelBytes);
+        load_panels<Tile::kPanels>(shared.v[ring.stage], params.v, shared.v_full[ring.stage], row, head, batch);
+      }
+    }
+    __syncwarp();
+    item = take_item(params.work);
+  }
+}
+
+// Sums out * do over the columns of this warp's rows; writes their statistics to global and shared memory.
+template <class Tile>
+__device__ __forceinline__ void sum_rows(const HopperDqParams& params, const GroupJob& job, int batch_head,
+                                         const uint8_t (*d_out)[Tile::kGroupPanelBytes], RowStatistics* statistics) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
+  const auto* out = static_cast<const uint16_t*>(params.out) +
+                    batch_head / params.work.num_heads * params.out_strides.batch +
+                    batch_head % params.work.num_heads * params.out_strides.head +
+                    job.row_begin * params.out_strides.row + lane % 8 * 8;
+  const int64_t first_query = static_cast<int64_t>(batch_head) * params.work.num_queries + job.row_begin;
+#pragma unroll
+  for (int pass = 0; pass < 4; ++pass) {
+    const int row = first_row + 4 * pass + lane / 8;
+    float sum = 0.0f;
+    if (row < job.num_rows) {
+#pragma unroll
+      for (int panel = 0; panel < Tile::kPanels; ++panel) {
+        const uint4 a = *reinterpret_cast<const uint4*>(out + row * params.out_strides.row + panel * kPanelColumns);
+        const uint4 b = *reinterpret_cast<const uint4*>(d_out[panel] + swizzled_chunk(row, lane % 8));
+        sum += dot<Tile::kType>(a.x, b.x) + dot<Tile::kType>(a.y, b.y) + dot<Tile::kType>(a.z, b.z) +
+               dot<Tile::kType>(a.w, b.w);
+      }
+    }
+#pragma unroll
+    for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (lane % 8 == 0) {
+      RowStatistics row_statistics{INFINITY, 0.0f};
+      if (row < job.num_rows) {
+        const float lse = params.lse[first_query + row];
+        if (lse != -INFINITY) row_statistics.lse_log2 = lse * kLog2E;
+        row_statistics.delta = sum - (params.d_lse == nullptr ? 0.0f : params.d_lse[first_query + row]);
+        params.statistics[first_query + row] = row_statistics;
+      }
+      statistics[row] = row_statistics;
+    }
+  }
+  __syncwarp();
+}
+
+template <class Tile>
+__device__ __forceinline__ void compute_dq(const HopperDqParams& params, typename Tile::Shared& shared) {
+  constexpr int kLogits = Tile::kBlockN / 2;
+  const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
+  const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
+  const float scale_log2 = params.work.scale * kLog2E;
+  RingPosition<Tile::kRowStages> row_ring;
+  RingPosition<Tile::kStages> ring;
+  const auto skip = [&](int num_blocks) {
+    for (int i = 0; i < num_blocks; ++i, ring.advance()) {
+      barrier_wait(shared.k_full[ring.stage], ring.parity);
+      release(shared.k_empty[ring.stage]);
+      barrier_wait(shared.v_full[ring.stage], ring.parity);
+      release(shared.v_empty[ring.stage]);
+    }
+  };
+
+  for (;; row_ring.advance()) {
+    barrier_wait(shared.rows_full[row_ring.stage], row_ring.parity);
+    const auto& slot = shared.slot[row_ring.stage];
+    const int batch_head = slot.head;
+    if (batch_head < 0) return;
+    const GroupJob job(slot, group);
+    uint8_t* q = shared.q[row_ring.stage][group][0];
+    const uint8_t* d_out = shared.d_out[row_ring.stage][group][0];
+    sum_rows<Tile>(params, job, batch_head, shared.d_out[row_ring.stage][group], shared.statistics[group]);
+    const RowStatistics statistics[2] = {shared.statistics[group][first_row], shared.statistics[group][first_row + 8]};
+    RowIntervals intervals;
+    intervals.load(params.work, job, first_row);
+    float dq[Tile::kHeadDim / 2];
+    set_zero(dq);
+
+    skip(job.block_begin);
+    int last_stage = -1;  // of the block whose product with k is under way
+    uint32_t ds[Tile::kBlockN / 16][4];
+    float s[kLogits], dp[kLogits];
+    for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
+      barrier_wait(shared.k_full[ring.stage], ring.parity);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+      barrier_wait(shared.v_full[ring.stage], ring.parity);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(dp, d_out, shared.v[ring.stage][0]);
+      wgmma_wait<1>();
+      if (last_stage >= 0) release(shared.k_empty[last_stage]);
+      if (job.masked(block)) intervals.apply(s, job.column_begin + block * Tile::kBlockN);
+#pragma unroll
+      for (int i = 0; i < kLogits; ++i) s[i] = exp2_approx(fmaf(s[i], scale_log2, -statistics[i / 2 % 2].lse_log2));
+      wgmma_wait<0>();
+      release(shared.v_empty[ring.stage]);
+#pragma unroll
+      for (int i = 0; i < kLogits; ++i) s[i] *= dp[i] - statistics[i / 2 % 2].delta;
+      pack_operands<Tile::kType>(ds, s);
+      issue_columns_product<Tile::kType>(dq, ds, shared.k[ring.stage][0]);
+      last_stage = ring.stage;
+    }
+    wgmma_wait<0>();
+    if (last_stage >= 0) release(shared.k_empty[last_stage]);
+    skip(job.num_blocks - job.block_end);
+
+    group_sync(group);
+    const float factor[2] = {params.work.scale, params.work.scale};
+    store_rows<Tile::kType>(dq, factor, q, Tile::kGroupPanelBytes,
+                            rows_of(params.dq, params.dq_strides, params.work, batch_head, job.row_begin),
+                            params.dq_strides.row, job.num_rows);
+    fence_async_proxy();
+    release(shared.rows_empty[row_ring.stage]);
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
+    hopper_dq_kernel(const __grid_constant__ HopperDqParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Tile::kGroups;
+    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_empty, kWarps);
+    barriers_init(shared.k_full, 1), barriers_init(shared.k_empty, kWarps);
+    barriers_init(shared.v_full, 1), barriers_init(shared.v_empty, kWarps);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x >= Tile::kGroups * kGroupThreads) {
+    give_registers<Registers<Tile::kGroups, Tile::kBlocksPerSM>::kFetch>();
+    if (threadIdx.x < Tile::kGroups * kGroupThreads + 32) fetch_dq<Tile>(params, shared);
+  } else {
+    take_registers<Registers<Tile::kGroups, Tile::kBlocksPerSM>::kCompute>();
+    compute_dq<Tile>(params, shared);
+  }
+}
+
+}  // namespace hmar

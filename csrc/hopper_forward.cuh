@@ -1,0 +1,346 @@
+// Block-sparse attention forward for sm_90a: copy engine, wgmma, one fetching warp, persistent blocks.
+//
+//   out[i] = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(scale q_i . k_j),   key_start[i] <= j < key_end[i]
+//   lse[i] = ln sum_j p_ij;   a row without keys has out = 0 and lse = -inf
+//
+// A warpgroup owns 64 queries. What its matrix units do while it exponentiates a block is one of Overlap. Where logits are bounded, exp2 needs no
+// offset: float32 and bfloat16 hold 2^-100 to 2^100 and any sum of these; otherwise the running maximum is
+// followed lazily. In float32: logits, probabilities until they meet v, accumulator, sums, lse.
+#pragma once
+
+#include "hopper_tile.cuh"
+
+namespace hmar {
+
+// Largest |logit| in log2 units for which no offset is needed.
+constexpr float kBoundedLog2 = 100.0f;
+
+// Products of a warpgroup that run while it exponentiates block b. More overlap takes more registers.
+enum class Overlap {
+  kNone,    // none: other warpgroups fill the gaps
+  kOutput,  // p v of block b - 1
+  kBoth,    // also q k^T of block b + 1, into a second set of logits
+};
+
+template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, Overlap kOverlap_, int kBlocksPerSM_>
+struct HopperForwardTile {
+  static constexpr DType kType = kType_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr Overlap kOverlap = kOverlap_;
+  static constexpr int kBlocksPerSM = kBlocksPerSM_;
+  static constexpr int kRowStages = 2;
+
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;  // 64 rows of one panel
+  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
+
+  struct Shared {
+    alignas(1024) uint8_t q[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of the output
+    alignas(1024) uint8_t k[kStages][kPanels][kBlockPanelBytes];
+    alignas(1024) uint8_t v[kStages][kPanels][kBlockPanelBytes];
+    Barrier q_full[kRowStages], q_empty[kRowStages];
+    Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    JobSlot<kGroups> slot[kRowStages];
+  };
+};
+
+template <class Tile>
+__device__ __forceinline__ void fetch_forward(const HopperForwardParams& params, typename Tile::Shared& shared) {
+  RingPosition<Tile::kRowStages> rows;
+  RingPosition<Tile::kStages> ring;
+  const bool leader = threadIdx.x % 32 == 0;
+  for (int item = blockIdx.x;; rows.advance()) {
+    barrier_wait(shared.q_empty[rows.stage], rows.parity ^ 1);
+    auto& slot = shared.slot[rows.stage];
+    if (!fetch_job(slot, params.work, item)) {
+      if (leader) barrier_arrive(shared.q_full[rows.stage]);
+      return;
+    }
+    const int head = slot.head % params.work.num_heads, batch = slot.head / params.work.num_heads;
+    const int column_begin = slot.job[COLUMN_BEGIN], num_blocks = slot.job[NUM_BLOCKS];
+    if (leader) {
+      barrier_arrive_expecting(shared.q_full[rows.stage], Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
+#pragma unroll
+      for (int group = 0; group < Tile::kGroups; ++group) {
+        load_panels<Tile::kPanels>(shared.q[rows.stage][group], params.q, shared.q_full[rows.stage],
+                                   group_row_begin(slot, group), head, batch);
+      }
+      for (int block = 0; block < num_blocks; ++block, ring.advance()) {
+        const int row = column_begin + block * Tile::kBlockN;
+        barrier_wait(shared.k_empty[ring.stage], ring.parity ^ 1);
+        barrier_arrive_expecting(shared.k_full[ring.stage], Tile::kPanels * Tile::kBlockPanelBytes);
+        load_panels<Tile::kPanels>(shared.k[ring.stage], params.k, shared.k_full[ring.stage], row, head, batch);
+        barrier_wait(shared.v_empty[ring.stage], ring.parity ^ 1);
+        barrier_arrive_expecting(shared.v_full[ring.stage], Tile::kPanels * Tile::kBlockPanelBytes);
+        load_panels<Tile::kPanels>(shared.v[ring.stage], params.v, shared.v_full[ring.stage], row, head, batch);
+      }
+    }
+    __syncwarp();
+    item = take_item(params.work);
+  }
+}
+
+// What a warpgroup knows while it works on a job.
+template <class Tile>
+struct ForwardRows {
+  static constexpr int kLogits = Tile::kBlockN / 2;  // registers
+  static constexpr int kSteps = Tile::kBlockN / 16;
+  // The accumulator is rescaled when a row's largest probability would exceed 2^8: sums in float32 and probabilities up
+  // to 256 in 16 bits lose nothing, and after the first block it is rare.
+  static constexpr float kRescaleAbove = 8.0f;
+
+  float o[Tile::kHeadDim / 2];
+  float row_sum[2], row_max[2];  // log2 units; the sums are of this thread's columns only
+  RowIntervals intervals;
+  float scale_log2;
+
+  __device__ __forceinline__ void start() {
+    set_zero(o);
+    row_sum[0] = row_sum[1] = 0.0f;
+    row_max[0] = row_max[1] = -INFINITY;
+  }
+
+  // s = exp2(scale_log2 s - offset), its sum; returns by which factor what was summed before must be multiplied.
+  template <bool kBounded>
+  __device__ __forceinline__ void exponentiate(float (&s)[kLogits], float (&factor)[2]) {
+    factor[0] = factor[1] = 1.0f;
+    if constexpr (!kBounded) {
+      float block_max[2];
+      bool grows = false;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = fmaxf(s[2 * half], s[2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < kLogits / 4; ++n) x = fmaxf(x, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+        block_max[half] = x * scale_log2;
+        grows |= block_max[half] > row_max[half] + kRescaleAbove;
+      }
+      if (__any_sync(0xffffffffu, grows)) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          // NOTE: each row decides for itself, so that its bits do not depend on its neighbours in the tile.
+          if (block_max[half] > row_max[half] + kRescaleAbove) {
+            factor[half] = exp2_approx(row_max[half] - block_max[half]);
+            row_max[half] = block_max[half];
+            row_sum[half] *= factor[half];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float offset = kBounded || row_max[half] == -INFINITY ? 0.0f : row_max[half];
+      float sum[2] = {};
+#pragma unroll
+      for (int n = 0; n < kLogits / 4; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = s[4 * n + 2 * half + c];
+          x = exp2_approx(kBounded ? x * scale_log2 : fmaf(x, scale_log2, -offset));
+          sum[c] += x;
+        }
+      }
+      row_sum[half] += sum[0] + sum[1];
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+    if (__any_sync(0xffffffffu, factor[0] != 1.0f || factor[1] != 1.0f)) {
+#pragma unroll
+      for (int n = 0; n < Tile::kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) o[4 * n + c] *= factor[c / 2];
+      }
+    }
+  }
+};
+
+template <class Tile, bool kBounded>
+__device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& job, typename Tile::Shared& shared,
+                                       const uint8_t* q, RingPosition<Tile::kStages>& ring) {
+  uint32_t p[Tile::kBlockN / 16][4];
+  float factor[2];
+  if constexpr (Tile::kOverlap == Overlap::kNone) {
+    float s[Tile::kBlockN / 2];
+    for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
+      barrier_wait(shared.k_full[ring.stage], ring.parity);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+      wgmma_wait<0>();
+      release(shared.k_empty[ring.stage]);
+      if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
+      rows.template exponentiate<kBounded>(s, factor);
+      if constexpr (!kBounded) rows.rescale(factor);
+      pack_operands<Tile::kType>(p, s);
+      barrier_wait(shared.v_full[ring.stage], ring.parity);
+      issue_columns_product<Tile::kType>(rows.o, p, shared.v[ring.stage][0]);
+      wgmma_wait<0>();
+      release(shared.v_empty[ring.stage]);
+    }
+  } else if constexpr (Tile::kOverlap == Overlap::kOutput) {
+    if (job.block_begin >= job.block_end) return;
+    float s[Tile::kBlockN / 2];
+    barrier_wait(shared.k_full[ring.stage], ring.parity);
+    issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+    wgmma_wait<0>();
+    release(shared.k_empty[ring.stage]);
+    if (job.masked(job.block_begin)) rows.intervals.apply(s, job.column_begin + job.block_begin * Tile::kBlockN);
+    rows.template exponentiate<kBounded>(s, factor);  // the accumulator is zero: nothing to rescale
+    pack_operands<Tile::kType>(p, s);
+    RingPosition<Tile::kStages> last = ring;
+    ring.advance();
+    for (int block = job.block_begin + 1; block < job.block_end; ++block, last = ring, ring.advance()) {
+      barrier_wait(shared.k_full[ring.stage], ring.parity);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+      barrier_wait(shared.v_full[last.stage], last.parity);
+      issue_columns_product<Tile::kType>(rows.o, p, shared.v[last.stage][0]);
+      wgmma_wait<1>();
+      release(shared.k_empty[ring.stage]);
+      if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
+      rows.template exponentiate<kBounded>(s, factor);
+      wgmma_wait<0>();
+      release(shared.v_empty[last.stage]);
+      if constexpr (!kBounded) rows.rescale(factor);
+      pack_operands<Tile::kType>(p, s);
+    }
+    barrier_wait(shared.v_full[last.stage], last.parity);
+    issue_columns_product<Tile::kType>(rows.o, p, shared.v[last.stage][0]);
+    wgmma_wait<0>();
+    release(shared.v_empty[last.stage]);
+  } else {
+    if (job.block_begin >= job.block_end) return;
+    float s0[Tile::kBlockN / 2], s1[Tile::kBlockN / 2];
+    RingPosition<Tile::kStages> ahead = ring;  // of the block whose logits are computed
+    int last_stage = -1;                       // of the block whose output is under way
+    const auto start_logits = [&](float(&s)[Tile::kBlockN / 2]) {
+      barrier_wait(shared.k_full[ahead.stage], ahead.parity);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ahead.stage][0]);
+    };
+    const auto finish_logits = [&] {
+      release(shared.k_empty[ahead.stage]);
+      ahead.advance();
+    };
+    // Exponentiates `s` while the logits of the next block and the output of the last one are computed.
+    const auto step = [&](float(&s)[Tile::kBlockN / 2], float(&next)[Tile::kBlockN / 2], int block, auto more) {
+      if constexpr (more) start_logits(next);
+      if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
+      rows.template exponentiate<kBounded>(s, factor);
+      wgmma_wait<more ? 1 : 0>();
+      if (last_stage >= 0) release(shared.v_empty[last_stage]);
+      if constexpr (!kBounded) rows.rescale(factor);
+      pack_operands<Tile::kType>(p, s);
+      barrier_wait(shared.v_full[ring.stage], ring.parity);
+      issue_columns_product<Tile::kType>(rows.o, p, shared.v[ring.stage][0]);
+      last_stage = ring.stage;
+      ring.advance();
+      if constexpr (more) {
+        wgmma_wait<1>();
+        finish_logits();
+      }
+    };
+    struct Yes { __device__ constexpr operator bool() const { return true; } };
+    struct No { __device__ constexpr operator bool() const { return false; } };
+    start_logits(s0);
+    wgmma_wait<0>();
+    finish_logits();
+    int block = job.block_begin;
+    for (; block + 2 < job.block_end; block += 2) {
+      step(s0, s1, block, Yes{});
+      step(s1, s0, block + 1, Yes{});
+    }
+    if (block + 1 < job.block_end) {
+      step(s0, s1, block, Yes{});
+      step(s1, s0, block + 1, No{});
+    } else {
+      step(s0, s1, block, No{});
+    }
+    wgmma_wait<0>();
+    release(shared.v_empty[last_stage]);
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void compute_forward(const HopperForwardParams& params, typename Tile::Shared& shared) {
+  constexpr int kWarpRows = 16;
+  const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
+  const int first_row = threadIdx.x % kGroupThreads / 32 * kWarpRows + lane / 4;
+  RingPosition<Tile::kRowStages> row_ring;
+  RingPosition<Tile::kStages> ring;
+  ForwardRows<Tile> rows;
+  rows.scale_log2 = params.work.scale * kLog2E;
+  const bool bounded = Tile::kType == DType::kBFloat16 && params.logit_bound * kLog2E <= kBoundedLog2;
+  const auto skip = [&](int num_blocks) {
+    for (int i = 0; i < num_blocks; ++i, ring.advance()) {
+      barrier_wait(shared.k_full[ring.stage], ring.parity);
+      release(shared.k_empty[ring.stage]);
+      barrier_wait(shared.v_full[ring.stage], ring.parity);
+      release(shared.v_empty[ring.stage]);
+    }
+  };
+
+  for (;; row_ring.advance()) {
+    barrier_wait(shared.q_full[row_ring.stage], row_ring.parity);
+    const auto& slot = shared.slot[row_ring.stage];
+    const int batch_head = slot.head;
+    if (batch_head < 0) return;
+    const GroupJob job(slot, group);
+    uint8_t* q = shared.q[row_ring.stage][group][0];
+    rows.start();
+    rows.intervals.load(params.work, job, first_row);
+    skip(job.block_begin);
+    if (bounded) {
+      attend<Tile, true>(rows, job, shared, q, ring);
+    } else {
+      attend<Tile, false>(rows, job, shared, q, ring);
+    }
+    skip(job.num_blocks - job.block_end);
+
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = rows.row_sum[half];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int row = first_row + 8 * half;
+      if (lane % 4 == 0 && row < job.num_rows) {
+        const float offset = bounded ? 0.0f : rows.row_max[half];
+        params.lse[static_cast<int64_t>(batch_head) * params.work.num_queries + job.row_begin + row] =
+            sum == 0.0f ? -INFINITY : (offset + log2f(sum)) * kLn2;
+      }
+    }
+    // The output takes the place of the group's queries, which no product reads any more.
+    group_sync(group);
+    store_rows<Tile::kType>(rows.o, inverse, q, Tile::kGroupPanelBytes,
+                            rows_of(params.out, params.out_strides, params.work, batch_head, job.row_begin),
+                            params.out_strides.row, job.num_rows);
+    fence_async_proxy();
+    release(shared.q_empty[row_ring.stage]);
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
+    hopper_forward_kernel(const __grid_constant__ HopperForwardParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Tile::kGroups;
+    barriers_init(shared.q_full, 1), barriers_init(shared.q_empty, kWarps);
+    barriers_init(shared.k_full, 1), barriers_init(shared.k_empty, kWarps);
+    barriers_init(shared.v_full, 1), barriers_init(shared.v_empty, kWarps);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (threadIdx.x >= Tile::kGroups * kGroupThreads) {
+    give_registers<Registers<Tile::kGroups, Tile::kBlocksPerSM>::kFetch>();
+    if (threadIdx.x < Tile::kGroups * kGroupThreads + 32) fetch_forward<Tile>(params, shared);
+  } else {
+    take_registers<Registers<Tile::kGroups, Tile::kBlocksPerSM>::kCompute>();
+    compute_forward<Tile>(params, shared);
+  }
+}
+
+}  // namespace hmar

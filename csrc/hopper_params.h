@@ -1,0 +1,78 @@
+// What the Hopper kernels are told: plain structs, filled by hopper.cu and passed by value. Next: hopper_tile.cuh.
+#pragma once
+
+#include "params.h"
+
+namespace hmar {
+
+// cuda.h's CUtensorMap, named here so that no CUDA header is needed to compile the kernels.
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+// A job of a plan: what the warpgroups of a block do together. Rows are queries in the forward and dq passes, keys in the
+// dk/dv pass; columns are the others. Block b holds the columns from COLUMN_BEGIN + b * kBlockN on.
+enum JobField {
+  COLUMN_BEGIN,
+  NUM_BLOCKS,
+  GROUP_FIELDS,  // one GroupField after the other for each warpgroup
+};
+enum GroupField {
+  ROW_BEGIN_OF_GROUP,  // its rows, at most 64
+  ROW_END_OF_GROUP,
+  BLOCK_BEGIN,         // blocks of which it sees a column
+  BLOCK_END,
+  FULL_BLOCK_BEGIN,    // blocks of which all its rows see all columns
+  FULL_BLOCK_END,
+  NUM_GROUP_FIELDS,
+};
+template <int kGroups>
+constexpr int kJobInts = (GROUP_FIELDS + NUM_GROUP_FIELDS * kGroups + 3) / 4 * 4;
+
+// What the passes share. One item is one job of one (batch, head); items of one head follow each other.
+struct HopperWork {
+  const int32_t* key_start;  // [Lq]
+  const int32_t* key_end;    // [Lq]
+  const int32_t* jobs;       // [num_jobs, kJobInts]
+  int32_t* next_item;        // zero at the launch: items beyond the first of each block are taken from here
+  int32_t num_jobs, num_items, num_heads;
+  int32_t num_queries, num_keys;
+  float scale;
+};
+
+struct HopperForwardParams {
+  TensorMap q, k, v;  // boxes of 64 rows (q) and kBlockN rows (k, v), 64 columns
+  void* out;          // [B, H, Lq, D]
+  Strides out_strides;
+  float* lse;         // [B, H, Lq], contiguous
+  float logit_bound;  // no |scale q k| is larger; infinity when nothing is known
+  HopperWork work;
+};
+
+// Of a query: the log-sum-exp of its logits in log2 units (+inf for one without keys), and sum(out * do) - dlse.
+struct RowStatistics {
+  float lse_log2, delta;
+};
+
+struct HopperDqParams {
+  TensorMap q, k, v, d_out;
+  const void* out;
+  Strides out_strides;
+  const float* lse;
+  const float* d_lse;         // [B, H, Lq], contiguous; null for zeros
+  void* dq;
+  Strides dq_strides;
+  RowStatistics* statistics;  // [B, H, Lq], written for the dk/dv pass
+  HopperWork work;
+};
+
+struct HopperDkdvParams {
+  TensorMap q, k, v, d_out;
+  const RowStatistics* statistics;
+  void* dk;
+  void* dv;
+  Strides dk_strides, dv_strides;
+  HopperWork work;
+};
+
+}  // namespace hmar

@@ -1,0 +1,214 @@
+// The instructions of sm_90a that the Hopper kernels are made of: mbarriers, the copy engine (TMA), wgmma.
+//
+// Tiles in shared memory are panels of 64 columns: rows of 128 bytes, whose 16-byte chunk c lies at c ^ (row % 8), as the
+// copy engine's 128-byte swizzle leaves them; panels begin at multiples of 1024 bytes. `wgmma` reads them through 64-bit
+// descriptors (PTX ISA, "Matrix descriptor"). With g = lane / 4 and t = lane % 4, warp w of a warpgroup holds of a
+// 64 x N accumulator d the rows 16 w + g and 16 w + g + 8:
+//   d[4 n + c]      row g,      column 8 n + 2 t + c
+//   d[4 n + 2 + c]  row g + 8,  column 8 n + 2 t + c
+// and of a 64 x 16 operand in registers a[0], a[1], a[2], a[3] as in mma.m16n8k16 (ptx.cuh).
+#pragma once
+
+#include "hopper_params.h"
+#include "ptx.cuh"
+
+namespace hmar {
+
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
+
+// The registers of each thread from here on; called by all warps of a warpgroup.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// --- mbarriers -----------------------------------------------------------------------------------------------------
+
+using Barrier = uint64_t;
+
+__device__ __forceinline__ void barrier_init(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(&barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Arrives, and makes the phase wait for so many bytes of the copy engine too.
+__device__ __forceinline__ void barrier_arrive_expecting(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(&barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Arrives once this thread's cp_async copies so far are complete.
+__device__ __forceinline__ void barrier_arrive_after_cp_async(Barrier& barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(shared_address(&barrier)) : "memory");
+}
+
+// Returns when the phase of this parity is complete. A barrier that was never used has completed parity 1.
+__device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra.uni finished;\n"
+      "bra.uni again;\n"
+      "finished:\n}\n" ::"r"(shared_address(&barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and of wgmma.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// The place of a ring of kStages buffers that a loop has come to.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// --- copy engine ---------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
+// One box of a tensor [batch, head, row, column] to `dst`; its bytes count on `barrier`. What lies outside reads as zero.
+__device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int column, int row,
+                                         int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];\n" ::"r"(shared_address(dst)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// Eight bytes from global to shared memory; zeros, and nothing read, where `valid` is false.
+__device__ __forceinline__ void cp_async_8(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared::cta.global [%0], [%1], 8, %2;\n" ::"r"(dst), "l"(src), "r"(valid ? 8 : 0)
+               : "memory");
+}
+
+// The two numbers that pack made one word of.
+template <DType kType>
+__device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high) {
+  if constexpr (kType == DType::kFloat16) {
+    asm("{\n.reg .f16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
+        : "=f"(low), "=f"(high)
+        : "r"(packed));
+  } else {
+    low = __uint_as_float(packed << 16);
+    high = __uint_as_float(packed & 0xffff0000u);
+  }
+}
+
+// --- wgmma ---------------------------------------------------------------------------------------------------------
+
+// Descriptor of panels that are read along their rows (the summed dimension runs along the 64 columns): `K-major`.
+__device__ __forceinline__ uint64_t row_descriptor(const uint8_t* panel) {
+  const uint64_t address = (shared_address(panel) & 0x3ffff) >> 4;
+  return address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// Descriptor of panels that are read along their columns (the summed dimension runs down the rows): `MN-major`.
+// `panel_bytes` from one panel of 64 columns to the next.
+__device__ __forceinline__ uint64_t column_descriptor(const uint8_t* panel, int panel_bytes) {
+  const uint64_t address = (shared_address(panel) & 0x3ffff) >> 4;
+  return address | uint64_t(panel_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// A descriptor so many bytes further on.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }
+
+// Waits until at most kPending of the latest groups are under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+}
+
+// The operands of an accumulator of 32 and of 64 registers.
+#define HMAR_F8(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define HMAR_F32(d, i) HMAR_F8(d, i), HMAR_F8(d, i + 8), HMAR_F8(d, i + 16), HMAR_F8(d, i + 24)
+#define HMAR_F64(d) HMAR_F32(d, 0), HMAR_F32(d, 32)
+#define HMAR_D32                                                                                                    \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31}"
+#define HMAR_D64                                                                                                    \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+
+#define HMAR_WGMMA_SHARED(N, TYPE, D, A, B, P, T, ...)                                                                 \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE \
+               " " D ", " A ", " B ", p, 1, 1, 0, " T ";\n}\n"                                                         \
+               : __VA_ARGS__                                                                                           \
+               : "l"(a), "l"(b), "r"(int(accumulate)), "n"(int(kColumns)))
+
+// d (64 x N, N = 2 kRegisters) = a b, added to what d holds when `accumulate`. a: 64 x 16 in shared memory, read along its
+// rows. b: 16 x N in shared memory, read along its rows (a tile of N rows) or, with kColumns, down its columns (of 16 rows).
+template <DType kType, bool kColumns, int kRegisters>
+__device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kRegisters == 32 || kRegisters == 64);
+  if constexpr (kRegisters == 32 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_SHARED("64", "bf16", HMAR_D32, "%32", "%33", "%34", "%35", HMAR_F32(d, 0));
+  } else if constexpr (kRegisters == 32) {
+    HMAR_WGMMA_SHARED("64", "f16", HMAR_D32, "%32", "%33", "%34", "%35", HMAR_F32(d, 0));
+  } else if constexpr (kType == DType::kBFloat16) {
+    HMAR_WGMMA_SHARED("128", "bf16", HMAR_D64, "%64", "%65", "%66", "%67", HMAR_F64(d));
+  } else {
+    HMAR_WGMMA_SHARED("128", "f16", HMAR_D64, "%64", "%65", "%66", "%67", HMAR_F64(d));
+  }
+}
+
+#define HMAR_WGMMA_REGISTERS(N, TYPE, D, A, B, P, T, ...)                                                              \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE \
+               " " D ", " A ", " B ", p, 1, 1, " T ";\n}\n"                                                            \
+               : __VA_ARGS__                                                                                           \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(int(kColumns)))
+
+// The same with a in registers.
+template <DType kType, bool kColumns, int kRegisters>
+__device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(kRegisters == 32 || kRegisters == 64);
+  if constexpr (kRegisters == 32 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_REGISTERS("64", "bf16", HMAR_D32, "{%32, %33, %34, %35}", "%36", "%37", "%38", HMAR_F32(d, 0));
+  } else if constexpr (kRegisters == 32) {
+    HMAR_WGMMA_REGISTERS("64", "f16", HMAR_D32, "{%32, %33, %34, %35}", "%36", "%37", "%38", HMAR_F32(d, 0));
+  } else if constexpr (kType == DType::kBFloat16) {
+    HMAR_WGMMA_REGISTERS("128", "bf16", HMAR_D64, "{%64, %65, %66, %67}", "%68", "%69", "%70", HMAR_F64(d));
+  } else {
+    HMAR_WGMMA_REGISTERS("128", "f16", HMAR_D64, "{%64, %65, %66, %67}", "%68", "%69", "%70", HMAR_F64(d));
+  }
+}
+
+#undef HMAR_F8
+#undef HMAR_F32
+#undef HMAR_F64
+#undef HMAR_D32
+#undef HMAR_D64
+#undef HMAR_WGMMA_SHARED
+#undef HMAR_WGMMA_REGISTERS
+
+}  // namespace hmar

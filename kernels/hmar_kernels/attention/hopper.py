@@ -1,0 +1,227 @@
+"""The hand-written kernels for Hopper GPUs (sm_90a; csrc/hopper*): argument checks, allocation and launch.
+
+Forward, then backward in two passes: dq with the statistics of every query, then dk and dv. Every result is written by
+one warpgroup, so all are bit-equal from run to run. Jobs come from plan.py; csrc/hopper_forward.cuh tells how it works.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+
+import torch
+
+from ..mask import SpanMask
+from . import cuda
+from .plan import JobPlan, key_jobs, query_jobs
+from .triton import empty_rows_like
+
+DTYPES = cuda.DTYPES
+HEAD_DIMS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A compiled kernel: warpgroups of 64 rows, columns a block, blocks and jobs in shared memory, thread blocks an SM.
+
+    overlap (forward): products that run while a block is exponentiated: 0 none, 1 the last block's with v, 2 also the
+    next block's with k.
+    """
+
+    groups: int
+    cols: int
+    stages: int
+    row_stages: int = 2
+    overlap: int = 0
+    blocks_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class Tiles:
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+
+
+SHORT, LONG = "short", "long"
+LONG_SPAN = 512
+TILES: dict[tuple[int, str], Tiles] = {
+    (64, SHORT): Tiles(Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
+    (64, LONG): Tiles(Tile(3, 128, 2, overlap=0), Tile(3, 64, 4), Tile(2, 64, 4)),
+    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (128, LONG): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+}
+"""(head dim, mean keys a query) -> kernels."""
+
+
+def select_tiles(head_dim: int, mask: SpanMask) -> Tiles:
+    """The kernels for a mask. A pure function of its arguments."""
+    return TILES[head_dim, LONG if mask.num_pairs >= LONG_SPAN * mask.num_queries else SHORT]
+
+
+def tile_numbers(head_dim: int, tiles: Tiles) -> list[int]:
+    """The numbers by which the extension knows the kernels of forward, dq and dk/dv."""
+    known = (cuda._cuda.hopper_forward_tiles, cuda._cuda.hopper_dq_tiles, cuda._cuda.hopper_dkdv_tiles)
+    chosen = (tiles.forward, tiles.dq, tiles.dkdv)
+    return [rows.index((head_dim, *astuple(tile))) for rows, tile in zip(known, chosen, strict=True)]
+
+
+def make_plans(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> tuple[JobPlan, JobPlan, JobPlan]:
+    """Jobs of forward, dq and dk/dv; made once per mask, kernels and device, then kept on the mask."""
+    return (
+        query_jobs(mask, tiles.forward.groups, tiles.forward.cols, device),
+        query_jobs(mask, tiles.dq.groups, tiles.dq.cols, device),
+        key_jobs(mask, tiles.dkdv.groups, tiles.dkdv.cols, device),
+    )
+
+
+def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why the kernels cannot run on these tensors [B, H, L, D]; None when they can. Looks at no data: traceable."""
+    reason = cuda.unavailable(q, k, v)
+    if reason is not None:
+        return reason
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability != (9, 0):
+        return f"the Hopper kernels need compute capability 9.0, got {capability[0]}.{capability[1]}"
+    if not hasattr(cuda._cuda, "hopper_forward"):
+        return f"the extension was built for {cuda._cuda.architectures}, without 90a"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _readable(x):
+            return f"the copy engine reads no tensor with a stride of 0: {name}.contiguous() works"
+    error = _load_error(q.device.index)
+    return f"the kernels for 90a cannot run on {q.device}: {error}" if error else None
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_start: torch.Tensor,
+    key_end: torch.Tensor,
+    jobs: torch.Tensor,
+    tile: int,
+    scale: float,
+    logit_bound: float = math.inf,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale q k^T + mask) v for query i and the keys [key_start[i], key_end[i]).
+
+    Args:
+        q: [B, H, Lq, D], float16 or bfloat16, D of 64 or 128, last dimension contiguous, rows 16-byte aligned.
+        k, v: [B, H, Lk, D], like q.
+        key_start, key_end: int32 [Lq] on q's device.
+        jobs: int32 [num_jobs, fields], of `plan.query_jobs` for the kernel. Its content is trusted.
+        tile: number of the kernel, see `tile_numbers`.
+        scale: positive factor on the logits.
+        logit_bound: no |scale q k| is larger, as the caller promises; infinity promises nothing.
+    Returns:
+        out [B, H, Lq, D] (memory order [B, Lq, H, D]) in q's dtype and lse [B, H, Lq] float32, natural logarithm; a
+        query without keys has out = 0 and lse = -inf.
+    Raises:
+        ValueError: a tensor does not start at a multiple of 16 bytes.
+        RuntimeError: the launch failed; the CUDA error is named.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.data_ptr() % 16:
+            raise ValueError(
+                f"{name} must start at a multiple of 16 bytes, got {x.data_ptr():#x}; {name}.clone() works"
+            )
+    b, h, num_queries, _ = q.shape
+    out = empty_rows_like(q)
+    rows = b * h * num_queries
+    storage = torch.empty(rows + 1, dtype=torch.float32, device=q.device)  # and the counter of items
+    lse = storage[:rows].view(b, h, num_queries)
+    if k.shape[2] == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    cuda._cuda.hopper_forward(
+        tile,
+        _shape(q, k, key_start, key_end, scale),
+        (jobs.data_ptr(), len(jobs), storage.data_ptr() + 4 * rows),
+        *(_view(x) for x in (q, k, v, out)),
+        lse.data_ptr(),
+        logit_bound,
+        q.device.index,
+        torch.cuda.current_stream(q.device).cuda_stream,
+    )
+    return out, lse
+
+
+def backward(
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    key_start: torch.Tensor,
+    key_end: torch.Tensor,
+    dq_jobs: torch.Tensor,
+    dkdv_jobs: torch.Tensor,
+    dq_tile: int,
+    dkdv_tile: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients dq, dk, dv of `forward`, from d_out [B, H, Lq, D] and, unless None, d_lse [B, H, Lq] float32.
+
+    Each has the shape and dtype of its tensor and memory order [B, L, H, D]. Arguments are as in `forward`; dq_jobs
+    come from `plan.query_jobs`, dkdv_jobs from `plan.key_jobs`.
+    """
+    dq, dk, dv = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
+    if k.shape[2] == 0:
+        return dq.zero_(), dk, dv
+    if q.shape[2] == 0:
+        return dq, dk.zero_(), dv.zero_()
+    if d_out.data_ptr() % 16 or not (cuda._aligned(d_out) and _readable(d_out)):
+        d_out = d_out.contiguous()
+    if d_lse is not None:
+        d_lse = d_lse.contiguous()
+    statistics = torch.empty(2 * lse.numel() + 2, dtype=torch.float32, device=q.device)  # and two counters of items
+    counters = statistics.data_ptr() + 8 * lse.numel()
+    shape = _shape(q, k, key_start, key_end, scale)
+    q_view, k_view, v_view, d_out_view = (_view(x) for x in (q, k, v, d_out))
+    where = (q.device.index, torch.cuda.current_stream(q.device).cuda_stream)
+    cuda._cuda.hopper_dq(
+        dq_tile,
+        shape,
+        (dq_jobs.data_ptr(), len(dq_jobs), counters),
+        *(q_view, k_view, v_view, _view(out), d_out_view),
+        lse.data_ptr(),
+        0 if d_lse is None else d_lse.data_ptr(),
+        _view(dq),
+        statistics.data_ptr(),
+        *where,
+    )
+    cuda._cuda.hopper_dkdv(
+        dkdv_tile,
+        shape,
+        (dkdv_jobs.data_ptr(), len(dkdv_jobs), counters + 4),
+        *(q_view, k_view, v_view, d_out_view),
+        statistics.data_ptr(),
+        *(_view(dk), _view(dv)),
+        *where,
+    )
+    return dq, dk, dv
+
+
+def _shape(q, k, key_start, key_end, scale) -> tuple:
+    b, h, num_queries, d = q.shape
+    starts, ends = key_start.data_ptr(), key_end.data_ptr()
+    return q.dtype == torch.bfloat16, d, b, h, num_queries, k.shape[2], starts, ends, scale
+
+
+def _view(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), x.stride()[:3]
+
+
+def _readable(x: torch.Tensor) -> bool:
+    return all(stride != 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+
+
+_load_errors: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _load_error(device: int) -> str:
+    if device not in _load_errors:
+        _load_errors[device] = cuda._cuda.hopper_load_error(device)
+    return _load_errors[device]
