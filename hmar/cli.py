@@ -43,6 +43,7 @@ Schedule = Annotated[
     ),
 ]
 MaskedCfgFactor = Annotated[float, typer.Option(help="Guidance in masked passes, as a factor on --cfg.")]
+BatchSize = Annotated[int, typer.Option(help="Images drawn at once. Another size may round pixels by 1/255 otherwise.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[str, typer.Option(help="auto (bf16 on CUDA), fp32 or bf16.")]
 Attention = Annotated[str, typer.Option(help="Attention implementation, see hmar info.")]
@@ -113,7 +114,7 @@ def sample(
     tokenizer: TokenizerFolder = None,
     classes: Classes = None,
     count: Annotated[int, typer.Option(help="Images of each class.")] = 1,
-    seed: Annotated[int, typer.Option(help="Same seed, same images, whatever the batch size.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same images.")] = 0,
     seeds: Annotated[
         str | None, typer.Option(help="Instead of --count and --seed: an image of each class for each, as in 3,7-9.")
     ] = None,
@@ -125,7 +126,7 @@ def sample(
     greedy: Greedy = False,
     schedule: Schedule = "default",
     masked_cfg_factor: MaskedCfgFactor = 1e-6,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 16,
+    batch_size: BatchSize = 16,
     device: Device = "auto",
     precision: Precision = "auto",
     attention: Attention = "auto",
@@ -196,7 +197,7 @@ def edit(
         str | None, typer.Option(help="Class numbers, as in 0,1,7 or 0-9.", show_default="no class")
     ] = None,
     count: Annotated[int, typer.Option(help="Results, of each class if there are some.")] = 1,
-    seed: Annotated[int, typer.Option(help="Same seed, same results, whatever the batch size.")] = 0,
+    seed: Annotated[int, typer.Option(help="Same seed, same results.")] = 0,
     seeds: Annotated[
         str | None, typer.Option(help="Instead of --count and --seed: one result of each class for each, as in 3,7-9.")
     ] = None,
@@ -217,7 +218,7 @@ def edit(
     greedy: Greedy = False,
     schedule: Schedule = "default",
     masked_cfg_factor: MaskedCfgFactor = 1e-6,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 16,
+    batch_size: BatchSize = 16,
     device: Device = "auto",
     precision: Precision = "auto",
     attention: Attention = "auto",
@@ -318,7 +319,7 @@ def evaluate(
     greedy: Greedy = False,
     schedule: Schedule = "default",
     masked_cfg_factor: MaskedCfgFactor = 1e-6,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once.")] = 64,
+    batch_size: BatchSize = 64,
     device: Device = "auto",
     precision: Precision = "auto",
     attention: Attention = "auto",

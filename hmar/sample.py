@@ -2,6 +2,14 @@
 
 An image follows from the settings and its own number alone, so a run that was stopped goes on with the images that are
 missing, and a larger count adds to those that are there. Read generate.py for how an image is drawn.
+
+How exactly it follows: the random numbers of an image depend on its seed or number and on nothing else. But libraries
+choose their kernels by the size of a batch, and these round differently. With one batch size (and one type of device,
+precision and set of versions) an image is the same to the bit, in whichever process, order and run its batch is drawn.
+With another batch size, or in a last batch that is smaller, it is the same up to rounding: equal codes, and pixels
+within 1/255, unless a draw was so near a tie that rounding turned it, which changes details of that image (rare in
+float32, less so in bf16). Equal bits for all batch sizes would take computations of one size, however few images are
+wanted.
 """
 
 from __future__ import annotations
@@ -70,8 +78,8 @@ def sample(
     """Write `count` images of each class (all classes by default) as output/NNNNNN-class-C.png, and output/grid.png.
 
     With `seeds`, one image of each class for each of them, as output/seed-S-class-C.png; `count` and `sampling.seed`
-    then say nothing. The classes share a seed, and the same seed is the same image in every folder, so that no seed and
-    no class may be named twice.
+    then say nothing. The classes share a seed, and the same seed is the same image in every folder (up to rounding, see
+    the head of this file), so that no seed and no class may be named twice.
 
     Images that are there already are kept if they were made with the same settings (output/settings.json); other
     settings are an error unless `overwrite`, which deletes the images. Without tokenizer_folder the tokenizer is the
@@ -224,9 +232,9 @@ class ImageSet:
         """Write those of the first `count` images that are missing; returns the paths of all.
 
         Of several processes each draws every `world_size`-th batch. A batch always holds the same numbers, also where
-        some of them are there already, so that a run that was stopped goes on to the same bits. (A batch of another
-        size can differ in the rounding of a pixel.) With `whole_batches` the last batch is as large as the others,
-        though not all of it is kept, so that a larger count adds to the same bits, too.
+        some of them are there already, so that a run that was stopped goes on to the same bits. With `whole_batches`
+        the last batch is as large as the others, though not all of it is kept, so that a larger count adds to the same
+        bits, too.
         """
         paths = [self.path(number) for number in range(count)]
         present = {entry.name for entry in os.scandir(self.output)}

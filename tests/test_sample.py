@@ -1,18 +1,21 @@
 """`hmar sample`: schedules, ramps and seeds as they are typed, and what they do to the files."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hmar.checkpoint import save_pretrained
 from hmar.cli import main
 from hmar.config import PRESETS
 from hmar.model import HMAR
-from hmar.sample import parse_ramp, parse_schedule
+from hmar.sample import open_image_set, parse_ramp, parse_schedule, to_pixels
 from hmar.tokenizer import Tokenizer
 
 
@@ -61,17 +64,68 @@ def test_schedules_and_ramps_as_typed():
             parse_ramp(text)
 
 
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png))).astype(int)
+
+
+def assert_same_up_to_rounding(actual, expected):
+    """PNG files by name, of which another batch size may round some pixels differently."""
+    assert actual.keys() == expected.keys()
+    for name, png in actual.items():
+        assert np.abs(pixels(png) - pixels(expected[name])).max() <= 1, name
+
+
 def test_the_same_seed_is_the_same_image_in_every_folder(folder, tmp_path):
     code, err, first = sample(folder, tmp_path / "a", "--seeds", "5,9-11", "--classes", "0,2", "--batch-size", "3")
     assert (code, err) == (0, "")
     assert set(first) == {f"seed-{seed}-class-{target}.png" for seed in (5, 9, 10, 11) for target in (0, 2)}
+    assert len(set(first.values())) == 8
     _, _, second = sample(folder, tmp_path / "b", "--seeds", "11,5", "--classes", "2", "--batch-size", "1")
-    assert second == {name: first[name] for name in ("seed-11-class-2.png", "seed-5-class-2.png")}
+    assert_same_up_to_rounding(second, {name: first[name] for name in ("seed-11-class-2.png", "seed-5-class-2.png")})
     _, _, third = sample(folder, tmp_path / "c", "--seed", "5", "--classes", "0")
-    assert third["000000-class-0.png"] == first["seed-5-class-0.png"]
+    assert_same_up_to_rounding(third, {"000000-class-0.png": first["seed-5-class-0.png"]})
     _, _, more = sample(folder, tmp_path / "b", "--seeds", "5,11,9", "--classes", "2")
-    assert more == second | {"seed-9-class-2.png": first["seed-9-class-2.png"]}
+    assert {name: more[name] for name in second} == second
+    assert_same_up_to_rounding(more, {name: first[name] for name in more})
     assert json.loads((tmp_path / "a" / "settings.json").read_text())["seed"] == "in the names of the files"
+
+
+@pytest.mark.parametrize("seeds", [None, list(range(3, 10))], ids=["numbers", "seeds"])
+def test_one_batch_size_is_one_image_to_the_bit(folder, tmp_path, seeds):
+    """Whatever was drawn before, in whichever process and order, and which images of its batch are there already."""
+    opened = open_image_set(folder / "hmar", tmp_path / "one", classes=[0, 3], seeds=seeds, device="cpu")
+    batches = [range(first, first + 4) for first in range(0, 12, 4)]
+    expected = {batch: opened.generate(batch) for batch in batches}
+    again = open_image_set(folder / "hmar", tmp_path / "one", classes=[0, 3], seeds=seeds, device="cpu")
+    for batch in reversed(batches):
+        assert torch.equal(again.generate(batch), expected[batch])
+    opened.claim(overwrite=False)
+    paths = opened.draw(14, batch_size=4)
+    content = [path.read_bytes() for path in paths]
+    assert all(
+        np.array_equal(pixels(content[number]), to_pixels(expected[batch])[number - batch[0]])
+        for batch in batches
+        for number in batch
+    )
+    shared = dataclasses.replace(opened, output=tmp_path / "shared")
+    shared.claim(overwrite=False)
+    for rank in (2, 0, 1):
+        shared.draw(14, batch_size=4, rank=rank, world_size=3)
+    assert [path.read_bytes() for path in map(shared.path, range(14))] == content
+    for number in (0, 5, 6, 13):
+        paths[number].unlink()
+    opened.draw(14, batch_size=4)
+    assert [path.read_bytes() for path in paths] == content
+
+
+def test_other_batch_sizes_are_the_same_images_up_to_rounding(folder, tmp_path):
+    opened = open_image_set(folder / "hmar", tmp_path, classes=[0, 1, 2, 3], device="cpu")
+    expected = opened.generate(range(24))
+    for size in (1, 2, 3, 5, 8, 16):
+        parts = [opened.generate(range(first, min(first + size, 24))) for first in range(0, 24, size)]
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-4)
+        difference = np.abs(to_pixels(torch.cat(parts)).astype(int) - to_pixels(expected))
+        assert difference.max() <= 1 and (difference > 0).mean() < 0.01
 
 
 def test_a_class_named_twice_gives_two_images_where_they_differ(folder, tmp_path):
