@@ -45,12 +45,12 @@ constexpr Instance<HopperDkdvParams> dkdv() {
 }
 
 const Instance<HopperForwardParams> FORWARD[] = {
-    forward<64, 2, 64, 4, Overlap::kNone, 2>(),    forward<64, 1, 64, 3, Overlap::kNone, 4>(),
-    forward<64, 1, 64, 4, Overlap::kNone, 3>(),    forward<64, 3, 64, 4, Overlap::kOutput, 1>(),
-    forward<64, 2, 64, 4, Overlap::kBoth, 1>(),    forward<64, 3, 128, 2, Overlap::kNone, 1>(),
-    forward<64, 3, 128, 2, Overlap::kOutput, 1>(), forward<64, 2, 128, 3, Overlap::kOutput, 1>(),
-    forward<128, 2, 128, 2, Overlap::kNone, 1>(),  forward<128, 2, 128, 2, Overlap::kOutput, 1>(),
-    forward<128, 2, 64, 3, Overlap::kOutput, 1>(),
+    forward<64, 2, 64, 4, Overlap::kNone, 2>(),    forward<64, 2, 64, 4, Overlap::kInTurn, 1>(),
+    forward<64, 3, 64, 4, Overlap::kInTurn, 1>(),  forward<64, 4, 64, 4, Overlap::kNone, 1>(),
+    forward<64, 3, 128, 2, Overlap::kNone, 1>(),   forward<64, 3, 128, 3, Overlap::kNone, 1>(),
+    forward<64, 3, 128, 2, Overlap::kInTurn, 1>(), forward<64, 2, 128, 3, Overlap::kInTurn, 1>(),
+    forward<128, 2, 128, 2, Overlap::kNone, 1>(),  forward<128, 2, 128, 2, Overlap::kInTurn, 1>(),
+    forward<128, 2, 64, 3, Overlap::kInTurn, 1>(),
 };
 const Instance<HopperDqParams> DQ[] = {
     dq<64, 3, 64, 4, 2, 1>(), dq<64, 2, 64, 4, 2, 1>(), dq<64, 2, 128, 3, 1, 1>(), dq<128, 2, 64, 2, 1, 1>(),

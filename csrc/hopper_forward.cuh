@@ -15,11 +15,11 @@ namespace hmar {
 // Largest |logit| in log2 units for which no offset is needed.
 constexpr float kBoundedLog2 = 100.0f;
 
-// Products of a warpgroup that run while it exponentiates block b. More overlap takes more registers.
+// What a warpgroup's matrix units do while it exponentiates block b.
 enum class Overlap {
-  kNone,    // none: other warpgroups fill the gaps
+  kNone,    // nothing: other warpgroups fill the gaps
   kOutput,  // p v of block b - 1
-  kBoth,    // also q k^T of block b + 1, into a second set of logits
+  kInTurn,  // the same, and the warpgroups issue their products in turn, so that one exponentiates while another multiplies
 };
 
 template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, Overlap kOverlap_, int kBlocksPerSM_>
@@ -27,6 +27,7 @@ struct HopperForwardTile {
   static constexpr DType kType = kType_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr Overlap kOverlap = kOverlap_;
+  static constexpr bool kTurns = kOverlap == Overlap::kInTurn && kGroups > 1;
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
   static constexpr int kRowStages = 2;
 
@@ -163,6 +164,13 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
                                        const uint8_t* q, RingPosition<Tile::kStages>& ring) {
   uint32_t p[Tile::kBlockN / 16][4];
   float factor[2];
+  // One turn a block for every warpgroup, skipped blocks too.
+  const auto take_turn = [&] {
+    if constexpr (Tile::kTurns) turn_wait<Tile::kGroups>(threadIdx.x / kGroupThreads);
+  };
+  const auto pass_turn = [&] {
+    if constexpr (Tile::kTurns) turn_pass<Tile::kGroups>(threadIdx.x / kGroupThreads);
+  };
   if constexpr (Tile::kOverlap == Overlap::kNone) {
     float s[Tile::kBlockN / 2];
     for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
@@ -179,11 +187,13 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
       wgmma_wait<0>();
       release(shared.v_empty[ring.stage]);
     }
-  } else if constexpr (Tile::kOverlap == Overlap::kOutput) {
+  } else {
     if (job.block_begin >= job.block_end) return;
     float s[Tile::kBlockN / 2];
+    take_turn();
     barrier_wait(shared.k_full[ring.stage], ring.parity);
     issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+    pass_turn();
     wgmma_wait<0>();
     release(shared.k_empty[ring.stage]);
     if (job.masked(job.block_begin)) rows.intervals.apply(s, job.column_begin + job.block_begin * Tile::kBlockN);
@@ -192,10 +202,12 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
     RingPosition<Tile::kStages> last = ring;
     ring.advance();
     for (int block = job.block_begin + 1; block < job.block_end; ++block, last = ring, ring.advance()) {
+      take_turn();
       barrier_wait(shared.k_full[ring.stage], ring.parity);
       issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
       barrier_wait(shared.v_full[last.stage], last.parity);
       issue_columns_product<Tile::kType>(rows.o, p, shared.v[last.stage][0]);
+      pass_turn();
       wgmma_wait<1>();
       release(shared.k_empty[ring.stage]);
       if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
@@ -209,55 +221,6 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
     issue_columns_product<Tile::kType>(rows.o, p, shared.v[last.stage][0]);
     wgmma_wait<0>();
     release(shared.v_empty[last.stage]);
-  } else {
-    if (job.block_begin >= job.block_end) return;
-    float s0[Tile::kBlockN / 2], s1[Tile::kBlockN / 2];
-    RingPosition<Tile::kStages> ahead = ring;  // of the block whose logits are computed
-    int last_stage = -1;                       // of the block whose output is under way
-    const auto start_logits = [&](float(&s)[Tile::kBlockN / 2]) {
-      barrier_wait(shared.k_full[ahead.stage], ahead.parity);
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ahead.stage][0]);
-    };
-    const auto finish_logits = [&] {
-      release(shared.k_empty[ahead.stage]);
-      ahead.advance();
-    };
-    // Exponentiates `s` while the logits of the next block and the output of the last one are computed.
-    const auto step = [&](float(&s)[Tile::kBlockN / 2], float(&next)[Tile::kBlockN / 2], int block, auto more) {
-      if constexpr (more) start_logits(next);
-      if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
-      rows.template exponentiate<kBounded>(s, factor);
-      wgmma_wait<more ? 1 : 0>();
-      if (last_stage >= 0) release(shared.v_empty[last_stage]);
-      if constexpr (!kBounded) rows.rescale(factor);
-      pack_operands<Tile::kType>(p, s);
-      barrier_wait(shared.v_full[ring.stage], ring.parity);
-      issue_columns_product<Tile::kType>(rows.o, p, shared.v[ring.stage][0]);
-      last_stage = ring.stage;
-      ring.advance();
-      if constexpr (more) {
-        wgmma_wait<1>();
-        finish_logits();
-      }
-    };
-    struct Yes { __device__ constexpr operator bool() const { return true; } };
-    struct No { __device__ constexpr operator bool() const { return false; } };
-    start_logits(s0);
-    wgmma_wait<0>();
-    finish_logits();
-    int block = job.block_begin;
-    for (; block + 2 < job.block_end; block += 2) {
-      step(s0, s1, block, Yes{});
-      step(s1, s0, block + 1, Yes{});
-    }
-    if (block + 1 < job.block_end) {
-      step(s0, s1, block, Yes{});
-      step(s1, s0, block + 1, No{});
-    } else {
-      step(s0, s1, block, No{});
-    }
-    wgmma_wait<0>();
-    release(shared.v_empty[last_stage]);
   }
 }
 
@@ -271,8 +234,15 @@ __device__ __forceinline__ void compute_forward(const HopperForwardParams& param
   ForwardRows<Tile> rows;
   rows.scale_log2 = params.work.scale * kLog2E;
   const bool bounded = Tile::kType == DType::kBFloat16 && params.logit_bound * kLog2E <= kBoundedLog2;
+  if constexpr (Tile::kTurns) {
+    if (group == Tile::kGroups - 1) turn_pass<Tile::kGroups>(group);
+  }
   const auto skip = [&](int num_blocks) {
     for (int i = 0; i < num_blocks; ++i, ring.advance()) {
+      if constexpr (Tile::kTurns) {
+        turn_wait<Tile::kGroups>(group);
+        turn_pass<Tile::kGroups>(group);
+      }
       barrier_wait(shared.k_full[ring.stage], ring.parity);
       release(shared.k_empty[ring.stage]);
       barrier_wait(shared.v_full[ring.stage], ring.parity);

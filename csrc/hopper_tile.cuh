@@ -104,6 +104,18 @@ __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
 }
 
+// Warpgroups in turn: `turn_wait` returns once the one before has passed its turn on. The last one starts by passing to
+// the first.
+template <int kGroups>
+__device__ __forceinline__ void turn_wait(int group) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(1 + kGroups + group), "n"(2 * kGroupThreads) : "memory");
+}
+template <int kGroups>
+__device__ __forceinline__ void turn_pass(int group) {
+  const int next = group + 1 == kGroups ? 0 : group + 1;
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(1 + kGroups + next), "n"(2 * kGroupThreads) : "memory");
+}
+
 // Address of 16-byte chunk `chunk` of row `row` in a swizzled panel.
 __device__ __forceinline__ int swizzled_chunk(int row, int chunk) {
   return row * kPanelRowBytes + ((chunk ^ (row % 8)) * 16);
