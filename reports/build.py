@@ -1,8 +1,9 @@
 """Tables and plots of the attention benchmarks: `make report`, or `python reports/build.py`.
 
 Reads every reports/data/*.json of kind "attention" (written by `pytest bench`) and writes tables/attention.csv,
-tables/attention.md and, for each data file, plots/<file>_{time,memory,roofline}.png. A pure function of the data: no
-measuring, no GPU, and nothing of this project is imported.
+tables/attention.md and, for each data file, plots/<file>_<what>.png: time, memory and roofline of the largest batch,
+speed and memory against resolution, batch and density. Head dims beside 64 have plots of their own, named
+<file>_<what>_d128.png. A pure function of the data: no measuring, no GPU, and nothing of this project is imported.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib
@@ -34,20 +36,38 @@ DIRECTIONS = ("forward", "backward")
 MEMORY_TITLES = {"forward": "forward", "backward": "forward + backward"}
 DENSE = "sdpa_dense"
 DASH = "-"
+HEAD_DIM = 64  # plots of other head dims say so in their name
 
-# Order, label, colour (Okabe and Ito: told apart by colour-blind eyes) and marker of each implementation. Ours are the
-# two strong ones; what is not listed comes last in grey.
+MAIN_BATCH = {256: 64, 512: 16, 1024: 4}  # by resolution: about as many tokens in each; the batches of the targets
+
+# What this project set out to reach on one H100: (forward, backward) in ms of (pattern, resolution, batch, heads, head
+# dim) in bfloat16.
+TARGET_GPU, TARGET_DTYPE = "H100", "bfloat16"
+TARGETS = {
+    ("block_diagonal", 256, 64, 16, 64): (0.140, 0.40),
+    ("block_causal", 256, 64, 16, 64): (0.18, 0.60),
+    ("block_diagonal", 512, 16, 24, 64): (0.32, 1.0),
+    ("block_causal", 512, 16, 24, 64): (0.60, 2.0),
+    ("block_diagonal", 1024, 4, 24, 64): (1.00, 3.0),
+    ("block_causal", 1024, 4, 24, 64): (2.35, 7.0),
+}
+
+# Order, label, colour (told apart by colour-blind eyes; light and dark of one hue for two ways to call one library) and
+# marker of each implementation. Ours are the two strong ones; what is not listed comes last.
 LOOKS = {
     "cuda": ("ours: CUDA", "#D55E00", "*"),
     "triton": ("ours: Triton", "#0072B2", "o"),
     "reference": ("ours: plain reference", "#000000", "P"),
-    "flex": ("FlexAttention", "#009E73", "s"),
-    "flex_max_autotune": ("FlexAttention, max-autotune", "#8FD3B6", "D"),
-    "varlen_flash": ("variable-length FlashAttention", "#E69F00", "^"),
-    "flash_per_scale": ("FlashAttention, one call a scale", "#CC79A7", "v"),
+    "flash4_varlen": ("FlashAttention-4, variable length", "#6A3D9A", "^"),
+    "flash4_per_scale": ("FlashAttention-4, one call a scale", "#B9A3D6", "v"),
+    "varlen_flash": ("FlashAttention-2, variable length", "#E69F00", "<"),
+    "flash_per_scale": ("FlashAttention-2, one call a scale", "#F6D27E", ">"),
+    "flex_max_autotune": ("FlexAttention, max-autotune", "#00694D", "D"),
+    "flex": ("FlexAttention", "#7CCBAE", "s"),
     "sdpa_dense": ("SDPA, dense mask", "#999999", "X"),
 }
-OTHER_LOOK = ("#555555", "h")
+FLOOR_LINE = {"color": "black", "linewidth": 1.2, "linestyle": (0, (4, 2))}
+OTHER_LOOKS = (("#CC79A7", "h"), ("#8C564B", "p"), ("#444444", "d"))
 
 
 @dataclass(frozen=True)
@@ -65,9 +85,16 @@ class Source:
         measured = self.rows.dropna(subset="ms")["impl"].unique()
         return sorted(measured, key=_rank)
 
-    @property
-    def cells(self) -> pd.DataFrame:
-        return self.rows[CELL].drop_duplicates()
+    def only(self, keep: pd.Series) -> Source:
+        """The rows where `keep` is true."""
+        return replace(self, rows=self.rows[keep].reset_index(drop=True))
+
+    def main_batches(self) -> Source:
+        """One batch a pattern, resolution, head dim and dtype: that of MAIN_BATCH, or else the largest."""
+        rows = self.rows
+        same = [rows[name] for name in ("pattern", "resolution", "head_dim", "dtype")]
+        rank = rows["batch"].where(rows["batch"] != rows["resolution"].map(MAIN_BATCH), math.inf)
+        return self.only(rank == rank.groupby(same).transform("max"))
 
 
 def load(folder: Path) -> list[Source]:
@@ -95,12 +122,10 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     written[0].write_text(attention_csv(sources))
     written[1].write_text(attention_markdown(sources))
     for source in sources:
-        for name, draw in (("time", draw_time), ("memory", draw_memory), ("roofline", draw_roofline)):
-            figure = draw(source)
-            if figure is not None:
-                written.append(plots / f"{source.path.stem}_{name}.png")
-                figure.savefig(written[-1], dpi=140, metadata={"Software": None})
-                plt.close(figure)
+        for name, figure in draw(source):
+            written.append(plots / f"{source.path.stem}_{name}.png")
+            figure.savefig(written[-1], dpi=140, metadata={"Software": None})
+            plt.close(figure)
     return written
 
 
@@ -126,18 +151,21 @@ def attention_markdown(sources: list[Source]) -> str:
         "# Attention",
         "Made by `reports/build.py` from the data files named below; `bench/__init__.py` states the method. "
         "Times are medians of device time. TFLOP/s count unmasked pairs only, GB/s the fewest bytes that must move. "
-        'Peak memory is that of one forward, or one forward + backward, inputs included. "Floor" is what the device '
-        "needs at its measured copy and matrix-product rates, whichever is longer. A ratio above 1 means that the row "
-        "is that many times faster.",
+        'Peak memory is that of one forward, or one forward + backward, inputs included; "extra" is without them, and '
+        '"least" what outputs, gradients, lse and delta take. "Floor" is what the device needs at its measured copy '
+        "and matrix-product rates, whichever is longer. A ratio above 1 means that the row is that many times faster. "
+        '"Host" is the time of the host for a call.',
     ]
     for source in sources:
         env, ceilings = source.environment, source.ceilings
+        commits = ", ".join(f"`{_text(commit)}`" for commit in source.rows["commit"].drop_duplicates())
         parts += [
             f"## {env['gpu']}",
-            f"[{source.path.name}](../data/{source.path.name}): commit `{_text(env['commit'])}`, {env['date'][:10]}, "
+            f"[{source.path.name}](../data/{source.path.name}): commit {commits}, {env['date'][:10]}, "
             f"torch {env['torch']}, triton {_text(env['triton'])}, CUDA {_text(env['cuda'])}, driver "
-            f"{_text(env['driver'])}. Ceilings: copy {ceilings['copy_gb_per_s']:.0f} GB/s, bf16 "
-            f"{ceilings['matmul_side']}³ product {ceilings['matmul_tflops']:.4g} TFLOP/s.",
+            f"{_text(env['driver'])}, flash-attn-4 {_text(env.get('flash_attn_4'))}. Ceilings: copy "
+            f"{ceilings['copy_gb_per_s']:.0f} GB/s, bf16 {ceilings['matmul_side']}³ product "
+            f"{ceilings['matmul_tflops']:.4g} TFLOP/s.",
             _summary(source),
         ]
         for cell, rows in _by_cell(source):
@@ -150,6 +178,7 @@ def attention_markdown(sources: list[Source]) -> str:
 
 
 def _summary(source: Source) -> str:
+    """The fastest of ours against the fastest rival, the target, the dense mask and the floor."""
     lines = []
     for cell, rows in _by_cell(source):
         for direction in DIRECTIONS:
@@ -157,33 +186,37 @@ def _summary(source: Source) -> str:
             ours, rival = _fastest(part[part["ours"]]), _fastest(part[~part["ours"]])
             if ours is None and rival is None:
                 continue
-            ratio = rival["ms"] / ours["ms"] if ours is not None and rival is not None else None
-            dense = _time_of(part, DENSE)
+            time = ours["ms"] if ours is not None else math.nan
+            target = _target(source, cell, direction)
             lines.append(
                 [
                     f"{cell['pattern']} {cell['resolution']}, {_size(cell)}",
                     direction,
-                    _number(ours["ms"] if ours is not None else None),
+                    _number(time),
                     ours["impl"] if ours is not None else DASH,
                     _number(rival["ms"] if rival is not None else None),
                     rival["impl"] if rival is not None else DASH,
-                    _ratio(ratio),
-                    _ratio(dense / ours["ms"] if dense and ours is not None else None),
+                    _ratio(rival["ms"] / time if rival is not None else None),
+                    _number(target),
+                    _ratio(target / time),
+                    _ratio((_time_of(part, DENSE) or math.nan) / time),
                     _number(part["floor_ms"].iloc[0]),
+                    _percent(part["floor_ms"].iloc[0] / time),
+                    _megabytes(ours["extra_mb"] if ours is not None else math.nan),
+                    _megabytes(part["least_mb"].iloc[0]),
                 ]
             )
-    head = [
-        "cell",
-        "direction",
-        "ours, ms",
-        "",
-        "best rival, ms",
-        "",
-        "rival / ours",
-        "dense SDPA / ours",
-        "floor, ms",
-    ]
+    head = ["cell", "direction", "ours, ms", "", "best rival, ms", "", "rival / ours", "target, ms", "target / ours"]
+    head += ["dense SDPA / ours", "floor, ms", "floor / ours", "extra MB", "least"]
     return _table(head, lines, left=(0, 1, 3, 5))
+
+
+def _target(source: Source, cell: dict, direction: str) -> float:
+    """NaN where none was set."""
+    if TARGET_GPU not in source.environment["gpu"] or cell["dtype"] != TARGET_DTYPE:
+        return math.nan
+    target = TARGETS.get(tuple(cell[name] for name in CELL if name != "dtype"))
+    return target[DIRECTIONS.index(direction)] if target else math.nan
 
 
 def _cell_table(rows: pd.DataFrame) -> str:
@@ -201,11 +234,13 @@ def _cell_table(rows: pd.DataFrame) -> str:
                 _ratio(dense / row["ms"] if measured and dense else None),
                 _number(row["tflops"]),
                 _number(row["gb_per_s"]),
-                f"{row['peak_mb']:.0f}" if not math.isnan(row["peak_mb"]) else DASH,
+                _megabytes(row["peak_mb"]),
+                _megabytes(row["extra_mb"]),
+                _megabytes(row["host_us"]),
             ]
         )
-    head = [direction, "ms", "p10 to p90", "vs best rival", "vs dense SDPA", "TFLOP/s", "GB/s", "peak MB"]
-    return _table(head, lines, left=(0,))
+    head = [direction, "ms", "p10 to p90", "vs best rival", "vs dense SDPA", "TFLOP/s", "GB/s", "peak MB", "extra MB"]
+    return _table([*head, "host, us"], lines, left=(0,))
 
 
 def _notes(rows: pd.DataFrame) -> str:
@@ -219,6 +254,24 @@ def _table(head: list[str], lines: list[list[str]], left: tuple[int, ...]) -> st
 
 
 # Plots
+
+
+def draw(source: Source) -> Iterator[tuple[str, Figure]]:
+    """Every plot that the rows have something for, with its name."""
+    for head_dim in source.rows["head_dim"].drop_duplicates().sort_values():
+        part = source.only(source.rows["head_dim"] == head_dim)
+        models = part.only(part.rows["pattern"].isin(PATTERNS))
+        plots = {
+            "time": draw_time(models.main_batches()),
+            "memory": draw_memory(models.main_batches()),
+            "roofline": draw_roofline(models.main_batches()),
+            "resolution": draw_resolution(models),
+            "density": draw_density(part.main_batches()),
+            **{f"batch_{pattern.removeprefix('block_')}": draw_batch(models, pattern) for pattern in PATTERNS},
+        }
+        for name, figure in plots.items():
+            if figure is not None:
+                yield name if head_dim == HEAD_DIM else f"{name}_d{head_dim}", figure
 
 
 def draw_time(source: Source) -> Figure | None:
@@ -323,7 +376,7 @@ def _set_bar_scale(axes, rows: pd.DataFrame, column: str, log: bool, floor: bool
 
 
 def draw_roofline(source: Source) -> Figure | None:
-    """TFLOP/s against FLOPs per byte, under the two measured ceilings."""
+    """TFLOP/s, and below it GB/s, against FLOPs per byte, under the two measured ceilings."""
     rows = source.rows.dropna(subset="ms")
     directions = [d for d in DIRECTIONS if (rows["direction"] == d).any()]
     if not directions:
@@ -332,65 +385,244 @@ def draw_roofline(source: Source) -> Figure | None:
     intensity = rows["flops"] / rows["bytes"]
     ridge = 1e3 * product / copy
     left, right = min(intensity.min(), ridge) / 1.7, max(intensity.max(), ridge) * 1.7
-    bottom, top = rows["tflops"].min() / 5, product * 2.2  # the room below is for the names of the cells
-    names = source.implementations
-    figure, axes = plt.subplots(1, len(directions), figsize=(6.2 * len(directions), 6.2), sharey=True, squeeze=False)
-    for ax, direction in zip(axes[0], directions, strict=True):
-        ax.plot([left, ridge, right], [copy * left / 1e3, product, product], color="black", linewidth=1.4, zorder=2)
-        ax.text(right, product * 1.06, f"bf16 product {product:.4g} TFLOP/s ", ha="right", fontsize=8)
-        part = rows[rows["direction"] == direction]
-        for at, cells in part.groupby(part["flops"] / part["bytes"], sort=True):
-            roof = min(product, copy * at / 1e3)
-            ax.vlines(at, bottom, roof, color="#cccccc", linewidth=0.8, zorder=1)
-            for _, row in cells.iterrows():
-                _, _, marker = _look(row["impl"])
-                # NOTE: set apart a little, so that equal results do not hide each other.
-                ax.scatter(
-                    at * 1.03 ** (names.index(row["impl"]) - (len(names) - 1) / 2),
-                    row["tflops"],
-                    s=95 if marker == "*" else 48,
-                    marker=marker,
-                    color=_colour(row["impl"]),
-                    edgecolor="white",
-                    linewidth=0.6,
-                    zorder=4 if row["ours"] else 3,
-                )
-            labels = sorted({_cell_label(row) for _, row in cells.iterrows()})
-            ax.annotate(
-                "\n".join(labels),
-                (at, bottom),
-                xytext=(-2, 4),
-                textcoords="offset points",
-                rotation=90,
-                ha="right",
-                va="bottom",
-                fontsize=7.5,
-                color="#444444",
-            )
-        ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
-        angle = ax.transData.transform([(left, copy * left / 1e3), (ridge, product)])
-        slope = math.degrees(math.atan2(angle[1][1] - angle[0][1], angle[1][0] - angle[0][0]))
-        near = max(left * 1.1, 1.15e3 * bottom / copy)
-        ax.text(
-            near,
-            copy * near / 1e3 * 1.1,
-            f"copy {copy:.0f} GB/s",
-            rotation=slope,
-            rotation_mode="anchor",
-            fontsize=8,
-        )
-        _plain_log_axis(ax.xaxis, left, right)
-        _plain_log_axis(ax.yaxis, bottom, top)
-        ax.set_title(direction, fontsize=11)
-        ax.set_xlabel("FLOPs of unmasked pairs per byte that must move")
-        ax.grid(axis="y", color="#eeeeee", linewidth=0.7, zorder=0)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("TFLOP/s of unmasked pairs")
-    handles = [
-        Line2D([], [], linestyle="", marker=_look(n)[2], markersize=7, color=_colour(n), label=_label(n)) for n in names
-    ]
-    _finish(figure, handles, f"Attention against the measured ceilings, {_origin(source)}")
+    # the room below the points is for the names of the cells
+    scales = {
+        "tflops": (rows["tflops"].min() / 5, product * 2.2, "TFLOP/s of unmasked pairs"),
+        "gb_per_s": (rows["gb_per_s"].min() / 2, copy * 2.2, "GB/s of bytes that must move"),
+    }
+    figure, axes = plt.subplots(
+        2, len(directions), figsize=(6.2 * len(directions), 10.5), sharex=True, sharey="row", squeeze=False
+    )
+    for i, (column, (bottom, top, ylabel)) in enumerate(scales.items()):
+        for ax, direction in zip(axes[i], directions, strict=True):
+            part = rows[rows["direction"] == direction]
+            ax.set(xscale="log", yscale="log", xlim=(left, right), ylim=(bottom, top))
+            _draw_points(ax, part, column, source.implementations)
+            _draw_ceilings(ax, column, copy, product, left, right)
+            for at, cells in part.groupby(part["flops"] / part["bytes"], sort=True):
+                roof = min(product, copy * at / 1e3)
+                height = roof if column == "tflops" else 1e3 * roof / at
+                ax.vlines(at, bottom, height, color="#cccccc", linewidth=0.8, zorder=1)
+                if column == "tflops":
+                    _name_cells(ax, at, bottom, cells)
+            _plain_log_axis(ax.xaxis, left, right)
+            _plain_log_axis(ax.yaxis, bottom, top)
+            ax.tick_params(labelbottom=True)
+            ax.set_title(direction, fontsize=11)
+            ax.set_xlabel("FLOPs of unmasked pairs per byte that must move")
+            ax.grid(axis="y", color="#eeeeee", linewidth=0.7, zorder=0)
+            ax.spines[["top", "right"]].set_visible(False)
+        axes[i][0].set_ylabel(ylabel)
+    _finish(figure, _handles(source), f"Attention against the measured ceilings, {_origin(source)}")
     return figure
+
+
+def _draw_points(ax: Axes, rows: pd.DataFrame, column: str, names: list[str]) -> None:
+    for _, row in rows.iterrows():
+        marker = _look(row["impl"])[2]
+        # NOTE: set apart a little, so that equal results do not hide each other.
+        ax.scatter(
+            row["flops"] / row["bytes"] * 1.03 ** (names.index(row["impl"]) - (len(names) - 1) / 2),
+            row[column],
+            s=95 if marker == "*" else 48,
+            marker=marker,
+            color=_colour(row["impl"]),
+            edgecolor="white",
+            linewidth=0.6,
+            zorder=4 if row["ours"] else 3,
+        )
+
+
+def _draw_ceilings(ax: Axes, column: str, copy: float, product: float, left: float, right: float) -> None:
+    """The two straight lines of the roof, with their names; one of them slopes."""
+    ridge = 1e3 * product / copy
+    texts = {"copy": f"copy {copy:.0f} GB/s", "product": f"bf16 product {product:.4g} TFLOP/s"}
+    if column == "tflops":
+        corners = [(left, copy * left / 1e3), (ridge, product), (right, product)]
+        level, sloping = "product", "copy"
+        ax.text(right, product * 1.06, texts[level] + " ", ha="right", fontsize=8)
+        near = max(left * 1.1, 1.15e3 * ax.get_ylim()[0] / copy)
+        at, rise = (near, copy * near / 1e3 * 1.1), copy / 1e3
+    else:
+        corners = [(left, copy), (ridge, copy), (right, 1e3 * product / right)]
+        level, sloping = "copy", "product"
+        ax.text(left, copy * 1.06, " " + texts[level], ha="left", fontsize=8)
+        at, rise = (ridge * 1.15, copy / 1.15 * 1.1), -copy / ridge / 1.15**2
+    ax.plot(*zip(*corners, strict=True), color="black", linewidth=1.4, zorder=2)
+    # An angle in units of the data: the panel's shape changes when the figure is laid out.
+    angle = math.degrees(math.atan(rise))
+    ax.text(*at, texts[sloping], rotation=angle, rotation_mode="anchor", transform_rotates_text=True, fontsize=8)
+
+
+def _name_cells(ax: Axes, at: float, bottom: float, cells: pd.DataFrame) -> None:
+    labels = sorted({_cell_label(row) for _, row in cells.iterrows()})
+    ax.annotate(
+        "\n".join(labels),
+        (at, bottom),
+        xytext=(-2, 4),
+        textcoords="offset points",
+        rotation=90,
+        ha="right",
+        va="bottom",
+        fontsize=7.5,
+        color="#444444",
+    )
+
+
+def draw_resolution(source: Source) -> Figure | None:
+    """Time and memory of an image against its resolution: at the largest batch that all resolutions were measured with,
+    or at the main batch of each."""
+    rows = source.rows.dropna(subset="ms")
+    patterns = [p for p in PATTERNS if rows[rows["pattern"] == p]["resolution"].nunique() > 1]
+    if not patterns:
+        return None
+    shared = [b for b, part in rows.groupby("batch") if part["resolution"].nunique() == rows["resolution"].nunique()]
+    chosen = source.only(source.rows["batch"] == max(shared)) if shared else source.main_batches()
+    panels = [
+        [
+            Panel(f"{_words(pattern)}, {title}", _pick(chosen.rows, pattern, direction), column, guide, ylabel)
+            for pattern in patterns
+        ]
+        for title, direction, column, guide, ylabel in _per_image_rows(chosen.rows)
+    ]
+    batches = f"batch {max(shared)}" if shared else "main batch of each"
+    title = f"Attention against resolution, {batches}, {_origin(source)}"
+    return _draw_lines(source, panels, "resolution", "resolution, px", title)
+
+
+def draw_density(source: Source) -> Figure | None:
+    """Time and memory of an image against the share of pairs that attend."""
+    rows = source.rows.dropna(subset="ms")
+    resolutions = [r for r, part in rows.groupby("resolution") if part["density"].nunique() > 1]
+    if not resolutions:
+        return None
+    panels = [
+        [
+            Panel(
+                f"{resolution} px, {title}",
+                _pick(rows, None, direction, resolution),
+                column,
+                guide,
+                ylabel,
+                log=not column.startswith("extra"),
+            )
+            for resolution in resolutions
+        ]
+        for title, direction, column, guide, ylabel in _per_image_rows(rows)
+    ]
+    title = f"Attention against density of the mask, {_origin(source)}"
+    return _draw_lines(source, panels, "density", "share of pairs that attend", title)
+
+
+def draw_batch(source: Source, pattern: str) -> Figure | None:
+    """Speed, and memory of an image, against the number of images."""
+    rows = source.rows[source.rows["pattern"] == pattern].dropna(subset="ms")
+    resolutions = [r for r, part in rows.groupby("resolution") if part["batch"].nunique() > 1]
+    if not resolutions:
+        return None
+    kinds = [(d, d, "tflops", "floor_tflops", "TFLOP/s") for d in DIRECTIONS]
+    panels = [
+        [
+            Panel(
+                f"{resolution} px, {title}",
+                _pick(rows, pattern, direction, resolution),
+                column,
+                guide,
+                ylabel,
+                log=not column.startswith("extra"),
+            )
+            for resolution in resolutions
+        ]
+        for title, direction, column, guide, ylabel in [*kinds, *_per_image_rows(rows)[2:]]
+    ]
+    title = f"Attention against batch, {_words(pattern)}, {_origin(source)}"
+    return _draw_lines(source, panels, "batch", "images", title)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines of `column`, one an implementation, and one of `guide`, which is what the device or the data need."""
+
+    title: str
+    rows: pd.DataFrame
+    column: str
+    guide: str
+    ylabel: str
+    log: bool = True
+
+
+def _per_image_rows(rows: pd.DataFrame) -> list[tuple[str, str, str, str, str]]:
+    """(title, direction, column, guide, label) of the rows of panels: both times, and memory where it was read."""
+    kinds = [(d, d, "ms_per_image", "floor_ms_per_image", "ms an image") for d in DIRECTIONS]
+    if rows["extra_mb"].notna().any():
+        kinds.append(
+            (MEMORY_TITLES["backward"], "backward", "extra_mb_per_image", "least_mb_per_image", "extra MB an image")
+        )
+    return kinds
+
+
+def _pick(rows: pd.DataFrame, pattern: str | None, direction: str, resolution: int | None = None) -> pd.DataFrame:
+    keep = rows["direction"] == direction
+    if pattern is not None:
+        keep &= rows["pattern"] == pattern
+    if resolution is not None:
+        keep &= rows["resolution"] == resolution
+    return rows[keep]
+
+
+def _draw_lines(source: Source, panels: list[list[Panel]], x: str, xlabel: str, title: str) -> Figure:
+    figure, axes = plt.subplots(
+        len(panels), len(panels[0]), figsize=(4.6 * len(panels[0]) + 1, 3.4 * len(panels) + 1.6), squeeze=False
+    )
+    for line, panels_of_line in zip(axes, panels, strict=True):
+        for ax, panel in zip(line, panels_of_line, strict=True):
+            rows = panel.rows.dropna(subset=panel.column)
+            for name in sorted(rows["impl"].unique(), key=_rank, reverse=True):
+                part = rows[rows["impl"] == name].sort_values(x)
+                ours, marker = bool(part["ours"].iloc[0]), _look(name)[2]
+                ax.plot(
+                    part[x],
+                    part[panel.column],
+                    color=_colour(name),
+                    marker=marker,
+                    markersize=9 if marker == "*" else 7 if ours else 6,
+                    markeredgecolor="white",
+                    markeredgewidth=0.6,
+                    linewidth=(2.0, 4.0)[name != "cuda"] if ours else 1.2,  # level lines show as a rim
+                    zorder=4 if ours else 3,
+                )
+            guide = panel.rows.dropna(subset=panel.guide).drop_duplicates(x).sort_values(x)
+            ax.plot(guide[x], guide[panel.guide], zorder=5, **FLOOR_LINE)
+            ax.set_xscale("log" if x != "density" else "linear")
+            values = pd.concat([rows[panel.column], guide[panel.guide]])
+            if panel.log:
+                ax.set_yscale("log")
+                ax.set_ylim(values.min() / 1.4, values.max() * 1.4)
+                _plain_log_axis(ax.yaxis, *ax.get_ylim())
+            else:
+                ax.set_ylim(0, values.max() * 1.1)
+            if x != "density":
+                ticks = sorted(rows[x].unique())
+                ax.xaxis.set_major_locator(FixedLocator(ticks))
+                ax.xaxis.set_minor_locator(NullLocator())
+                ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.set_title(panel.title, fontsize=11)
+            ax.set_ylabel(panel.ylabel)
+            ax.set_xlabel(xlabel)
+            ax.grid(color="#e5e5e5", linewidth=0.7, zorder=0)
+            ax.spines[["top", "right"]].set_visible(False)
+    limit = Line2D(
+        [], [], color="black", linewidth=1.2, linestyle=(0, (4, 2)), label="floor: measured rates, least bytes"
+    )
+    _finish(figure, [*_handles(source), limit], title)
+    return figure
+
+
+def _handles(source: Source) -> list[Line2D]:
+    return [
+        Line2D([], [], linestyle="", marker=_look(n)[2], markersize=7, color=_colour(n), label=_label(n))
+        for n in source.implementations
+    ]
 
 
 def _finish(figure: Figure, handles: list, title: str) -> None:
@@ -423,21 +655,41 @@ def _plain_log_axis(axis, low: float, high: float) -> None:
 
 
 def _derive(rows: pd.DataFrame, environment: dict, ceilings: dict) -> pd.DataFrame:
-    for column in ("ms", "p10_ms", "p90_ms", "peak_bytes"):
-        rows[column] = pd.to_numeric(rows[column]).astype("float64")
-    rows["gpu"], rows["commit"] = environment["gpu"], environment["commit"]
+    """Adds what follows from the numbers. Rows of version 1 have no commit, host_us and fewest_extra_bytes."""
+    for column in ("ms", "p10_ms", "p90_ms", "peak_bytes", "extra_bytes", "fewest_extra_bytes", "host_us", "host_ms"):
+        rows[column] = pd.to_numeric(rows[column]).astype("float64") if column in rows else math.nan
+    rows["gpu"] = environment["gpu"]
+    if "commit" not in rows:
+        rows["commit"] = environment["commit"]
+    rows["host_us"] = rows["host_us"].fillna(1e3 * rows["host_ms"])
     rows["tflops"] = rows["flops"] / rows["ms"] / 1e9
     rows["gb_per_s"] = rows["bytes"] / rows["ms"] / 1e6
-    rows["peak_mb"] = rows["peak_bytes"] / 1e6
+    if "length" in rows:
+        tensor = rows["bytes"] / rows["direction"].map({"forward": 4, "backward": 8})
+        statistics = 4 * rows["batch"] * rows["heads"] * rows["length"]
+        forward = tensor + statistics  # out, lse; dq, dk, dv and delta too
+        least = forward.where(rows["direction"] == "forward", 4 * tensor + 2 * statistics)
+        rows["fewest_extra_bytes"] = rows["fewest_extra_bytes"].fillna(least)
+    rows["peak_mb"], rows["extra_mb"] = rows["peak_bytes"] / 1e6, rows["extra_bytes"] / 1e6
+    rows["least_mb"] = rows["fewest_extra_bytes"] / 1e6
+    rows["density"] = rows["pairs"] / rows["length"] ** 2 if "pairs" in rows else math.nan
+    for column in ("ms", "extra_mb", "least_mb"):
+        rows[f"{column}_per_image"] = rows[column] / rows["batch"]
     by_bytes, by_flops = (
         rows["bytes"] / ceilings["copy_gb_per_s"] / 1e6,
         rows["flops"] / ceilings["matmul_tflops"] / 1e9,
     )
     rows["floor_ms"] = pd.concat([by_bytes, by_flops], axis=1).max(axis=1)
+    rows["floor_ms_per_image"] = rows["floor_ms"] / rows["batch"]
+    rows["floor_tflops"] = rows["flops"] / rows["floor_ms"] / 1e9
     order = pd.DataFrame(
         {
-            "pattern": rows["pattern"].map(PATTERNS.index),
-            **{name: rows[name] for name in CELL[1:]},
+            "head_dim": rows["head_dim"],
+            "pattern": rows["pattern"].map(_pattern_rank),
+            "resolution": rows["resolution"],
+            "batch": -rows["batch"],
+            "heads": rows["heads"],
+            "dtype": rows["dtype"],
             "direction": rows["direction"].map(DIRECTIONS.index),
             "impl": rows["impl"].map(_rank),
         }
@@ -467,8 +719,12 @@ def _rank(name: str) -> tuple[int, str]:
     return (list(LOOKS).index(name) if name in LOOKS else len(LOOKS), name)
 
 
+def _pattern_rank(pattern: str) -> tuple[int, str]:
+    return (PATTERNS.index(pattern) if pattern in PATTERNS else len(PATTERNS), pattern)
+
+
 def _look(name: str) -> tuple[str, str, str]:
-    return LOOKS.get(name, (name, *OTHER_LOOK))
+    return LOOKS.get(name) or (name, *OTHER_LOOKS[sum(name.encode()) % len(OTHER_LOOKS)])
 
 
 def _label(name: str) -> str:
@@ -511,6 +767,14 @@ def _number(value: float | None) -> str:
     if value == 0:
         return "0"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _megabytes(value: float) -> str:
+    return DASH if math.isnan(value) else f"{value:.0f}"
+
+
+def _percent(value: float) -> str:
+    return DASH if math.isnan(value) else f"{100 * value:.0f} %"
 
 
 def _ratio(value: float | None) -> str:

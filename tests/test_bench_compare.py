@@ -37,7 +37,8 @@ def repository(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository")
     git(folder, "init", "--quiet")
     (folder / ".gitignore").write_text("runs\n__pycache__\n")
-    for tag, line in (("empty", None), ("slow", "__import__('time').sleep(0.005)"), ("broken", "1 / 0"), ("fast", None)):
+    sleep = "__import__('time').sleep(0.005)"
+    for tag, line in (("empty", None), ("slow", sleep), ("broken", "1 / 0"), ("fast", None)):
         if tag != "empty":
             for name in ("kernels", "bench"):
                 shutil.rmtree(folder / name, ignore_errors=True)

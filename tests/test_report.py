@@ -1,15 +1,20 @@
 """Tables and plots are pure functions of the raw JSON: values, order, gaps, errors."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
+from bench import shapes
+from bench.results import describe
 from reports import build
 
 COLUMNS = "gpu,commit,pattern,resolution,batch,heads,head_dim,dtype,impl,direction,ms,tflops,gb_per_s,peak_mb"
@@ -114,23 +119,146 @@ def test_order_is_by_pattern_then_direction_then_implementation(data, tmp_path):
     assert list(first.direction) == ["forward"] * 3 + ["backward"] * 3
 
 
+def table_rows(text):
+    return [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def summary(text):
+    """(cell, direction) -> the other columns of the summary."""
+    return {(line[0].split(",")[0], line[1]): line[2:] for line in table_rows(text) if line[1] in build.DIRECTIONS}
+
+
 def test_markdown_compares_with_the_best_rival_and_the_dense_mask(data, tmp_path):
     make(data, tmp_path)
     text = (tmp_path / "tables" / "attention.md").read_text()
     assert "[attention_test.json](../data/attention_test.json)" in text and "0123456789abcdef" in text
-    lines = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    summary = {(line[0].split(",")[0], line[1]): line[2:] for line in lines if line[1] in ("forward", "backward")}
-    # ours, rival, rival / ours, dense / ours, floor: max of 4 MB at 2000 GB/s and 1 GFLOP at 500 TFLOP/s
-    assert summary["block_diagonal 256", "forward"] == [
-        "1.00", "triton", "1.50", "varlen_flash", "1.50", "8.00", "0.00200",
+    found = summary(text)
+    # ours, rival, rival / ours, target, its ratio, dense / ours, floor: max of 4 MB at 2000 GB/s and 1 GFLOP at 500
+    # TFLOP/s, floor / ours, extra memory and least
+    assert found["block_diagonal 256", "forward"] == [
+        "1.00", "triton", "1.50", "varlen_flash", "1.50", "-", "-", "8.00", "0.00200", "0 %", "-", "-",
     ]  # fmt: skip
-    assert summary["block_causal 1024", "forward"][:6] == ["3.00", "triton", "6.00", "flash_per_scale", "2.00", "-"]
-    assert summary["block_causal 1024", "backward"][:6] == ["8.00", "triton", "-", "-", "-", "-"]
-    row = next(line for line in lines if line[0] == "variable-length FlashAttention")
-    assert row == ["variable-length FlashAttention", "1.50", "1.47 to 1.54", "1.00", "5.33", "0.667", "2.67", "250"]
+    assert found["block_causal 1024", "forward"][:5] == ["3.00", "triton", "6.00", "flash_per_scale", "2.00"]
+    assert found["block_causal 1024", "backward"][:5] == ["8.00", "triton", "-", "-", "-"]
+    row = next(line for line in table_rows(text) if line[0] == "FlashAttention-2, variable length")
+    assert row[1:] == ["1.50", "1.47 to 1.54", "1.00", "5.33", "0.667", "2.67", "250", "-", "-"]
     assert "SDPA, dense mask: out of memory. OutOfMemoryError: tried to allocate 2 TiB" in text
-    assert "variable-length FlashAttention: unavailable. the mask has no cu_seqlens" in text
+    assert "FlashAttention-2, variable length: unavailable. the mask has no cu_seqlens" in text
     assert "nan" not in text.lower()
+
+
+def test_targets_are_for_their_gpu_and_cells_only(data, tmp_path):
+    def target(gpu, **cell):
+        changed = content(gpu=gpu)
+        changed["results"] = [r | cell for r in changed["results"] if r["pattern"] == "block_diagonal"]
+        (data / "attention_test.json").write_text(json.dumps(changed))
+        make(data, tmp_path)
+        found = summary((tmp_path / "tables" / "attention.md").read_text())
+        return [found["block_diagonal 256", direction][5:7] for direction in build.DIRECTIONS]
+
+    anchor = {"batch": 64, "heads": 16}
+    assert target("NVIDIA H100 80GB HBM3", **anchor) == [["0.140", "0.14"], ["0.400", "0.20"]]
+    assert target("NVIDIA H100 80GB HBM3", batch=8, heads=16) == [["-", "-"]] * 2
+    assert target("NVIDIA H100 80GB HBM3", head_dim=128, **anchor) == [["-", "-"]] * 2
+    assert target("NVIDIA H100 80GB HBM3", dtype="float16", **anchor) == [["-", "-"]] * 2
+    assert target("NVIDIA A100", **anchor) == [["-", "-"]] * 2
+
+
+def full_run():
+    """A version 2 file: two head dims, three batches, densities in between; times are at a share of the roof."""
+    rates = {"cuda": 500.0, "triton": 400.0, "flash4_per_scale": 300.0, "flex": 200.0}
+    results = []
+    for cell in shapes.cells(full=True):
+        for impl, rate in rates.items():
+            for direction in build.DIRECTIONS:
+                row = describe(cell, direction)
+                ms = max(row["flops"] / rate / 1e9, row["bytes"] / (4 * rate) / 1e6)
+                extra = row["fewest_extra_bytes"] * (1 if impl == "cuda" else 2)
+                results.append(
+                    row
+                    | {"impl": impl, "ours": impl in ("cuda", "triton"), "status": "ok", "reason": None}
+                    | {"commit": "aaaa" if impl == "cuda" else "bbbb", "ms": ms, "p10_ms": ms, "p90_ms": ms}
+                    | {"host_us": 12.0, "peak_bytes": 2 * extra, "extra_bytes": extra}
+                )
+    facts = content()["environment"] | {"flash_attn_4": "4.0.0", "gpu": "NVIDIA H100 80GB HBM3"}
+    return content() | {"version": 2, "complete": True, "running": [], "environment": facts, "results": results}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "attention_full.json").write_text(json.dumps(full_run()))
+    return folder
+
+
+def panels(figure):
+    return {ax.get_title(): ax for ax in figure.axes}
+
+
+def lines(ax):
+    """Points of each line by its colour."""
+    return {line.get_color(): list(zip(*line.get_data(), strict=True)) for line in ax.lines}
+
+
+def test_version_2_has_commits_host_times_and_memory_of_each_row(full, tmp_path):
+    (source,) = build.load(full)
+    table = pd.read_csv(io.StringIO(build.attention_csv([source])))
+    assert list(table.columns) == COLUMNS.split(",") and len(table) == 38 * 2 * 4
+    assert set(table[table.impl == "cuda"].commit) == {"aaaa"} and set(table[table.impl == "flex"].commit) == {"bbbb"}
+    assert table[table.impl == "cuda"].tflops.max() == 500 and table[table.impl == "cuda"].gb_per_s.max() == 2000
+    text = build.attention_markdown([source])
+    assert "commit `aaaa`, `bbbb`" in text and "flash-attn-4 4.0.0" in text
+    row = next(line for line in table_rows(text) if line[0] == "ours: Triton")
+    assert row[-2] == f"{2 * source.rows['least_mb'].iloc[0]:.0f}" and row[-1] == "12"
+    ours = summary(text)["block_diagonal 1024", "forward"]
+    assert ours[1] == "cuda" and ours[3:5] == ["flash4_per_scale", "1.67"] and ours[-2] == ours[-1] != "-"
+
+
+def test_a_full_run_has_all_plots_for_both_head_dims(full):
+    (source,) = build.load(full)
+    wanted = {"time", "memory", "roofline", "resolution", "density", "batch_diagonal", "batch_causal"}
+    found = dict(build.draw(source))
+    assert set(found) == {*wanted, *(f"{name}_d128" for name in wanted if name != "density"), "density_d128"}
+    sizes = {text.get_text() for ax in found["time"].axes for text in ax.get_xticklabels()}
+    assert sizes == {"256 px\n64 x 16 x 64", "512 px\n16 x 24 x 64", "1024 px\n4 x 24 x 64"}
+    assert len(panels(found["density"])["1024 px, forward"].lines[0].get_xdata()) == 4
+    assert len(panels(found["density_d128"])["1024 px, forward"].lines[0].get_xdata()) == 2
+    plt.close("all")
+
+
+def test_lines_are_the_measurements(full):
+    (source,) = build.load(full)
+    source = source.only(source.rows["head_dim"] == 64)
+    blue, black = build.LOOKS["triton"][1], "black"
+    rows = source.rows[(source.rows["pattern"] == "block_causal") & (source.rows["impl"] == "triton")]
+    by_batch = lines(panels(build.draw_batch(source, "block_causal"))["256 px, backward"])
+    assert by_batch[blue] == [(1, pytest.approx(400)), (8, pytest.approx(400)), (64, pytest.approx(400))]
+    one = rows[(rows["batch"] == 8) & (rows["direction"] == "backward")].set_index("resolution")
+    found = panels(build.draw_resolution(source))
+    by_resolution = lines(found["block-causal, backward"])
+    assert by_resolution[blue] == [(r, pytest.approx(one.loc[r, "ms"] / 8)) for r in (256, 512, 1024)]
+    assert by_resolution[black] == [(r, pytest.approx(one.loc[r, "floor_ms"] / 8)) for r in (256, 512, 1024)]
+    memory = lines(found["block-causal, forward + backward"])
+    assert [y for _, y in memory[blue]] == pytest.approx([2 * y for _, y in memory[black]])
+    density = lines(panels(build.draw_density(source.only(source.rows["batch"] == 4)))["1024 px, forward"])
+    (x0, y0), *_, (x1, y1) = density[blue]
+    assert y1 / y0 == pytest.approx(x1 / x0) and 0.2 < x0 < x1 < 0.7
+    plt.close("all")
+
+
+def test_roofline_has_both_rates_under_both_ceilings(full):
+    (source,) = build.load(full)
+    figure = build.draw_roofline(source.only(source.rows["head_dim"] == 64).main_batches())
+    assert [ax.get_title() for ax in figure.axes] == ["forward", "backward"] * 2
+    for ax, unit in zip(figure.axes, ("TFLOP/s", "TFLOP/s", "GB/s", "GB/s"), strict=True):
+        roof = ax.lines[0].get_xydata()
+        # 500 TFLOP/s and 2000 GB/s meet at 250 FLOPs a byte
+        assert roof[1].tolist() == [250.0, 500.0 if unit == "TFLOP/s" else 2000.0]
+        for collection in ax.collections:
+            for x, y in collection.get_offsets() if isinstance(collection, PathCollection) else ():
+                assert y <= 1.05 * (min(500, 2 * x) if unit == "TFLOP/s" else min(2000, 500e3 / x))
+    assert {"copy 2000 GB/s", "bf16 product 500 TFLOP/s"} <= {t.get_text().strip() for t in figure.axes[2].texts}
+    plt.close("all")
 
 
 def test_building_twice_gives_identical_files(data, tmp_path):
