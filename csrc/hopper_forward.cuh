@@ -22,13 +22,15 @@ enum class Overlap {
   kInTurn,  // the same, and the warpgroups issue their products in turn, so that one exponentiates while another multiplies
 };
 
-template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, Overlap kOverlap_, int kBlocksPerSM_>
+template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, Overlap kOverlap_, int kBlocksPerSM_,
+          int kPolynomialEvery_ = 0>
 struct HopperForwardTile {
   static constexpr DType kType = kType_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr Overlap kOverlap = kOverlap_;
   static constexpr bool kTurns = kOverlap == Overlap::kInTurn && kGroups > 1;
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
+  static constexpr int kPolynomialEvery = kPolynomialEvery_;  // one of so many exponentials is a polynomial; 0: none
   static constexpr int kRowStages = 2;
 
   static constexpr int kPanels = kHeadDim / kPanelColumns;
@@ -103,7 +105,7 @@ struct ForwardRows {
   }
 
   // s = exp2(scale_log2 s - offset), its sum; returns by which factor what was summed before must be multiplied.
-  template <bool kBounded>
+  template <bool kBounded, bool kMasked>
   __device__ __forceinline__ void exponentiate(float (&s)[kLogits], float (&factor)[2]) {
     factor[0] = factor[1] = 1.0f;
     if constexpr (!kBounded) {
@@ -140,6 +142,14 @@ struct ForwardRows {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = s[4 * n + 2 * half + c];
+          // NOTE: polynomials know no -inf, so masked blocks have none.
+          if constexpr (!kMasked && Tile::kPolynomialEvery != 0) {
+            if ((2 * n + c) % (Tile::kPolynomialEvery + (Tile::kPolynomialEvery == 0)) == 0) {
+              x = kBounded ? exp2_polynomial(x, scale_log2) : exp2_polynomial(x, scale_log2, -offset);
+              sum[c] += x;
+              continue;
+            }
+          }
           x = exp2_approx(kBounded ? x * scale_log2 : fmaf(x, scale_log2, -offset));
           sum[c] += x;
         }
@@ -162,8 +172,17 @@ struct ForwardRows {
 template <class Tile, bool kBounded>
 __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& job, typename Tile::Shared& shared,
                                        const uint8_t* q, RingPosition<Tile::kStages>& ring) {
+  float s[Tile::kBlockN / 2];
   uint32_t p[Tile::kBlockN / 16][4];
   float factor[2];
+  const auto exponentiate = [&](int block) {
+    if (job.masked(block)) {
+      rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
+      rows.template exponentiate<kBounded, true>(s, factor);
+    } else {
+      rows.template exponentiate<kBounded, false>(s, factor);
+    }
+  };
   // One turn a block for every warpgroup, skipped blocks too.
   const auto take_turn = [&] {
     if constexpr (Tile::kTurns) turn_wait<Tile::kGroups>(threadIdx.x / kGroupThreads);
@@ -172,14 +191,12 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
     if constexpr (Tile::kTurns) turn_pass<Tile::kGroups>(threadIdx.x / kGroupThreads);
   };
   if constexpr (Tile::kOverlap == Overlap::kNone) {
-    float s[Tile::kBlockN / 2];
     for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
       barrier_wait(shared.k_full[ring.stage], ring.parity);
       issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
       wgmma_wait<0>();
       release(shared.k_empty[ring.stage]);
-      if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
-      rows.template exponentiate<kBounded>(s, factor);
+      exponentiate(block);
       if constexpr (!kBounded) rows.rescale(factor);
       pack_operands<Tile::kType>(p, s);
       barrier_wait(shared.v_full[ring.stage], ring.parity);
@@ -189,15 +206,13 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
     }
   } else {
     if (job.block_begin >= job.block_end) return;
-    float s[Tile::kBlockN / 2];
     take_turn();
     barrier_wait(shared.k_full[ring.stage], ring.parity);
     issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
     pass_turn();
     wgmma_wait<0>();
     release(shared.k_empty[ring.stage]);
-    if (job.masked(job.block_begin)) rows.intervals.apply(s, job.column_begin + job.block_begin * Tile::kBlockN);
-    rows.template exponentiate<kBounded>(s, factor);  // the accumulator is zero: nothing to rescale
+    exponentiate(job.block_begin);  // the accumulator is zero: nothing to rescale
     pack_operands<Tile::kType>(p, s);
     RingPosition<Tile::kStages> last = ring;
     ring.advance();
@@ -210,8 +225,7 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
       pass_turn();
       wgmma_wait<1>();
       release(shared.k_empty[ring.stage]);
-      if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
-      rows.template exponentiate<kBounded>(s, factor);
+      exponentiate(block);
       wgmma_wait<0>();
       release(shared.v_empty[last.stage]);
       if constexpr (!kBounded) rows.rescale(factor);

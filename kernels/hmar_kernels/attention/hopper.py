@@ -24,8 +24,9 @@ HEAD_DIMS = (64, 128)
 class Tile:
     """A compiled kernel: warpgroups of 64 rows, columns a block, blocks and jobs in shared memory, thread blocks an SM.
 
-    overlap (forward): products that run while a block is exponentiated: 0 none, 1 the last block's with v, 2 also the
-    next block's with k.
+    Of the forward only: overlap, what is multiplied while a block is exponentiated (0 nothing, 1 the last block's
+    probabilities with v, 2 the same, the warpgroups taking turns); polynomial_every, one of so many exponentials is
+    a polynomial (0: none).
     """
 
     groups: int
@@ -34,6 +35,7 @@ class Tile:
     row_stages: int = 2
     overlap: int = 0
     blocks_per_sm: int = 1
+    polynomial_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ LONG_SPAN = 512
 TILES: dict[tuple[int, str], Tiles] = {
     (64, SHORT): Tiles(Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
     (64, LONG): Tiles(Tile(3, 128, 2, overlap=0), Tile(3, 64, 4), Tile(2, 64, 4)),
-    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
-    (128, LONG): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=2), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (128, LONG): Tiles(Tile(2, 128, 2, overlap=2), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
 }
 """(head dim, mean keys a query) -> kernels."""
 
