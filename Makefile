@@ -35,8 +35,9 @@ bench:  ## attention benchmarks, in the current Python environment (needs an NVI
 bench-compare:  ## kernels of the working tree against those of a commit: make bench-compare BASE=<git ref>; ARGS="--impl triton ..."
 	$(PYTHON) -m bench.compare "$(BASE)" $(ARGS)
 
-report: $(READY)  ## tables and plots from reports/data
+report: $(READY)  ## tables and plots from reports/data, pictures of masks and tiles
 	$(BIN)/python reports/build.py
+	$(BIN)/python -m reports.plan_pictures
 
 clean:  ## remove the environment and build output
 	rm -rf $(VENV) build
