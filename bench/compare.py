@@ -98,7 +98,19 @@ def _installed(tree: Tree, worktree: Path, site: Path) -> Tree:
     print(f"installing {tree.name}", flush=True)
     has_backend = all(importlib.util.find_spec(name) for name in ("scikit_build_core", "pybind11"))
     isolation = ["--no-build-isolation"] if has_backend else []
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *isolation, "--target", str(site)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--retries",
+        "1",
+        *isolation,
+        "--target",
+        str(site),
+    ]
     done = subprocess.run([*command, str(worktree)], capture_output=True, text=True)
     if done.returncode == 0 and (site / "hmar_kernels").is_dir():
         return Tree(site, tree.name, tree.commit, installed=True)

@@ -118,8 +118,6 @@ class Run:
         facts = environment(self.device, self.commit)
         sources = [path for path in (journal, self.output) if path is not None and path.is_file()]
         try:
-            if keep and not sources and not restarted:
-                raise ValueError(f"--continue: neither {journal} nor --output FILE is there to go on from")
             if keep and sources:
                 self.results = Results.read(sources[0], journal)
                 self.results.check_environment(facts)
@@ -226,6 +224,8 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
         journal = run.journal(Path(folder).resolve()).absolute()
         if not getattr(chosen, "continue"):
             journal.unlink(missing_ok=True)
+        elif not journal.is_file() and not (run.output and run.output.is_file()):
+            raise pytest.UsageError(f"--continue: neither {journal} nor the file of --output is there to go on from")
         return supervisor.supervise(command, journal, run.patience, config.invocation_params.dir)
 
 
