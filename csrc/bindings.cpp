@@ -142,13 +142,12 @@ void hopper_dkdv(int tile, const ShapeTuple& shape, const PlanTuple& plan, const
                      "hopper_dkdv");
 }
 
-// (head dim, warpgroups, columns a block, stages, row stages, overlap, blocks an SM,
-// one polynomial in so many exponentials) of each kernel of a pass.
+// (head dim, warpgroups, columns a block, stages, row stages, overlap, blocks an SM) of each kernel of a pass.
 py::list hopper_tiles(const std::vector<hmar::HopperTile>& tiles) {
   py::list rows;
   for (const auto& tile : tiles) {
     rows.append(py::make_tuple(tile.head_dim, tile.groups, tile.block_cols, tile.stages, tile.row_stages, tile.overlap,
-                               tile.blocks_per_sm, tile.polynomial_every));
+                               tile.blocks_per_sm));
   }
   return rows;
 }

@@ -19,11 +19,11 @@ struct Instance {
 };
 
 // head dim, warpgroups, columns a block, stages, (forward: overlap; backward: row stages), blocks an SM
-template <int kHeadDim, int kGroups, int kBlockN, int kStages, Overlap kOverlap, int kBlocksPerSM, int kEvery = 0>
+template <int kHeadDim, int kGroups, int kBlockN, int kStages, Overlap kOverlap, int kBlocksPerSM>
 constexpr Instance<HopperForwardParams> forward() {
-  using Half = HopperForwardTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kOverlap, kBlocksPerSM, kEvery>;
-  using Brain = HopperForwardTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kOverlap, kBlocksPerSM, kEvery>;
-  return {{kHeadDim, kGroups, kBlockN, kStages, Half::kRowStages, int(kOverlap), kBlocksPerSM, kEvery,
+  using Half = HopperForwardTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kOverlap, kBlocksPerSM>;
+  using Brain = HopperForwardTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kOverlap, kBlocksPerSM>;
+  return {{kHeadDim, kGroups, kBlockN, kStages, Half::kRowStages, int(kOverlap), kBlocksPerSM,
            sizeof(typename Half::Shared)},
           hopper_forward_kernel<Half>, hopper_forward_kernel<Brain>, Half::kNumThreads};
 }
@@ -32,7 +32,7 @@ template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, i
 constexpr Instance<HopperDqParams> dq() {
   using Half = HopperDqTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
   using Brain = HopperDqTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
-  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, 0, sizeof(typename Half::Shared)},
+  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
           hopper_dq_kernel<Half>, hopper_dq_kernel<Brain>, Half::kNumThreads};
 }
 
@@ -40,26 +40,25 @@ template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, i
 constexpr Instance<HopperDkdvParams> dkdv() {
   using Half = HopperDkdvTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
   using Brain = HopperDkdvTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
-  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, 0, sizeof(typename Half::Shared)},
+  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
           hopper_dkdv_kernel<Half>, hopper_dkdv_kernel<Brain>, Half::kNumThreads};
 }
 
+// What hopper.py's tile table names.
 const Instance<HopperForwardParams> FORWARD[] = {
-    forward<64, 2, 64, 4, Overlap::kNone, 2>(),      forward<64, 2, 64, 4, Overlap::kNone, 2, 8>(),
-    forward<64, 2, 64, 4, Overlap::kNone, 2, 4>(),   forward<64, 4, 64, 4, Overlap::kNone, 1, 8>(),
-    forward<64, 4, 64, 4, Overlap::kNone, 1, 4>(),
-    forward<64, 3, 128, 2, Overlap::kNone, 1>(),     forward<64, 3, 128, 2, Overlap::kNone, 1, 8>(),
-    forward<64, 3, 128, 2, Overlap::kNone, 1, 4>(),  forward<64, 3, 128, 2, Overlap::kInTurn, 1, 8>(),
-    forward<64, 3, 128, 2, Overlap::kInTurn, 1, 4>(),forward<64, 2, 128, 3, Overlap::kInTurn, 1, 4>(),
-    forward<64, 3, 64, 4, Overlap::kInTurn, 1, 4>(),
-    forward<128, 2, 128, 2, Overlap::kInTurn, 1>(),
+    forward<64, 2, 64, 4, Overlap::kNone, 2>(),
+    forward<64, 3, 128, 2, Overlap::kNone, 1>(),
     forward<128, 2, 64, 3, Overlap::kInTurn, 1>(),
+    forward<128, 2, 128, 2, Overlap::kInTurn, 1>(),
 };
 const Instance<HopperDqParams> DQ[] = {
-    dq<64, 3, 64, 4, 2, 1>(), dq<64, 2, 64, 4, 2, 1>(), dq<64, 2, 128, 3, 1, 1>(), dq<128, 2, 64, 2, 1, 1>(),
+    dq<64, 3, 64, 4, 2, 1>(),
+    dq<128, 2, 64, 2, 1, 1>(),
 };
 const Instance<HopperDkdvParams> DKDV[] = {
-    dkdv<64, 2, 64, 4, 2, 1>(), dkdv<64, 1, 64, 3, 1, 2>(), dkdv<128, 2, 64, 2, 1, 1>(),
+    dkdv<64, 2, 64, 4, 2, 1>(),
+    dkdv<64, 1, 64, 3, 1, 2>(),
+    dkdv<128, 2, 64, 2, 1, 1>(),
 };
 
 template <class Params, size_t kCount>

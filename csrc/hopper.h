@@ -18,7 +18,6 @@ struct HopperTile {
   int row_stages;  // jobs whose rows are in shared memory
   int overlap;     // forward only, see hopper_forward.cuh
   int blocks_per_sm;
-  int polynomial_every;  // forward only
   int shared_bytes;
 };
 

@@ -3,7 +3,7 @@
 //   out[i] = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(scale q_i . k_j),   key_start[i] <= j < key_end[i]
 //   lse[i] = ln sum_j p_ij;   a row without keys has out = 0 and lse = -inf
 //
-// A warpgroup owns 64 queries. What its matrix units do while it exponentiates a block is one of Overlap. Where logits are bounded, exp2 needs no
+// A warpgroup owns 64 queries. How arithmetic and matrix units overlap is one of Overlap. Where logits are bounded, exp2 needs no
 // offset: float32 and bfloat16 hold 2^-100 to 2^100 and any sum of these; otherwise the running maximum is
 // followed lazily. In float32: logits, probabilities until they meet v, accumulator, sums, lse.
 #pragma once
@@ -15,22 +15,19 @@ namespace hmar {
 // Largest |logit| in log2 units for which no offset is needed.
 constexpr float kBoundedLog2 = 100.0f;
 
-// What a warpgroup's matrix units do while it exponentiates block b.
 enum class Overlap {
-  kNone,    // nothing: other warpgroups fill the gaps
-  kOutput,  // p v of block b - 1
-  kInTurn,  // the same, and the warpgroups issue their products in turn, so that one exponentiates while another multiplies
+  kNone,    // a warpgroup waits for every product of its own: others fill the gaps
+  kInTurn,  // p v of a block runs while the next one is exponentiated, and the warpgroups issue their products in turn, so
+            // that one exponentiates while another multiplies
 };
 
-template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, Overlap kOverlap_, int kBlocksPerSM_,
-          int kPolynomialEvery_ = 0>
+template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, Overlap kOverlap_, int kBlocksPerSM_>
 struct HopperForwardTile {
   static constexpr DType kType = kType_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
   static constexpr Overlap kOverlap = kOverlap_;
-  static constexpr bool kTurns = kOverlap == Overlap::kInTurn && kGroups > 1;
+  static constexpr bool kTurns = kOverlap == Overlap::kInTurn;
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
-  static constexpr int kPolynomialEvery = kPolynomialEvery_;  // one of so many exponentials is a polynomial; 0: none
   static constexpr int kRowStages = 2;
 
   static constexpr int kPanels = kHeadDim / kPanelColumns;
@@ -105,7 +102,7 @@ struct ForwardRows {
   }
 
   // s = exp2(scale_log2 s - offset), its sum; returns by which factor what was summed before must be multiplied.
-  template <bool kBounded, bool kMasked>
+  template <bool kBounded>
   __device__ __forceinline__ void exponentiate(float (&s)[kLogits], float (&factor)[2]) {
     factor[0] = factor[1] = 1.0f;
     if constexpr (!kBounded) {
@@ -142,14 +139,6 @@ struct ForwardRows {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
           float& x = s[4 * n + 2 * half + c];
-          // NOTE: polynomials know no -inf, so masked blocks have none.
-          if constexpr (!kMasked && Tile::kPolynomialEvery != 0) {
-            if ((2 * n + c) % (Tile::kPolynomialEvery + (Tile::kPolynomialEvery == 0)) == 0) {
-              x = kBounded ? exp2_polynomial(x, scale_log2) : exp2_polynomial(x, scale_log2, -offset);
-              sum[c] += x;
-              continue;
-            }
-          }
           x = exp2_approx(kBounded ? x * scale_log2 : fmaf(x, scale_log2, -offset));
           sum[c] += x;
         }
@@ -176,12 +165,8 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
   uint32_t p[Tile::kBlockN / 16][4];
   float factor[2];
   const auto exponentiate = [&](int block) {
-    if (job.masked(block)) {
-      rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
-      rows.template exponentiate<kBounded, true>(s, factor);
-    } else {
-      rows.template exponentiate<kBounded, false>(s, factor);
-    }
+    if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
+    rows.template exponentiate<kBounded>(s, factor);
   };
   // One turn a block for every warpgroup, skipped blocks too.
   const auto take_turn = [&] {

@@ -199,42 +199,6 @@ __device__ __forceinline__ void issue_columns_product(float (&d)[kRegisters], co
   wgmma_commit();
 }
 
-// Adds the integer in the lowest bits of `shifted` to the exponent of `power`.
-// NOTE: written in PTX because ptxas serialises the products of a kernel that does the same through __float_as_int.
-__device__ __forceinline__ float add_to_exponent(float power, float shifted) {
-  float result;
-  asm("{\n.reg .b32 n, m;\nmov.b32 n, %2;\nshl.b32 n, n, 23;\nmov.b32 m, %1;\nadd.s32 n, n, m;\nmov.b32 %0, n;\n}\n"
-      : "=f"(result)
-      : "f"(power), "f"(shifted));
-  return result;
-}
-
-// 2^x for x >= -125 on the floating-point units, which are four times as many as ex2's but need eight instructions:
-// x = n + f with |f| <= 1/2, 2^f by a polynomial of degree 4 (minimax, relative error 2.6e-6), n into the exponent.
-__device__ __forceinline__ float exp2_polynomial(float s, float scale, float minus_offset) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves n in the lowest bits
-  const float x = fmaxf(fmaf(s, scale, minus_offset), -125.0f);
-  const float shifted = x + kRound;
-  const float f = x - (shifted - kRound);
-  float power = fmaf(f, 0.00957010191f, 0.0559178603f);
-  power = fmaf(f, power, 0.240247448f);
-  power = fmaf(f, power, 0.693121815f);
-  power = fmaf(f, power, 0.999999261f);
-  return add_to_exponent(power, shifted);
-}
-
-// The same for an offset of 0 and |scale s| <= 125: one instruction less.
-__device__ __forceinline__ float exp2_polynomial(float s, float scale) {
-  constexpr float kRound = 12582912.0f;
-  const float shifted = fmaf(s, scale, kRound);
-  const float f = fmaf(s, scale, kRound - shifted);
-  float power = fmaf(f, 0.00957010191f, 0.0559178603f);
-  power = fmaf(f, power, 0.240247448f);
-  power = fmaf(f, power, 0.693121815f);
-  power = fmaf(f, power, 0.999999261f);
-  return add_to_exponent(power, shifted);
-}
-
 // The 64 x 16 operand of step `step` from an accumulator.
 template <DType kType, int kRegisters>
 __device__ __forceinline__ void pack_operand(uint32_t (&a)[4], const float (&s)[kRegisters], int step) {

@@ -24,9 +24,7 @@ HEAD_DIMS = (64, 128)
 class Tile:
     """A compiled kernel: warpgroups of 64 rows, columns a block, blocks and jobs in shared memory, thread blocks an SM.
 
-    Of the forward only: overlap, what is multiplied while a block is exponentiated (0 nothing, 1 the last block's
-    probabilities with v, 2 the same, the warpgroups taking turns); polynomial_every, one of so many exponentials is
-    a polynomial (0: none).
+    overlap (forward): 0, every warpgroup waits for its products and others fill the gaps; 1, they take turns.
     """
 
     groups: int
@@ -35,7 +33,6 @@ class Tile:
     row_stages: int = 2
     overlap: int = 0
     blocks_per_sm: int = 1
-    polynomial_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,19 +43,20 @@ class Tiles:
 
 
 SHORT, LONG = "short", "long"
-LONG_SPAN = 512
+LONG_SPAN = {64: 2048, 128: 512}
+"""Mean keys a query from which a mask counts as long."""
 TILES: dict[tuple[int, str], Tiles] = {
     (64, SHORT): Tiles(Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
-    (64, LONG): Tiles(Tile(3, 128, 2, overlap=0), Tile(3, 64, 4), Tile(2, 64, 4)),
-    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=2), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
-    (128, LONG): Tiles(Tile(2, 128, 2, overlap=2), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (64, LONG): Tiles(Tile(3, 128, 2), Tile(3, 64, 4), Tile(1, 64, 3, 1, blocks_per_sm=2)),
+    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (128, LONG): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
 }
-"""(head dim, mean keys a query) -> kernels."""
+"""(head dim, span class) -> kernels: the fastest that were measured on an H100 (reports/log.md)."""
 
 
 def select_tiles(head_dim: int, mask: SpanMask) -> Tiles:
     """The kernels for a mask. A pure function of its arguments."""
-    return TILES[head_dim, LONG if mask.num_pairs >= LONG_SPAN * mask.num_queries else SHORT]
+    return TILES[head_dim, LONG if mask.num_pairs >= LONG_SPAN[head_dim] * mask.num_queries else SHORT]
 
 
 def tile_numbers(head_dim: int, tiles: Tiles) -> list[int]:
