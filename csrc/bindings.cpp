@@ -114,10 +114,11 @@ hmar::HopperShape hopper_shape(const ShapeTuple& shape, const PlanTuple& plan) {
 }
 
 void hopper_forward(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
-                    const View& out, uintptr_t lse, float logit_bound, int device, uintptr_t stream) {
+                    const View& out, uintptr_t lse, uintptr_t head_bounds, float logit_bound, int device,
+                    uintptr_t stream) {
   const DeviceGuard guard(device);
   DeviceGuard::check(hmar::launch_hopper_forward(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v),
-                                                 tensor(out), pointer<float>(lse), logit_bound,
+                                                 tensor(out), pointer<float>(lse), pointer<const float>(head_bounds), logit_bound,
                                                  reinterpret_cast<cudaStream_t>(stream)),
                      "hopper_forward");
 }

@@ -153,7 +153,8 @@ std::vector<HopperTile> hopper_dq_tiles() { return tiles_of(DQ); }
 std::vector<HopperTile> hopper_dkdv_tiles() { return tiles_of(DKDV); }
 
 cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                                  HopperTensor out, float* lse, float logit_bound, cudaStream_t stream) {
+                                  HopperTensor out, float* lse, const float* head_bounds, float logit_bound,
+                                  cudaStream_t stream) {
   const auto* instance = find(FORWARD, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
   HopperForwardParams params{};
@@ -162,7 +163,7 @@ cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTens
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, instance->tile.block_cols);
   if (error != cudaSuccess) return error;
   params.out = const_cast<void*>(out.data), params.out_strides = out.strides;
-  params.lse = lse, params.logit_bound = logit_bound;
+  params.lse = lse, params.head_bounds = head_bounds, params.logit_bound = logit_bound;
   params.work = work_of(shape);
   return launch(*instance, shape, params, stream);
 }

@@ -43,7 +43,8 @@ std::vector<HopperTile> hopper_dq_tiles();
 std::vector<HopperTile> hopper_dkdv_tiles();
 
 cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                                  HopperTensor out, float* lse, float logit_bound, cudaStream_t stream);
+                                  HopperTensor out, float* lse, const float* head_bounds, float logit_bound,
+                                  cudaStream_t stream);
 cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                              HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse, HopperTensor dq,
                              RowStatistics* statistics, cudaStream_t stream);

@@ -232,7 +232,6 @@ __device__ __forceinline__ void compute_forward(const HopperForwardParams& param
   RingPosition<Tile::kStages> ring;
   ForwardRows<Tile> rows;
   rows.scale_log2 = params.work.scale * kLog2E;
-  const bool bounded = Tile::kType == DType::kBFloat16 && params.logit_bound * kLog2E <= kBoundedLog2;
   if constexpr (Tile::kTurns) {
     if (group == Tile::kGroups - 1) turn_pass<Tile::kGroups>(group);
   }
@@ -258,6 +257,9 @@ __device__ __forceinline__ void compute_forward(const HopperForwardParams& param
     uint8_t* q = shared.q[row_ring.stage][group][0];
     rows.start();
     rows.intervals.load(params.work, job, first_row);
+    const float bound = params.head_bounds == nullptr ? params.logit_bound
+                                                      : params.head_bounds[batch_head % params.work.num_heads];
+    const bool bounded = Tile::kType == DType::kBFloat16 && bound * kLog2E <= kBoundedLog2;
     skip(job.block_begin);
     if (bounded) {
       attend<Tile, true>(rows, job, shared, q, ring);

@@ -45,7 +45,8 @@ struct HopperForwardParams {
   void* out;          // [B, H, Lq, D]
   Strides out_strides;
   float* lse;         // [B, H, Lq], contiguous
-  float logit_bound;  // no |scale q k| is larger; infinity when nothing is known
+  const float* head_bounds;  // [H]: no |scale q k| of a head is larger; null where logit_bound says it for all heads
+  float logit_bound;         // infinity when nothing is known
   HopperWork work;
 };
 

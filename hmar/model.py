@@ -328,7 +328,8 @@ class Attention(nn.Module):
         k_BHLD = F.normalize(k_BHLD, dim=-1).to(v_BHLD.dtype)
         if cache is not None:
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
-        out_BHLD = masked_attention(q_BHLD, k_BHLD, v_BHLD, mask, scale=1.0, impl=self.impl)
+        bound_H = scale_H11.detach().float().flatten()  # of unit vectors' products, scaled
+        out_BHLD = masked_attention(q_BHLD, k_BHLD, v_BHLD, mask, scale=1.0, logit_bound=bound_H, impl=self.impl)
         return self.proj(out_BHLD.transpose(1, 2).flatten(2))
 
 

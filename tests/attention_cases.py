@@ -51,10 +51,10 @@ def draw_inputs(mask, batch, heads, head_dim, dtype, device, seed=0, packed=Fals
     return q, k, v, do, draw(batch, heads, mask.num_queries).float()
 
 
-def run(q, k, v, do, dlse, mask, impl, scale=None, with_lse=True):
+def run(q, k, v, do, dlse, mask, impl, scale=None, with_lse=True, logit_bound=None):
     """(out, lse, dq, dk, dv); the gradient of lse takes part where a query has keys."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out, lse = attention(q, k, v, mask, impl=impl, scale=scale, return_lse=True)
+    out, lse = attention(q, k, v, mask, impl=impl, scale=scale, logit_bound=logit_bound, return_lse=True)
     sighted = (mask.key_end > mask.key_start).to(lse.device)
     loss = (out * do.to(out.dtype)).sum()
     if with_lse:
@@ -62,9 +62,9 @@ def run(q, k, v, do, dlse, mask, impl, scale=None, with_lse=True):
     return out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))
 
 
-def assert_accurate(inputs, mask, impl, scale=None, with_lse=True):
+def assert_accurate(inputs, mask, impl, scale=None, with_lse=True, logit_bound=None):
     """`impl` obeys the tolerance rule of hmar_kernels.accuracy in outputs and all gradients."""
-    actual = run(*inputs, mask, impl, scale, with_lse)
+    actual = run(*inputs, mask, impl, scale, with_lse, logit_bound)
     expected = run(*(x.double() for x in inputs), mask, "reference", scale, with_lse)
     eager = run(*inputs, mask, "reference", scale, with_lse)
     sighted = (mask.key_end > mask.key_start).to(inputs[0].device)

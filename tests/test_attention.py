@@ -1,5 +1,7 @@
 """The attention operator on the CPU: the reference, the Triton kernels under the interpreter, plans, refusals."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -252,6 +254,11 @@ def test_bad_arguments_are_refused_with_a_reason():
         ((q, k, v, mask), {"impl": "varlen"}, "not block-diagonal"),
         ((q, k, v, mask), {"impl": "flex"}, "needs a CUDA device"),
         ((q, k, v, mask), {"impl": "cuda"}, "cannot run here: (the extension|the CUDA kernels)"),
+        ((q, k, v, mask), {"impl": "hopper"}, "cannot run here: (the extension|the CUDA kernels)"),
+        ((q, k, v, mask), {"logit_bound": -1.0}, "must be a number from 0, or None"),
+        ((q, k, v, mask), {"logit_bound": math.nan}, "must be a number from 0, or None"),
+        ((q, k, v, mask), {"logit_bound": torch.ones(2)}, r"must be float32 \[3\] on cpu"),
+        ((q, k, v, mask), {"logit_bound": torch.ones(3).double()}, r"must be float32 \[3\] on cpu"),
         ((q.double(), k.double(), v.double(), mask), {"impl": "triton"}, "not torch.float64"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -61,7 +61,8 @@ def test_custom_op_passes_opcheck(impl):
     q, k, v, *_ = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
     skip_unless_available(impl, (q, k, v), mask)
     if impl == "hopper":
-        operator, rest = api._attention_hopper, (*api._job_arguments(mask, q.device, 64), 0.3, 40.0)
+        bounds = torch.full((2,), 40.0, device="cuda")
+        operator, rest = api._attention_hopper, (*api._job_arguments(mask, q.device, 64), 0.3, torch.inf, bounds)
     else:
         operator = {"triton": api._attention_triton, "cuda": api._attention_cuda}[impl]
         rest = (*api._plan_arguments(impl, mask, q.device, 64, q.dtype), 0.3)
@@ -96,6 +97,22 @@ def test_large_logits_stay_finite(impl):
     q, k = (torch.nn.functional.normalize(x.float(), dim=-1).bfloat16() for x in (q, k))
     skip_unless_available(impl, (q, k, rest[0]), mask)
     assert_accurate((q, k, *rest), mask, impl, scale=100.0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", [*MASKS, "block_causal_512"])
+@pytest.mark.parametrize("bound", ["number", "by_head"])
+def test_bounded_logits(bound, name, head_dim, dtype, poisoned_memory):
+    """Unit vectors under scales from 0.5 to 100: bounded heads and heads that need the running maximum side by side."""
+    mask = MASKS.get(name) or pyramid_mask("block_causal", 512)
+    q, k, v, do, dlse = draw_inputs(mask, 2, 3, head_dim, torch.float32, "cuda")
+    scales = torch.tensor([0.5, 60.0, 100.0] if bound == "by_head" else [4.0, 30.0, 60.0], device="cuda")
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    inputs = [x.to(DTYPES[dtype]) for x in (q * scales[:, None, None], k, v, do)]
+    skip_unless_available("hopper", inputs, mask)
+    logit_bound = scales if bound == "by_head" else 60.0
+    assert_accurate((*inputs, dlse), mask, "hopper", scale=1.0, logit_bound=logit_bound)
 
 
 @pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])

@@ -26,7 +26,7 @@ def attention(
     mask: SpanMask,
     *,
     scale: float | None = None,
-    logit_bound: float | None = None,
+    logit_bound: float | torch.Tensor | None = None,
     impl: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -37,8 +37,9 @@ def attention(
         k, v: [B, H, Lk, D], any strides, of q's dtype and device.
         mask: SpanMask of Lq queries and Lk keys.
         scale: positive factor on the logits; default 1 / sqrt(D).
-        logit_bound: a promise that no |scale q.k| is larger, as for normalised q and k; lets impl="hopper" leave out
-            the running maximum where the bound is at most 69 and the dtype bfloat16. A broken promise gives NaN.
+        logit_bound: a promise that no |scale q.k| is larger, as for normalised q and k: a number, or one for each head
+            as a float32 tensor [H] on q's device, which is read there. impl="hopper" leaves out the running maximum
+            where the bound is at most 69 and the dtype bfloat16; others need no bound. A broken promise gives NaN.
         impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises; `choose` tells what "auto"
             takes and why.
         return_lse: also return the log-sum-exp of each query's logits; differentiable, but for impl="varlen", whose
@@ -55,9 +56,7 @@ def attention(
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    logit_bound = math.inf if logit_bound is None else float(logit_bound)
-    if not logit_bound >= 0:
-        raise ValueError(f"logit_bound must be a number from 0, or None when nothing is known, got {logit_bound}")
+    logit_bound, head_bounds = _check_bound(logit_bound, q)
     if impl == "auto":
         impl, _ = choose(q, k, v, mask)
     else:
@@ -73,7 +72,7 @@ def attention(
         out, lse = attend(q, k, v, *tensors, tiles, scale)
     elif impl == "hopper":
         tensors, tiles = _job_arguments(mask, q.device, head_dim)
-        out, lse = _attention_hopper(q, k, v, *tensors, tiles, scale, logit_bound)
+        out, lse = _attention_hopper(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
     elif impl == "varlen":
@@ -85,9 +84,12 @@ def attention(
 
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> tuple[str, str]:
     """What impl="auto" takes for these inputs, and the reason. A pure function of devices, dtypes, shapes and mask."""
+    if q.device.type == "cuda" and unavailable("hopper", q, k, v, mask) is None:
+        return "hopper", "the fastest forward and backward in every cell measured on an H100 (reports/tables)"
     reason = unavailable("triton", q, k, v, mask)
     if reason is None and q.device.type == "cuda":
-        return "triton", "serves every shape, and is within 7 % of the fastest in each measured cell (reports/tables)"
+        why = unavailable("hopper", q, k, v, mask)
+        return "triton", f"serves every shape on GPUs from compute capability 8.0 on; not the Hopper kernels: {why}"
     if q.device.type == "cuda" and q.dtype != torch.float64:
         return "reference", f"dense and slow: {reason}"
     return "reference", "the plain implementation serves CPU tensors and float64"
@@ -134,6 +136,21 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) ->
         )
     if not (q.device == k.device == v.device):
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def _check_bound(bound: float | torch.Tensor | None, q: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """The bound of all heads, and that of each head where it is a tensor."""
+    if isinstance(bound, torch.Tensor) and bound.ndim:
+        if bound.shape != q.shape[1:2] or bound.dtype != torch.float32 or bound.device != q.device:
+            raise ValueError(
+                f"logit_bound as a tensor must be float32 [{q.shape[1]}] on {q.device}, one for each head of q, got "
+                f"{bound.dtype} {_shape(bound)} on {bound.device}"
+            )
+        return math.inf, bound.detach().contiguous()
+    bound = math.inf if bound is None else float(bound)
+    if not bound >= 0:
+        raise ValueError(f"logit_bound must be a number from 0, or None when nothing is known, got {bound}")
+    return bound, None
 
 
 def _shape(x: torch.Tensor) -> list[int]:
@@ -272,12 +289,13 @@ def _attention_hopper(
     tiles: list[int],
     scale: float,
     logit_bound: float,
+    head_bounds: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return hopper.forward(q, k, v, key_start, key_end, forward_jobs, tiles[0], scale, logit_bound)
+    return hopper.forward(q, k, v, key_start, key_end, forward_jobs, tiles[0], scale, logit_bound, head_bounds)
 
 
 @_attention_hopper.register_fake
-def _(q, k, v, key_start, key_end, forward_jobs, dq_jobs, dkdv_jobs, tiles, scale, logit_bound):
+def _(q, k, v, key_start, key_end, forward_jobs, dq_jobs, dkdv_jobs, tiles, scale, logit_bound, head_bounds):
     return triton.empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -306,7 +324,7 @@ def _(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, dkdv_jobs, tiles
 
 
 def _save_for_hopper_backward(ctx, inputs, output):
-    q, k, v, key_start, key_end, _, dq_jobs, dkdv_jobs, tiles, scale, _ = inputs
+    q, k, v, key_start, key_end, _, dq_jobs, dkdv_jobs, tiles, scale, _, _ = inputs
     ctx.save_for_backward(q, k, v, *output, key_start, key_end, dq_jobs, dkdv_jobs)
     ctx.tiles, ctx.scale = tiles, scale
     ctx.set_materialize_grads(False)
@@ -316,7 +334,7 @@ def _hopper_backward(ctx, do, dlse):
     q, k, v, out, lse, *plan = ctx.saved_tensors
     do = torch.zeros_like(out) if do is None else do
     gradients = _attention_hopper_backward(do, dlse, q, k, v, out, lse, *plan, ctx.tiles, ctx.scale)
-    return (*gradients, None, None, None, None, None, None, None, None)
+    return (*gradients, None, None, None, None, None, None, None, None, None)
 
 
 _attention_hopper.register_autograd(_hopper_backward, setup_context=_save_for_hopper_backward)

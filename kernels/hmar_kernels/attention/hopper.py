@@ -102,6 +102,7 @@ def forward(
     tile: int,
     scale: float,
     logit_bound: float = math.inf,
+    head_bounds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale q k^T + mask) v for query i and the keys [key_start[i], key_end[i]).
 
@@ -113,6 +114,7 @@ def forward(
         tile: number of the kernel, see `tile_numbers`.
         scale: positive factor on the logits.
         logit_bound: no |scale q k| is larger, as the caller promises; infinity promises nothing.
+        head_bounds: the same for each head, float32 [H] on q's device; takes the place of logit_bound.
     Returns:
         out [B, H, Lq, D] (memory order [B, Lq, H, D]) in q's dtype and lse [B, H, Lq] float32, natural logarithm; a
         query without keys has out = 0 and lse = -inf.
@@ -138,6 +140,7 @@ def forward(
         (jobs.data_ptr(), len(jobs), storage.data_ptr() + 4 * rows),
         *(_view(x) for x in (q, k, v, out)),
         lse.data_ptr(),
+        0 if head_bounds is None else head_bounds.data_ptr(),
         logit_bound,
         q.device.index,
         torch.cuda.current_stream(q.device).cuda_stream,
