@@ -19,14 +19,16 @@ import pytest
 import torch
 
 from hmar_kernels import SpanMask
-from hmar_kernels.attention import cuda, reference
+from hmar_kernels.attention import cuda, hopper, reference
 from hmar_kernels.attention.plan import query_plan
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
-ARCHITECTURES = ("80", "90a")
+TARGETS = {"attention_forward": ("80", "90a"), "hopper": ("90a",)}
+"""csrc/*.cu -> the architectures that it is compiled for, as in CMakeLists.txt."""
+ARCHITECTURES = TARGETS["attention_forward"]
 # So that the blocks an SM that csrc/attention_forward.cu names fit into 65536 registers, 128 threads each.
 REGISTER_LIMIT = {(64, 64): 128, (64, 128): 255, (128, 64): 255, (128, 128): 255}
+TYPES = ("float16", "bfloat16")  # as csrc/params.h numbers them
 PYRAMID_SIZES = [1, 4, 9, 16, 25, 36, 64]  # 155 tokens
 
 
@@ -36,41 +38,53 @@ def find_nvcc() -> str | None:
 
 
 @pytest.fixture(scope="module")
-def ptxas_report(tmp_path_factory) -> dict[tuple[str, str, int, int], dict[str, int]]:
-    """(architecture, type, head dim, rows a tile) -> registers and spilled bytes."""
+def ptxas_output(tmp_path_factory) -> dict[tuple[str, str], str]:
+    """(source, architecture) -> what nvcc and ptxas say of it."""
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc on PATH or under CUDA_HOME")
+    assert {source.stem for source in (ROOT / "csrc").glob("*.cu")} == set(TARGETS)
     folder = tmp_path_factory.mktemp("cubins")
     jobs = {
         (source, arch): subprocess.Popen(
             [
                 *(nvcc, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", "-cubin"),
-                *("-o", folder / f"{source.stem}_{arch}.cubin", source),
+                *("-o", folder / f"{source}_{arch}.cubin", ROOT / "csrc" / f"{source}.cu"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for source in SOURCES
-        for arch in ARCHITECTURES
+        for source, architectures in TARGETS.items()
+        for arch in architectures
     }
-    report = {}
+    output = {target: job.communicate()[0] for target, job in jobs.items()}
     for (source, arch), job in jobs.items():
-        text = job.communicate()[0]
-        assert job.returncode == 0, f"{source.name} does not compile for sm_{arch}:\n{text}"
-        for entry in text.split("Compiling entry function")[1:]:
-            dtype, head_dim, rows = re.search(r"ForwardTileILNS_\d+DTypeE(\d)ELi(\d+)ELi(\d+)E", entry).groups()
-            stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
-            report[arch, ("float16", "bfloat16")[int(dtype)], int(head_dim), int(rows)] = {
-                "registers": int(re.search(r"Used (\d+) registers", entry)[1]),
-                "spilled": int(stores) + int(loads),
-            }
+        assert job.returncode == 0, f"{source}.cu does not compile for sm_{arch}:\n{output[source, arch]}"
+    return output
+
+
+def kernels_of(output: str):
+    """(mangled name, registers and spilled bytes) of each kernel."""
+    for entry in output.split("Compiling entry function")[1:]:
+        stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
+        registers = int(re.search(r"Used (\d+) registers", entry)[1])
+        yield re.search(r"'(\w+)'", entry)[1], {"registers": registers, "spilled": int(stores) + int(loads)}
+
+
+@pytest.fixture(scope="module")
+def ptxas_report(ptxas_output) -> dict[tuple[str, str, int, int], dict[str, int]]:
+    """(architecture, type, head dim, rows a tile) -> registers and spilled bytes."""
+    report = {}
+    for arch in ARCHITECTURES:
+        for name, numbers in kernels_of(ptxas_output["attention_forward", arch]):
+            dtype, head_dim, rows = re.search(r"ForwardTileILNS_\d+DTypeE(\d)ELi(\d+)ELi(\d+)E", name).groups()
+            report[arch, TYPES[int(dtype)], int(head_dim), int(rows)] = numbers
     return report
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("head_dim", "rows"), cuda.TILES)
 def test_kernels_compile_without_spills(ptxas_report, arch, dtype, head_dim, rows):
     entry = ptxas_report[arch, dtype, head_dim, rows]
@@ -80,6 +94,57 @@ def test_kernels_compile_without_spills(ptxas_report, arch, dtype, head_dim, row
 
 def test_all_compiled_kernels_are_known(ptxas_report):
     assert {key[2:] for key in ptxas_report} == set(cuda.TILES)
+
+
+def hopper_instance(name: str) -> tuple:
+    """(pass, type, template numbers) of a mangled kernel name."""
+    kernel, dtype, numbers = re.match(r"_ZN4hmar\d+hopper_(\w+?)_kernelI\w+?DTypeE(\d)E(\w+?)EEEv", name).groups()
+    return kernel, TYPES[int(dtype)], *(int(n) for n in re.findall(r"L(?:i|NS_\d+[A-Za-z]+E)(\d+)E?", numbers))
+
+
+def hopper_instances() -> set[tuple]:
+    """What hopper.py's table names: of each kernel the template's numbers, for both types."""
+    instances = set()
+    for (head_dim, _), tiles in hopper.TILES.items():
+        for kernel in ("forward", "dq", "dkdv"):
+            tile = getattr(tiles, kernel)
+            fourth = tile.overlap if kernel == "forward" else tile.row_stages
+            numbers = (head_dim, tile.groups, tile.cols, tile.stages, fourth, tile.blocks_per_sm)
+            instances |= {(kernel, dtype, *numbers) for dtype in TYPES}
+    return instances
+
+
+@pytest.fixture(scope="module")
+def hopper_report(ptxas_output) -> dict[tuple, dict[str, int]]:
+    """(pass, type, head dim, warpgroups, columns, stages, overlap or row stages, blocks an SM) -> registers, spills."""
+    return {hopper_instance(name): numbers for name, numbers in kernels_of(ptxas_output["hopper", "90a"])}
+
+
+def test_hopper_kernels_are_those_of_the_table(hopper_report):
+    assert set(hopper_report) == hopper_instances()
+
+
+def test_hopper_kernels_compile_without_spills(hopper_report):
+    # A thread's registers at the launch: what an SM has, shared by its blocks, in steps of eight.
+    at_launch = {instance: 65536 // (instance[-1] * (instance[3] + 1) * 128) // 8 * 8 for instance in hopper_report}
+    for instance, numbers in hopper_report.items():
+        assert numbers == {"registers": min(at_launch[instance], 255) // 8 * 8, "spilled": 0}, instance
+
+
+SERIALISED = {("dkdv", dtype, 128) for dtype in TYPES}
+"""Kernels, by pass, type and head dim, whose products ptxas does not let overlap.
+
+dk/dv of head dim 128: the accumulators of dk, dv, logits and do v^T take 192 registers of the 240 a thread can have, so
+no copies of operands fit that would let one product run while the next one's operand is made.
+"""
+
+
+def test_hopper_products_overlap(ptxas_output):
+    """ptxas notes (C7510, C7511, C7512) every kernel in which it waits for each wgmma on its own."""
+    notes = [line for line in ptxas_output["hopper", "90a"].splitlines() if "wgmma" in line]
+    assert all(re.search(r"\(C751\d\).*serialized", line) for line in notes), notes
+    names = [re.search(r"function '(\w+)'", line)[1] for line in notes]
+    assert {hopper_instance(name)[:3] for name in names} == SERIALISED
 
 
 class Params(ctypes.Structure):
