@@ -47,6 +47,7 @@ constexpr Instance<HopperDkdvParams> dkdv() {
 // What hopper.py's tile table names.
 const Instance<HopperForwardParams> FORWARD[] = {
     forward<64, 2, 64, 4, Overlap::kNone, 2>(),
+    forward<64, 4, 96, 3, Overlap::kNone, 1>(),
     forward<64, 3, 128, 2, Overlap::kNone, 1>(),
     forward<128, 2, 64, 3, Overlap::kInTurn, 1>(),
     forward<128, 2, 128, 2, Overlap::kInTurn, 1>(),
@@ -56,8 +57,8 @@ const Instance<HopperDqParams> DQ[] = {
     dq<128, 2, 64, 2, 1, 1>(),
 };
 const Instance<HopperDkdvParams> DKDV[] = {
+    dkdv<64, 1, 64, 4, 2, 2>(),
     dkdv<64, 2, 64, 4, 2, 1>(),
-    dkdv<64, 1, 64, 3, 1, 2>(),
     dkdv<128, 2, 64, 2, 1, 1>(),
 };
 
@@ -175,11 +176,11 @@ cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q,
   if (instance == nullptr) return cudaErrorInvalidValue;
   HopperDqParams params{};
   cudaError_t error = describe(&params.q, shape, q, shape.num_queries, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.out, shape, out, shape.num_queries, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.d_out, shape, d_out, shape.num_queries, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.k, shape, k, shape.num_keys, instance->tile.block_cols);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, instance->tile.block_cols);
   if (error != cudaSuccess) return error;
-  params.out = out.data, params.out_strides = out.strides;
   params.lse = lse, params.d_lse = d_lse;
   params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
   params.statistics = statistics;

@@ -5,6 +5,8 @@
 //
 // A warpgroup owns 64 keys, whose logits it computes transposed, so that probabilities leave one product's accumulator as
 // the next one's operand. Queries, do and their statistics come block by block. No atomics: bit-equal from run to run.
+// The next block's logits are computed as soon as ds has left the registers they share, so that the matrix units always have
+// products in store: dk and dp while a block is exponentiated, dv while its ds is formed.
 #pragma once
 
 #include "hopper_tile.cuh"
@@ -46,6 +48,7 @@ __device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typen
       if (lane == 0) barrier_arrive(shared.rows_full[rows.stage]);
       return;
     }
+    const int next_item = request_item(params.work);
     const int batch_head = slot.head;
     const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
     if (lane == 0) {
@@ -76,16 +79,115 @@ __device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typen
       barrier_arrive_after_cp_async(shared.q_full[ring.stage]);
       __syncwarp();
     }
-    item = take_item(params.work);
+    item = receive_item(next_item);
   }
+}
+
+// A warpgroup's part of a job: 64 keys.
+template <class Tile>
+struct DkdvRows {
+  static constexpr int kLogits = Tile::kBlockN / 2;  // registers
+  static constexpr int kSteps = Tile::kBlockN / 16;
+
+  float dk[Tile::kHeadDim / 2], dv[Tile::kHeadDim / 2];
+  uint32_t p[kSteps][4], ds[kSteps][4];
+  float dp[kLogits];
+
+  // s = exp2(scale_log2 s - lse), rounded into p. `statistics`: of the block, from this thread's first column on.
+  __device__ __forceinline__ void exponentiate(float (&s)[kLogits], const float4* statistics, float scale_log2) {
+#pragma unroll
+    for (int n = 0; n < kLogits / 4; ++n) {
+      const float4 two = statistics[4 * n];  // neighbouring queries: lse, delta, lse, delta
+#pragma unroll
+      for (int i = 4 * n; i < 4 * n + 4; ++i) s[i] = exp2_approx(fmaf(s[i], scale_log2, -(i % 2 == 0 ? two.x : two.z)));
+    }
+    pack_operands<Tile::kType>(p, s);
+  }
+
+  // ds = p (dp - delta), rounded.
+  __device__ __forceinline__ void differentiate(float (&s)[kLogits], const float4* statistics) {
+#pragma unroll
+    for (int n = 0; n < kLogits / 4; ++n) {
+      const float4 two = statistics[4 * n];
+#pragma unroll
+      for (int i = 4 * n; i < 4 * n + 4; ++i) s[i] *= dp[i] - (i % 2 == 0 ? two.y : two.w);
+    }
+    pack_operands<Tile::kType>(ds, s);
+  }
+};
+
+template <class Tile>
+__device__ __forceinline__ void accumulate_dkdv(DkdvRows<Tile>& rows, const HopperWork& work, const GroupJob& job,
+                                                typename Tile::Shared& shared, const uint8_t* k, const uint8_t* v,
+                                                RingPosition<Tile::kStages>& ring) {
+  constexpr int kLogits = Tile::kBlockN / 2, kHeadDim = Tile::kHeadDim;
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
+  const float scale_log2 = work.scale * kLog2E;
+  const auto statistics = [&](int stage) {
+    return reinterpret_cast<const float4*>(shared.statistics[stage]) + lane % 4;
+  };
+
+  set_zero(rows.dk), set_zero(rows.dv);
+  if (job.block_begin >= job.block_end) return;
+  float s[kLogits];
+  const auto mask = [&](int block) {
+    if (job.masked(block)) mask_keys(s, work, job.column_begin + block * Tile::kBlockN, job.row_begin + first_row);
+  };
+  const auto issue_logits = [&](const RingPosition<Tile::kStages>& at) {
+    barrier_wait(shared.q_full[at.stage], at.parity);
+    issue_rows_product<Tile::kType, kHeadDim>(s, k, shared.q[at.stage][0]);
+  };
+  const auto issue_dp = [&](const RingPosition<Tile::kStages>& at) {
+    barrier_wait(shared.d_out_full[at.stage], at.parity);
+    issue_rows_product<Tile::kType, kHeadDim>(rows.dp, v, shared.d_out[at.stage][0]);
+  };
+  if constexpr (kHeadDim == 64) {
+    // In the order they are issued: s(0), dp(0), then for each block b: dv(b), s(b + 1), dk(b), dp(b + 1).
+    issue_logits(ring);
+    issue_dp(ring);
+    wgmma_wait<1>();
+    for (int block = job.block_begin;; ++block) {
+      mask(block);
+      rows.exponentiate(s, statistics(ring.stage), scale_log2);
+      issue_columns_product<Tile::kType>(rows.dv, rows.p, shared.d_out[ring.stage][0]);
+      wgmma_wait<1>();  // dp(block), and before it dk(block - 1)
+      if (block > job.block_begin) release(shared.empty[ring.last_stage()]);
+      rows.differentiate(s, statistics(ring.stage));
+      const int stage = ring.stage;
+      ring.advance();
+      if (block + 1 == job.block_end) {
+        issue_columns_product<Tile::kType>(rows.dk, rows.ds, shared.q[stage][0]);
+        break;
+      }
+      issue_logits(ring);
+      issue_columns_product<Tile::kType>(rows.dk, rows.ds, shared.q[stage][0]);
+      issue_dp(ring);
+      wgmma_wait<2>();  // s(block + 1), and before it dv(block)
+    }
+  } else {
+    // Registers do not suffice for the next block's logits beside this one's operands.
+    int last_stage = -1;
+    for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
+      issue_logits(ring);
+      issue_dp(ring);
+      wgmma_wait<1>();
+      if (last_stage >= 0) release(shared.empty[last_stage]);
+      last_stage = ring.stage;
+      mask(block);
+      rows.exponentiate(s, statistics(ring.stage), scale_log2);
+      issue_columns_product<Tile::kType>(rows.dv, rows.p, shared.d_out[ring.stage][0]);
+      wgmma_wait<1>();
+      rows.differentiate(s, statistics(ring.stage));
+      issue_columns_product<Tile::kType>(rows.dk, rows.ds, shared.q[ring.stage][0]);
+    }
+  }
+  wgmma_wait<0>();
+  release(shared.empty[ring.last_stage()]);
 }
 
 template <class Tile>
 __device__ __forceinline__ void compute_dkdv(const HopperDkdvParams& params, typename Tile::Shared& shared) {
-  constexpr int kLogits = Tile::kBlockN / 2;
-  const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
-  const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
-  const float scale_log2 = params.work.scale * kLog2E;
+  const int group = threadIdx.x / kGroupThreads;
   RingPosition<Tile::kRowStages> row_ring;
   RingPosition<Tile::kStages> ring;
   const auto skip = [&](int num_blocks) {
@@ -104,54 +206,17 @@ __device__ __forceinline__ void compute_dkdv(const HopperDkdvParams& params, typ
     const GroupJob job(slot, group);
     uint8_t* k = shared.k[row_ring.stage][group][0];
     uint8_t* v = shared.v[row_ring.stage][group][0];
-    float dk[Tile::kHeadDim / 2], dv[Tile::kHeadDim / 2];
-    set_zero(dk), set_zero(dv);
-
+    DkdvRows<Tile> rows;
     skip(job.block_begin);
-    int last_stage = -1;  // of the block whose products for dk and dv are under way
-    uint32_t p[Tile::kBlockN / 16][4], ds[Tile::kBlockN / 16][4];
-    float s[kLogits], dp[kLogits];
-    for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
-      barrier_wait(shared.q_full[ring.stage], ring.parity);
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, k, shared.q[ring.stage][0]);
-      barrier_wait(shared.d_out_full[ring.stage], ring.parity);
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(dp, v, shared.d_out[ring.stage][0]);
-      wgmma_wait<1>();
-      if (last_stage >= 0) release(shared.empty[last_stage]);
-      if (job.masked(block)) {
-        mask_keys(s, params.work, job.column_begin + block * Tile::kBlockN, job.row_begin + first_row);
-      }
-      // Two neighbouring queries: lse, delta, lse, delta.
-      const auto* statistics = reinterpret_cast<const float4*>(shared.statistics[ring.stage]) + lane % 4;
-#pragma unroll
-      for (int n = 0; n < kLogits / 4; ++n) {
-        const float4 two = statistics[4 * n];
-#pragma unroll
-        for (int i = 4 * n; i < 4 * n + 4; ++i) s[i] = exp2_approx(fmaf(s[i], scale_log2, -(i % 2 == 0 ? two.x : two.z)));
-      }
-      pack_operands<Tile::kType>(p, s);
-      issue_columns_product<Tile::kType>(dv, p, shared.d_out[ring.stage][0]);
-      wgmma_wait<1>();
-#pragma unroll
-      for (int n = 0; n < kLogits / 4; ++n) {
-        const float4 two = statistics[4 * n];
-#pragma unroll
-        for (int i = 4 * n; i < 4 * n + 4; ++i) s[i] *= dp[i] - (i % 2 == 0 ? two.y : two.w);
-      }
-      pack_operands<Tile::kType>(ds, s);
-      issue_columns_product<Tile::kType>(dk, ds, shared.q[ring.stage][0]);
-      last_stage = ring.stage;
-    }
-    wgmma_wait<0>();
-    if (last_stage >= 0) release(shared.empty[last_stage]);
+    accumulate_dkdv(rows, params.work, job, shared, k, v, ring);
     skip(job.num_blocks - job.block_end);
 
     group_sync(group);
     const float dk_factor[2] = {params.work.scale, params.work.scale}, dv_factor[2] = {1.0f, 1.0f};
-    store_rows<Tile::kType>(dk, dk_factor, k, Tile::kGroupPanelBytes,
+    store_rows<Tile::kType>(rows.dk, dk_factor, k, Tile::kGroupPanelBytes,
                             rows_of(params.dk, params.dk_strides, params.work, batch_head, job.row_begin),
                             params.dk_strides.row, job.num_rows);
-    store_rows<Tile::kType>(dv, dv_factor, v, Tile::kGroupPanelBytes,
+    store_rows<Tile::kType>(rows.dv, dv_factor, v, Tile::kGroupPanelBytes,
                             rows_of(params.dv, params.dv_strides, params.work, batch_head, job.row_begin),
                             params.dv_strides.row, job.num_rows);
     fence_async_proxy();

@@ -26,8 +26,10 @@ struct HopperDqTile {
   struct Shared {
     alignas(1024) uint8_t q[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dq
     alignas(1024) uint8_t d_out[kRowStages][kGroups][kPanels][kGroupPanelBytes];
+    alignas(1024) uint8_t out[kRowStages][kGroups][kPanels][kGroupPanelBytes];
     alignas(1024) uint8_t k[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t v[kStages][kPanels][kBlockPanelBytes];
+    float lse[kRowStages][kGroups][kGroupRows], d_lse[kRowStages][kGroups][kGroupRows];
     RowStatistics statistics[kGroups][kGroupRows];
     Barrier rows_full[kRowStages], rows_empty[kRowStages];
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
@@ -43,19 +45,38 @@ __device__ __forceinline__ void fetch_dq(const HopperDqParams& params, typename 
   for (int item = blockIdx.x;; rows.advance()) {
     barrier_wait(shared.rows_empty[rows.stage], rows.parity ^ 1);
     auto& slot = shared.slot[rows.stage];
+    Barrier& full = shared.rows_full[rows.stage];
     if (!fetch_job(slot, params.work, item)) {
-      if (leader) barrier_arrive(shared.rows_full[rows.stage]);
+      if (leader) barrier_arrive(full);
+      barrier_arrive(full);
       return;
     }
+    const int next_item = request_item(params.work);
+    const int batch_head = slot.head;
+    const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
+#pragma unroll
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      const GroupJob job(slot, group);
+      const int64_t first_query = static_cast<int64_t>(batch_head) * params.work.num_queries + job.row_begin;
+#pragma unroll
+      for (int row = threadIdx.x % 32; row < kGroupRows; row += 32) {
+        const bool valid = row < job.num_rows;
+        const int64_t query = first_query + (valid ? row : 0);
+        cp_async_4(shared_address(&shared.lse[rows.stage][group][row]), params.lse + query, valid);
+        if (params.d_lse != nullptr) {
+          cp_async_4(shared_address(&shared.d_lse[rows.stage][group][row]), params.d_lse + query, valid);
+        }
+      }
+    }
+    barrier_arrive_after_cp_async(full);
     if (leader) {
-      const int head = slot.head % params.work.num_heads, batch = slot.head / params.work.num_heads;
-      barrier_arrive_expecting(shared.rows_full[rows.stage], 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
+      barrier_arrive_expecting(full, 3 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
 #pragma unroll
       for (int group = 0; group < Tile::kGroups; ++group) {
         const int row = group_row_begin(slot, group);
-        load_panels<Tile::kPanels>(shared.q[rows.stage][group], params.q, shared.rows_full[rows.stage], row, head, batch);
-        load_panels<Tile::kPanels>(shared.d_out[rows.stage][group], params.d_out, shared.rows_full[rows.stage], row, head,
-                                   batch);
+        load_panels<Tile::kPanels>(shared.q[rows.stage][group], params.q, full, row, head, batch);
+        load_panels<Tile::kPanels>(shared.d_out[rows.stage][group], params.d_out, full, row, head, batch);
+        load_panels<Tile::kPanels>(shared.out[rows.stage][group], params.out, full, row, head, batch);
       }
       for (int block = 0; block < slot.job[NUM_BLOCKS]; ++block, ring.advance()) {
         const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
@@ -68,44 +89,38 @@ __device__ __forceinline__ void fetch_dq(const HopperDqParams& params, typename 
       }
     }
     __syncwarp();
-    item = take_item(params.work);
+    item = receive_item(next_item);
   }
 }
 
 // Sums out * do over the columns of this warp's rows; writes their statistics to global and shared memory.
 template <class Tile>
-__device__ __forceinline__ void sum_rows(const HopperDqParams& params, const GroupJob& job, int batch_head,
-                                         const uint8_t (*d_out)[Tile::kGroupPanelBytes], RowStatistics* statistics) {
+__device__ __forceinline__ void sum_rows(const HopperDqParams& params, typename Tile::Shared& shared, const GroupJob& job,
+                                         int batch_head, int group, int stage) {
   const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
-  const auto* out = static_cast<const uint16_t*>(params.out) +
-                    batch_head / params.work.num_heads * params.out_strides.batch +
-                    batch_head % params.work.num_heads * params.out_strides.head +
-                    job.row_begin * params.out_strides.row + lane % 8 * 8;
   const int64_t first_query = static_cast<int64_t>(batch_head) * params.work.num_queries + job.row_begin;
 #pragma unroll
   for (int pass = 0; pass < 4; ++pass) {
     const int row = first_row + 4 * pass + lane / 8;
     float sum = 0.0f;
-    if (row < job.num_rows) {
 #pragma unroll
-      for (int panel = 0; panel < Tile::kPanels; ++panel) {
-        const uint4 a = *reinterpret_cast<const uint4*>(out + row * params.out_strides.row + panel * kPanelColumns);
-        const uint4 b = *reinterpret_cast<const uint4*>(d_out[panel] + swizzled_chunk(row, lane % 8));
-        sum += dot<Tile::kType>(a.x, b.x) + dot<Tile::kType>(a.y, b.y) + dot<Tile::kType>(a.z, b.z) +
-               dot<Tile::kType>(a.w, b.w);
-      }
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      const uint4 a = *reinterpret_cast<const uint4*>(shared.out[stage][group][panel] + swizzled_chunk(row, lane % 8));
+      const uint4 b = *reinterpret_cast<const uint4*>(shared.d_out[stage][group][panel] + swizzled_chunk(row, lane % 8));
+      sum += dot<Tile::kType>(a.x, b.x) + dot<Tile::kType>(a.y, b.y) + dot<Tile::kType>(a.z, b.z) +
+             dot<Tile::kType>(a.w, b.w);
     }
 #pragma unroll
     for (int distance = 1; distance < 8; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     if (lane % 8 == 0) {
       RowStatistics row_statistics{INFINITY, 0.0f};
       if (row < job.num_rows) {
-        const float lse = params.lse[first_query + row];
+        const float lse = shared.lse[stage][group][row];
         if (lse != -INFINITY) row_statistics.lse_log2 = lse * kLog2E;
-        row_statistics.delta = sum - (params.d_lse == nullptr ? 0.0f : params.d_lse[first_query + row]);
+        row_statistics.delta = sum - (params.d_lse == nullptr ? 0.0f : shared.d_lse[stage][group][row]);
         params.statistics[first_query + row] = row_statistics;
       }
-      statistics[row] = row_statistics;
+      shared.statistics[group][row] = row_statistics;
     }
   }
   __syncwarp();
@@ -136,7 +151,7 @@ __device__ __forceinline__ void compute_dq(const HopperDqParams& params, typenam
     const GroupJob job(slot, group);
     uint8_t* q = shared.q[row_ring.stage][group][0];
     const uint8_t* d_out = shared.d_out[row_ring.stage][group][0];
-    sum_rows<Tile>(params, job, batch_head, shared.d_out[row_ring.stage][group], shared.statistics[group]);
+    sum_rows<Tile>(params, shared, job, batch_head, group, row_ring.stage);
     const RowStatistics statistics[2] = {shared.statistics[group][first_row], shared.statistics[group][first_row + 8]};
     RowIntervals intervals;
     intervals.load(params.work, job, first_row);
@@ -186,7 +201,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups;
-    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_empty, kWarps);
+    barriers_init(shared.rows_full, 1 + 32), barriers_init(shared.rows_empty, kWarps);
     barriers_init(shared.k_full, 1), barriers_init(shared.k_empty, kWarps);
     barriers_init(shared.v_full, 1), barriers_init(shared.v_empty, kWarps);
     fence_barrier_init();

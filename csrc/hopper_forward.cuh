@@ -42,6 +42,7 @@ struct HopperForwardTile {
     Barrier q_full[kRowStages], q_empty[kRowStages];
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     JobSlot<kGroups> slot[kRowStages];
+    float bound[kRowStages];  // of the job's logits
   };
 };
 
@@ -57,9 +58,11 @@ __device__ __forceinline__ void fetch_forward(const HopperForwardParams& params,
       if (leader) barrier_arrive(shared.q_full[rows.stage]);
       return;
     }
+    const int next_item = request_item(params.work);
     const int head = slot.head % params.work.num_heads, batch = slot.head / params.work.num_heads;
     const int column_begin = slot.job[COLUMN_BEGIN], num_blocks = slot.job[NUM_BLOCKS];
     if (leader) {
+      shared.bound[rows.stage] = params.head_bounds == nullptr ? params.logit_bound : params.head_bounds[head];
       barrier_arrive_expecting(shared.q_full[rows.stage], Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
 #pragma unroll
       for (int group = 0; group < Tile::kGroups; ++group) {
@@ -77,7 +80,7 @@ __device__ __forceinline__ void fetch_forward(const HopperForwardParams& params,
       }
     }
     __syncwarp();
-    item = take_item(params.work);
+    item = receive_item(next_item);
   }
 }
 
@@ -257,9 +260,7 @@ __device__ __forceinline__ void compute_forward(const HopperForwardParams& param
     uint8_t* q = shared.q[row_ring.stage][group][0];
     rows.start();
     rows.intervals.load(params.work, job, first_row);
-    const float bound = params.head_bounds == nullptr ? params.logit_bound
-                                                      : params.head_bounds[batch_head % params.work.num_heads];
-    const bool bounded = Tile::kType == DType::kBFloat16 && bound * kLog2E <= kBoundedLog2;
+    const bool bounded = Tile::kType == DType::kBFloat16 && shared.bound[row_ring.stage] * kLog2E <= kBoundedLog2;
     skip(job.block_begin);
     if (bounded) {
       attend<Tile, true>(rows, job, shared, q, ring);

@@ -56,9 +56,7 @@ struct RowStatistics {
 };
 
 struct HopperDqParams {
-  TensorMap q, k, v, d_out;
-  const void* out;
-  Strides out_strides;
+  TensorMap q, k, v, out, d_out;
   const float* lse;
   const float* d_lse;         // [B, H, Lq], contiguous; null for zeros
   void* dq;

@@ -83,6 +83,7 @@ struct RingPosition {
       parity ^= 1;
     }
   }
+  __device__ __forceinline__ int last_stage() const { return stage == 0 ? kStages - 1 : stage - 1; }
 };
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
@@ -104,6 +105,12 @@ __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Bar
 // Eight bytes from global to shared memory; zeros, and nothing read, where `valid` is false.
 __device__ __forceinline__ void cp_async_8(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.ca.shared::cta.global [%0], [%1], 8, %2;\n" ::"r"(dst), "l"(src), "r"(valid ? 8 : 0)
+               : "memory");
+}
+
+// The same for four bytes.
+__device__ __forceinline__ void cp_async_4(uint32_t dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared::cta.global [%0], [%1], 4, %2;\n" ::"r"(dst), "l"(src), "r"(valid ? 4 : 0)
                : "memory");
 }
 
@@ -147,14 +154,19 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
-// The operands of an accumulator of 32 and of 64 registers.
+// The operands of an accumulator of 32, 48 and 64 registers.
 #define HMAR_F8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define HMAR_F32(d, i) HMAR_F8(d, i), HMAR_F8(d, i + 8), HMAR_F8(d, i + 16), HMAR_F8(d, i + 24)
+#define HMAR_F48(d) HMAR_F32(d, 0), HMAR_F8(d, 32), HMAR_F8(d, 40)
 #define HMAR_F64(d) HMAR_F32(d, 0), HMAR_F32(d, 32)
 #define HMAR_D32                                                                                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}"
+#define HMAR_D48                                                                                                    \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47}"
 #define HMAR_D64                                                                                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
@@ -170,11 +182,15 @@ __device__ __forceinline__ void wgmma_wait() {
 // rows. b: 16 x N in shared memory, read along its rows (a tile of N rows) or, with kColumns, down its columns (of 16 rows).
 template <DType kType, bool kColumns, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kRegisters == 32 || kRegisters == 64);
+  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64);
   if constexpr (kRegisters == 32 && kType == DType::kBFloat16) {
     HMAR_WGMMA_SHARED("64", "bf16", HMAR_D32, "%32", "%33", "%34", "%35", HMAR_F32(d, 0));
   } else if constexpr (kRegisters == 32) {
     HMAR_WGMMA_SHARED("64", "f16", HMAR_D32, "%32", "%33", "%34", "%35", HMAR_F32(d, 0));
+  } else if constexpr (kRegisters == 48 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_SHARED("96", "bf16", HMAR_D48, "%48", "%49", "%50", "%51", HMAR_F48(d));
+  } else if constexpr (kRegisters == 48) {
+    HMAR_WGMMA_SHARED("96", "f16", HMAR_D48, "%48", "%49", "%50", "%51", HMAR_F48(d));
   } else if constexpr (kType == DType::kBFloat16) {
     HMAR_WGMMA_SHARED("128", "bf16", HMAR_D64, "%64", "%65", "%66", "%67", HMAR_F64(d));
   } else {
@@ -191,11 +207,15 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64
 // The same with a in registers.
 template <DType kType, bool kColumns, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  static_assert(kRegisters == 32 || kRegisters == 64);
+  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64);
   if constexpr (kRegisters == 32 && kType == DType::kBFloat16) {
     HMAR_WGMMA_REGISTERS("64", "bf16", HMAR_D32, "{%32, %33, %34, %35}", "%36", "%37", "%38", HMAR_F32(d, 0));
   } else if constexpr (kRegisters == 32) {
     HMAR_WGMMA_REGISTERS("64", "f16", HMAR_D32, "{%32, %33, %34, %35}", "%36", "%37", "%38", HMAR_F32(d, 0));
+  } else if constexpr (kRegisters == 48 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_REGISTERS("96", "bf16", HMAR_D48, "{%48, %49, %50, %51}", "%52", "%53", "%54", HMAR_F48(d));
+  } else if constexpr (kRegisters == 48) {
+    HMAR_WGMMA_REGISTERS("96", "f16", HMAR_D48, "{%48, %49, %50, %51}", "%52", "%53", "%54", HMAR_F48(d));
   } else if constexpr (kType == DType::kBFloat16) {
     HMAR_WGMMA_REGISTERS("128", "bf16", HMAR_D64, "{%64, %65, %66, %67}", "%68", "%69", "%70", HMAR_F64(d));
   } else {
@@ -205,8 +225,10 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t (&a
 
 #undef HMAR_F8
 #undef HMAR_F32
+#undef HMAR_F48
 #undef HMAR_F64
 #undef HMAR_D32
+#undef HMAR_D48
 #undef HMAR_D64
 #undef HMAR_WGMMA_SHARED
 #undef HMAR_WGMMA_REGISTERS

@@ -18,9 +18,10 @@ constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 template <int kGroups, int kBlocksPerSM>
 struct Registers {
   static constexpr int kAtLaunch = 65536 / (kBlocksPerSM * (kGroups + 1) * kGroupThreads) / 8 * 8;
-  static constexpr int kFetch = 32;
-  static constexpr int kAvailable = ((kGroups + 1) * kAtLaunch - kFetch) / kGroups / 8 * 8;
+  static constexpr int kTogether = (kGroups + 1) * kAtLaunch;
+  static constexpr int kAvailable = (kTogether - 32) / kGroups / 8 * 8;
   static constexpr int kCompute = kAvailable < 240 ? kAvailable : 240;
+  static constexpr int kFetch = kTogether - kGroups * kCompute < kAtLaunch ? kTogether - kGroups * kCompute : kAtLaunch;
 };
 
 // Shared memory of a job that is under way: what the fetching warp read of the plan.
@@ -59,12 +60,11 @@ __device__ __forceinline__ bool fetch_job(JobSlot<kGroups>& slot, const HopperWo
   return valid;
 }
 
-// Called by the whole fetching warp; one lane asks.
-__device__ __forceinline__ int take_item(const HopperWork& work) {
-  int item = 0;
-  if (threadIdx.x % 32 == 0) item = atomicAdd(work.next_item, 1) + gridDim.x;
-  return __shfl_sync(0xffffffffu, item, 0);
+// The fetching warp takes an item in two steps, so that it waits for the answer only when it has nothing else to do.
+__device__ __forceinline__ int request_item(const HopperWork& work) {
+  return threadIdx.x % 32 == 0 ? atomicAdd(work.next_item, 1) + gridDim.x : 0;
 }
+__device__ __forceinline__ int receive_item(int requested) { return __shfl_sync(0xffffffffu, requested, 0); }
 
 template <int kGroups>
 __device__ __forceinline__ int group_row_begin(const JobSlot<kGroups>& slot, int group) {
@@ -186,15 +186,16 @@ __device__ __forceinline__ void issue_rows_product(float (&s)[kRegisters], const
   wgmma_commit();
 }
 
-// d += a b, a group committed: a of 64 rows and 16 * kSteps columns in registers, b of as many rows.
+// d = a b, added to what d holds when `accumulate`, a group committed: a of 64 rows and 16 * kSteps columns in registers, b
+// of as many rows.
 template <DType kType, int kRegisters, int kSteps>
 __device__ __forceinline__ void issue_columns_product(float (&d)[kRegisters], const uint32_t (&a)[kSteps][4],
-                                                      const uint8_t* b) {
+                                                      const uint8_t* b, bool accumulate = true) {
   const uint64_t b_columns = column_descriptor(b, 16 * kSteps * kPanelRowBytes);
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
-    wgmma<kType, true>(d, a[step], advanced(b_columns, step * 16 * kPanelRowBytes), true);
+    wgmma<kType, true>(d, a[step], advanced(b_columns, step * 16 * kPanelRowBytes), step > 0 || accumulate);
   }
   wgmma_commit();
 }

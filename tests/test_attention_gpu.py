@@ -62,7 +62,7 @@ def test_custom_op_passes_opcheck(impl):
     skip_unless_available(impl, (q, k, v), mask)
     if impl == "hopper":
         bounds = torch.full((2,), 40.0, device="cuda")
-        operator, rest = api._attention_hopper, (*api._job_arguments(mask, q.device, 64), 0.3, torch.inf, bounds)
+        operator, rest = api._attention_hopper, (*api._job_arguments(mask, q.device, 64, True), 0.3, torch.inf, bounds)
     else:
         operator = {"triton": api._attention_triton, "cuda": api._attention_cuda}[impl]
         rest = (*api._plan_arguments(impl, mask, q.device, 64, q.dtype), 0.3)

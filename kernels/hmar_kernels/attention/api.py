@@ -71,7 +71,8 @@ def attention(
         attend = _attention_triton if impl == "triton" else _attention_cuda
         out, lse = attend(q, k, v, *tensors, tiles, scale)
     elif impl == "hopper":
-        tensors, tiles = _job_arguments(mask, q.device, head_dim)
+        bounded = head_bounds is not None or logit_bound < math.inf
+        tensors, tiles = _job_arguments(mask, q.device, head_dim, bounded)
         out, lse = _attention_hopper(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
@@ -175,8 +176,10 @@ def _plan_arguments(
 
 
 @torch.compiler.assume_constant_result
-def _job_arguments(mask: SpanMask, device: torch.device, head_dim: int) -> tuple[list[torch.Tensor], list[int]]:
-    tiles = hopper.select_tiles(head_dim, mask)
+def _job_arguments(
+    mask: SpanMask, device: torch.device, head_dim: int, bounded: bool
+) -> tuple[list[torch.Tensor], list[int]]:
+    tiles = hopper.select_tiles(head_dim, mask, bounded)
     plans = hopper.make_plans(mask, tiles, device)
     return [*mask.intervals(device), *(plan.jobs for plan in plans)], hopper.tile_numbers(head_dim, tiles)
 
