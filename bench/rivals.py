@@ -61,13 +61,17 @@ def own_takes(name: str, cell: Cell, device: torch.device) -> str | None:
     return hmar_kernels.unavailable(name, x, x, x, cell.mask())
 
 
+LOGIT_BOUND = 60.0
+"""What hopper_bounded promises: |q.k| / sqrt(head dim) of normal numbers stays below 25."""
+
+
 def needs_cuda(cell: Cell, device: torch.device) -> str | None:
     return None if device.type == "cuda" else f"needs a CUDA device, got {device.type}"
 
 
-def own(name: str, cell: Cell, device: torch.device) -> Attend:
+def own(name: str, cell: Cell, device: torch.device, logit_bound: float | None = None) -> Attend:
     mask = cell.mask()
-    return lambda q, k, v: hmar_kernels.attention(q, k, v, mask, impl=name)
+    return lambda q, k, v: hmar_kernels.attention(q, k, v, mask, impl=name, logit_bound=logit_bound)
 
 
 def sdpa_dense(cell: Cell, device: torch.device) -> Attend:
@@ -194,7 +198,13 @@ def _of_ours(name: str, **options) -> Implementation:
 
 _ENTRIES = [
     _of_ours("reference", by_default=(False, True)),
-    *(_of_ours(name) for name in ("triton", "cuda") if name in hmar_kernels.IMPLEMENTATIONS),
+    *(_of_ours(name) for name in ("hopper", "triton", "cuda") if name in hmar_kernels.IMPLEMENTATIONS),
+    Implementation(
+        "hopper_bounded",
+        partial(own, "hopper", logit_bound=LOGIT_BOUND),
+        partial(own_takes, "hopper"),
+        ours=True,
+    ),
     Implementation("flex", partial(flex, None), needs_cuda),
     Implementation("varlen_flash", partial(own, "varlen"), partial(own_takes, "varlen")),
     Implementation("flash4_varlen", flash_attention_4_varlen, partial(flash_attention_4_takes, True)),

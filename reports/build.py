@@ -55,7 +55,9 @@ TARGETS = {
 # Order, label, colour (told apart by colour-blind eyes; light and dark of one hue for two ways to call one library) and
 # marker of each implementation. Ours are the two strong ones; what is not listed comes last.
 LOOKS = {
-    "cuda": ("ours: CUDA", "#D55E00", "*"),
+    "hopper_bounded": ("ours: Hopper, bounded logits", "#8C1D40", "D"),
+    "hopper": ("ours: Hopper", "#D55E00", "*"),
+    "cuda": ("ours: CUDA for sm_80", "#F0A07A", "h"),
     "triton": ("ours: Triton", "#0072B2", "o"),
     "reference": ("ours: plain reference", "#000000", "P"),
     "flash4_varlen": ("FlashAttention-4, variable length", "#6A3D9A", "^"),

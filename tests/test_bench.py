@@ -172,7 +172,7 @@ def test_default_rivals_on_a_gpu_are_the_fair_ones():
     assert names == set(IMPLEMENTATIONS) - {"reference"}
     fair = {"flex", "flex_max_autotune", "varlen_flash", "flash4_varlen", "flash4_per_scale", "flash_per_scale"}
     assert fair | {"triton", "sdpa_dense"} <= names
-    with pytest.raises(ValueError, match="known are reference, triton"):
+    with pytest.raises(ValueError, match="known are reference, hopper"):
         rivals.choose(["triton", "flashier"], CPU)
 
 
