@@ -1,7 +1,19 @@
 // What a kernel is told: plain structs, filled by bindings.cpp and passed by value. Next: attention_forward.cuh.
 #pragma once
 
+#ifdef __CUDACC_RTC__  // compiled at run time (attention/nvrtc.py), where there are no standard headers
+#define INFINITY __int_as_float(0x7f800000)
+namespace hmar {
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+}  // namespace hmar
+#else
 #include <cstdint>
+#endif
 
 namespace hmar {
 

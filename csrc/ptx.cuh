@@ -7,15 +7,22 @@
 // or M_j[2t..][g] when transposed.
 #pragma once
 
-#include <cstdint>
-
 #include "params.h"
 
 namespace hmar {
 
+#ifdef __CUDACC_RTC__
+// NVRTC computes with shared addresses of 64 bits where nvcc takes 32; as a 32-bit offset they cost the same.
+extern __shared__ __align__(1024) uint8_t shared_memory[];
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  const auto offset = static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - shared_memory);
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + offset;
+}
+#else
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
+#endif
 
 // Sixteen bytes from global to shared memory; zeros, and nothing read, where `valid` is false.
 __device__ __forceinline__ void cp_async_16(uint32_t dst, const void* src, bool valid) {

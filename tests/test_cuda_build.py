@@ -20,6 +20,7 @@ import torch
 
 from hmar_kernels import SpanMask
 from hmar_kernels.attention import cuda, hopper, reference
+from hmar_kernels.attention.hopper_launch import PASSES, TILE_FIELDS
 from hmar_kernels.attention.plan import query_plan
 
 ROOT = Path(__file__).parents[1]
@@ -105,12 +106,11 @@ def hopper_instance(name: str) -> tuple:
 def hopper_instances() -> set[tuple]:
     """What hopper.py's table names: of each kernel the template's numbers, for both types."""
     instances = set()
-    for (head_dim, _), tiles in hopper.TILES.items():
-        for kernel in ("forward", "dq", "dkdv"):
-            tile = getattr(tiles, kernel)
-            fourth = tile.overlap if kernel == "forward" else tile.row_stages
-            numbers = (head_dim, tile.groups, tile.cols, tile.stages, fourth, tile.blocks_per_sm)
-            instances |= {(kernel, dtype, *numbers) for dtype in TYPES}
+    for (kernel, of), tiles in zip(PASSES.items(), hopper.table(), strict=True):
+        fields = re.findall(r"{(\w+)}", of.tile)[1:]  # but for the type
+        for tile in tiles:
+            numbers = dict(zip(TILE_FIELDS, tile, strict=True))
+            instances |= {(kernel, dtype, *(numbers[field] for field in fields)) for dtype in TYPES}
     return instances
 
 

@@ -96,8 +96,11 @@ def test_jobs_add_up_exactly_the_mask(name, make_jobs, groups, block_cols):
 def test_jobs_of_the_kernels_chosen_at_1024(pattern, head_dim):
     mask = pyramid_mask(pattern, 1024)
     tiles = hopper.select_tiles(head_dim, mask)
-    for tile, make_jobs in ((tiles.forward, query_jobs), (tiles.dq, query_jobs), (tiles.dkdv, key_jobs)):
-        assert_jobs_are_right(mask, make_jobs, tile.groups, tile.cols)
+    shapes = {
+        (make, t.groups, t.cols) for make, t in zip((query_jobs,) * 3 + (key_jobs,), vars(tiles).values(), strict=True)
+    }
+    for shape in shapes:
+        assert_jobs_are_right(mask, *shape)
 
 
 def test_full_blocks_of_pyramids_need_no_mask():

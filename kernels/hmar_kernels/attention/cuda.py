@@ -39,9 +39,20 @@ except ImportError as error:
 
 def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why `forward` cannot run on these tensors [B, H, L, D]; None when it can. Looks at no data: traceable."""
-    head_dims = sorted({head_dim for head_dim, _ in TILES})
     if _cuda is None:
         return _import_error
+    reason = refusal(q, k, v)
+    if reason is not None:
+        return reason
+    error = _load_error(q.device.index)
+    if error:
+        return f"the extension was built for {_cuda.architectures}, which cannot run on {q.device}: {error}"
+    return None
+
+
+def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why none of the CUDA kernels takes these tensors, whatever is built; None when there is no such reason."""
+    head_dims = sorted({head_dim for head_dim, _ in TILES})
     if q.dtype not in DTYPES:
         return f"the CUDA kernels take float16 and bfloat16, got {q.dtype}"
     if q.shape[-1] not in head_dims:
@@ -58,9 +69,6 @@ def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None
     capability = torch.cuda.get_device_capability(q.device)
     if capability < (8, 0):
         return f"the CUDA kernels need compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
-    error = _load_error(q.device.index)
-    if error:
-        return f"the extension was built for {_cuda.architectures}, which cannot run on {q.device}: {error}"
     return None
 
 

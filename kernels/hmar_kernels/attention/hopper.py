@@ -7,12 +7,13 @@ one warpgroup, so all are bit-equal from run to run. Jobs come from plan.py; csr
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
 from ..mask import SpanMask
 from . import cuda
+from .hopper_launch import HopperKernels
 from .plan import JobPlan, key_jobs, query_jobs
 from .triton import empty_rows_like
 
@@ -37,31 +38,53 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
+    """Kernels of the passes; `bounded` is the forward where logits have a bound."""
+
     forward: Tile
+    bounded: Tile
     dq: Tile
     dkdv: Tile
 
 
-SHORT, LONG = "short", "long"
-LONG_SPAN = {64: 2048, 128: 512}
-"""Mean keys a query from which a mask counts as long."""
+SHORT, MEDIUM, LONG = "short", "medium", "long"
+MEDIUM_SPAN, LONG_SPAN = 512, 2048
 TILES: dict[tuple[int, str], Tiles] = {
-    (64, SHORT): Tiles(Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
-    (64, LONG): Tiles(Tile(3, 128, 2), Tile(3, 64, 4), Tile(1, 64, 3, 1, blocks_per_sm=2)),
-    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
-    (128, LONG): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (64, SHORT): Tiles(
+        Tile(2, 64, 4, blocks_per_sm=2),
+        Tile(2, 64, 4, blocks_per_sm=2),
+        Tile(3, 64, 4),
+        Tile(1, 64, 4, blocks_per_sm=2),
+    ),
+    (64, MEDIUM): Tiles(Tile(4, 96, 3), Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
+    (64, LONG): Tiles(Tile(3, 128, 2), Tile(4, 96, 3), Tile(3, 64, 4), Tile(2, 64, 4)),
+    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (128, MEDIUM): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (128, LONG): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
 }
-"""(head dim, span class) -> kernels: the fastest that were measured on an H100 (reports/log.md)."""
+"""(head dim, span class by mean keys a query) -> kernels: the fastest measured on an H100 (reports/log.md)."""
 
 
-def select_tiles(head_dim: int, mask: SpanMask) -> Tiles:
-    """The kernels for a mask. A pure function of its arguments."""
-    return TILES[head_dim, LONG if mask.num_pairs >= LONG_SPAN[head_dim] * mask.num_queries else SHORT]
+def table() -> tuple[list[tuple[int, ...]], ...]:
+    """All kernels that TILES names for forward, dq and dk/dv: (head dim, fields of Tile)."""
+    passes = (("forward", "bounded"), ("dq",), ("dkdv",))
+    rows = [[(d, *astuple(getattr(tiles, name))) for (d, _), tiles in TILES.items() for name in p] for p in passes]
+    return tuple(list(dict.fromkeys(tiles)) for tiles in rows)
+
+
+# The extension where it was built with them; else what compiles the table's kernels when they are first launched.
+_kernels = cuda._cuda if hasattr(cuda._cuda, "hopper_forward") else HopperKernels(*table())
+
+
+def select_tiles(head_dim: int, mask: SpanMask, bounded: bool = False) -> Tiles:
+    """The kernels for a mask; `bounded`: for logits with a bound. A pure function of its arguments."""
+    span = mask.num_pairs / mask.num_queries
+    tiles = TILES[head_dim, SHORT if span < MEDIUM_SPAN else MEDIUM if span < LONG_SPAN else LONG]
+    return replace(tiles, forward=tiles.bounded) if bounded else tiles
 
 
 def tile_numbers(head_dim: int, tiles: Tiles) -> list[int]:
-    """The numbers by which the extension knows the kernels of forward, dq and dk/dv."""
-    known = (cuda._cuda.hopper_forward_tiles, cuda._cuda.hopper_dq_tiles, cuda._cuda.hopper_dkdv_tiles)
+    """The numbers by which `_kernels` knows the kernels of forward, dq and dk/dv."""
+    known = (_kernels.hopper_forward_tiles, _kernels.hopper_dq_tiles, _kernels.hopper_dkdv_tiles)
     chosen = (tiles.forward, tiles.dq, tiles.dkdv)
     return [rows.index((head_dim, *astuple(tile))) for rows, tile in zip(known, chosen, strict=True)]
 
@@ -77,19 +100,17 @@ def make_plans(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> tupl
 
 def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why the kernels cannot run on these tensors [B, H, L, D]; None when they can. Looks at no data: traceable."""
-    reason = cuda.unavailable(q, k, v)
+    reason = cuda.refusal(q, k, v)
     if reason is not None:
         return reason
     capability = torch.cuda.get_device_capability(q.device)
     if capability != (9, 0):
         return f"the Hopper kernels need compute capability 9.0, got {capability[0]}.{capability[1]}"
-    if not hasattr(cuda._cuda, "hopper_forward"):
-        return f"the extension was built for {cuda._cuda.architectures}, without 90a"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _readable(x):
             return f"the copy engine reads no tensor with a stride of 0: {name}.contiguous() works"
     error = _load_error(q.device.index)
-    return f"the kernels for 90a cannot run on {q.device}: {error}" if error else None
+    return f"the Hopper kernels cannot run on {q.device}: {error}" if error else None
 
 
 def forward(
@@ -134,7 +155,7 @@ def forward(
     lse = storage[:rows].view(b, h, num_queries)
     if k.shape[2] == 0:
         return out.zero_(), lse.fill_(-math.inf)
-    cuda._cuda.hopper_forward(
+    _kernels.hopper_forward(
         tile,
         _shape(q, k, key_start, key_end, scale),
         (jobs.data_ptr(), len(jobs), storage.data_ptr() + 4 * rows),
@@ -183,7 +204,7 @@ def backward(
     shape = _shape(q, k, key_start, key_end, scale)
     q_view, k_view, v_view, d_out_view = (_view(x) for x in (q, k, v, d_out))
     where = (q.device.index, torch.cuda.current_stream(q.device).cuda_stream)
-    cuda._cuda.hopper_dq(
+    _kernels.hopper_dq(
         dq_tile,
         shape,
         (dq_jobs.data_ptr(), len(dq_jobs), counters),
@@ -194,7 +215,7 @@ def backward(
         statistics.data_ptr(),
         *where,
     )
-    cuda._cuda.hopper_dkdv(
+    _kernels.hopper_dkdv(
         dkdv_tile,
         shape,
         (dkdv_jobs.data_ptr(), len(dkdv_jobs), counters + 4),
@@ -226,5 +247,5 @@ _load_errors: dict[int, str] = {}
 @torch.compiler.assume_constant_result
 def _load_error(device: int) -> str:
     if device not in _load_errors:
-        _load_errors[device] = cuda._cuda.hopper_load_error(device)
+        _load_errors[device] = _kernels.hopper_load_error(device)
     return _load_errors[device]
