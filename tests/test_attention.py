@@ -1,13 +1,15 @@
 """The attention operator on the CPU: the reference, the Triton kernels under the interpreter, plans, refusals."""
 
 import math
+import re
+from importlib import import_module
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from attention_cases import assert_accurate, assert_exact_support, draw_inputs, pyramid_mask, run, small_masks
-from hmar_kernels import SpanMask, attention, choose
+from hmar_kernels import SpanMask, attention, choose, explain
 from hmar_kernels.attention import api
 from hmar_kernels.attention import triton as triton_attention
 from hmar_kernels.attention.plan import (
@@ -20,6 +22,8 @@ from hmar_kernels.attention.plan import (
     key_plan,
     query_plan,
 )
+
+explain_module = import_module("hmar_kernels.attention.explain")  # the package has a function of that name
 
 MASKS = small_masks()
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_attention_gpu.py runs the kernels")
@@ -263,6 +267,32 @@ def test_bad_arguments_are_refused_with_a_reason():
     ]:
         with pytest.raises(ValueError, match=message):
             attention(*arguments, **options)
+
+
+def test_explain_names_the_choice_and_what_speaks_against_the_others():
+    mask = pyramid_mask("block_diagonal", 256)
+    q, k, v, *_ = draw_inputs(mask, 1, 2, 64, torch.float32, "cpu")
+    chosen, size, *others = explain(q, k, v, mask).splitlines()
+    assert chosen == f'impl="auto" takes reference: {choose(q, k, v, mask)[1]}'
+    assert size == "mask: 680 queries x 680 keys, 110468 pairs attend (23.9%)"
+    assert [line.split(":")[0] for line in others] == ["triton", "cuda", "hopper", "flex", "varlen"]
+    assert "needs a CUDA device" in others[3]
+    with pytest.raises(ValueError, match="the mask is for 680 queries"):
+        explain(q[:, :, 1:], k, v, mask)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("name", ["hopper", "triton"])
+def test_explained_tiles_cover_the_mask(name, bounded):
+    """On a GPU the lines of explain are these; the blocks they count hold every pair that attends."""
+    mask = pyramid_mask("block_causal", 512)
+    q = torch.empty(1, 1, mask.num_queries, 64, dtype=torch.bfloat16)
+    lines = explain_module._tiles(name, q, mask, bounded)
+    assert [line.split(":")[0] for line in lines] == ["forward", "dq", "dk and dv"]
+    for line in lines:
+        full, masked = map(int, re.search(r"(\d+) blocks of \d+ columns without a mask and (\d+) with", line).groups())
+        share = int(re.search(r"(\d+)% of their pairs", line)[1])
+        assert full > masked > 0 and 85 <= share <= 100
 
 
 def test_head_dim_out_of_range_is_refused_by_triton():

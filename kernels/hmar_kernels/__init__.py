@@ -3,7 +3,7 @@
 Read `mask.py` first (which tokens see which), then `attention/api.py` (the operator).
 """
 
-from .attention import IMPLEMENTATIONS, attention, choose, unavailable
+from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
 from .mask import SpanMask
 
-__all__ = ["IMPLEMENTATIONS", "SpanMask", "attention", "choose", "unavailable"]
+__all__ = ["IMPLEMENTATIONS", "SpanMask", "attention", "choose", "explain", "unavailable"]

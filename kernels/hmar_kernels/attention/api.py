@@ -51,7 +51,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
     """
-    _check(q, k, v, mask)
+    check_inputs(q, k, v, mask)
     head_dim = operator.index(q.shape[-1])  # NOTE: makes it a constant where torch.compile has dynamic shapes
     scale = head_dim**-0.5 if scale is None else float(scale)
     if not 0 < scale < math.inf:
@@ -113,7 +113,8 @@ def unavailable(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ma
     raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> None:
+def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> None:
+    """Raise ValueError where q, k, v [B, H, L, D] and the mask do not go together."""
     if not isinstance(mask, SpanMask):
         raise ValueError(f"mask must be a SpanMask, got {type(mask).__name__}; SpanMask.full(Lq, Lk) is a dense one")
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
