@@ -95,6 +95,7 @@ def examine(implementation: Implementation, inputs: Inputs) -> Subject:
         subject.status, subject.reason = "unavailable", reason
         return subject
 
+    gc.collect()  # what it would free later would be missing from what the implementation takes
     held = requested_bytes(device, "current") if device.type == "cuda" else 0
     try:
         started = time.perf_counter()
