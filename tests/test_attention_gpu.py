@@ -101,8 +101,8 @@ def test_large_logits_stay_finite(impl):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-# NOTE: not blind_queries. Where one key of few outweighs the others under a scale of 100, dq cancels, but for delta, which
-# knows `out` only as it was rounded; the eager gradient that the rule measures by does not take that way.
+# NOTE: not blind_queries. Where one key of few outweighs the others under a scale of 100, dq cancels, but for delta,
+# which knows `out` only as it was rounded; the eager gradient that the rule measures by does not take that way.
 @pytest.mark.parametrize("name", [*sorted(set(MASKS) - {"blind_queries"}), "block_causal_512"])
 @pytest.mark.parametrize("bound", ["number", "by_head"])
 def test_bounded_logits(bound, name, head_dim, dtype, poisoned_memory):
