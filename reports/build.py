@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -631,16 +632,18 @@ def _finish(figure: Figure, handles: list, title: str) -> None:
     width, height = figure.get_size_inches()
     columns = max(1, min(len(handles), int(width // 2.6)))
     lines = math.ceil(len(handles) / columns)
-    figure.suptitle(title, fontsize=12, y=1 - 0.12 / height, va="top").set_in_layout(False)
+    title_lines = textwrap.wrap(title, width=int(10 * width))
+    figure.suptitle("\n".join(title_lines), fontsize=12, y=1 - 0.12 / height, va="top").set_in_layout(False)
+    top = 0.42 + 0.2 * (len(title_lines) - 1)  # inches from the top to the legend
     figure.legend(
         handles=handles,
         loc="upper center",
         ncols=columns,
         frameon=False,
         fontsize=9,
-        bbox_to_anchor=(0.5, 1 - 0.42 / height),
+        bbox_to_anchor=(0.5, 1 - top / height),
     ).set_in_layout(False)
-    figure.tight_layout(rect=(0, 0, 1, 1 - (0.5 + 0.24 * lines) / height))
+    figure.tight_layout(rect=(0, 0, 1, 1 - (top + 0.08 + 0.24 * lines) / height))
 
 
 def _plain_log_axis(axis, low: float, high: float) -> None:
