@@ -167,6 +167,11 @@ def test_flash_attention_4_is_optional(monkeypatch):
         rivals._flash_attention_4.cache_clear()
 
 
+def test_an_older_version_without_an_implementation_is_no_error(monkeypatch):
+    monkeypatch.setattr(rivals.hmar_kernels, "IMPLEMENTATIONS", ("reference", "triton"))
+    assert rivals.IMPLEMENTATIONS["hopper"].unavailable(cell(), CPU) == "this version of hmar_kernels has no hopper"
+
+
 def test_default_rivals_on_a_gpu_are_the_fair_ones():
     names = {entry.name for entry in rivals.choose(None, torch.device("cuda"))}
     assert names == set(IMPLEMENTATIONS) - {"reference"}

@@ -172,7 +172,7 @@ def test_a_run_stops_when_its_minutes_are_over(tmp_path):
 def test_a_mistyped_option_is_explained():
     done = bench("--device", "cpu", "--impl", "flashier")
     assert done.returncode == 4
-    assert "unknown implementation 'flashier'; known are reference, triton" in done.stdout + done.stderr
+    assert "unknown implementation 'flashier'; known are reference, hopper, hopper_b" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
