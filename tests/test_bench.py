@@ -20,6 +20,7 @@ from bench.rivals import IMPLEMENTATIONS, Implementation
 from bench.shapes import Cell
 from bench.subject import Inputs, examine
 from hmar_kernels.accuracy import ROWS
+from rival_files import GOOD_RIVAL, written
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -344,25 +345,6 @@ def test_peak_memory_counts_outputs_gradients_and_inputs():
 
 
 # Rivals from files
-
-GOOD_RIVAL = """
-import torch.nn.functional as F
-
-NAME = "stranger"
-
-def unavailable(cell, device):
-    return "block-causal only" if cell.pattern == "block_diagonal" else None
-
-def prepare(cell, device):
-    dense = cell.mask().to_dense(device)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
-"""
-
-
-def written(folder, text, name="mine.py"):
-    path = folder / name
-    path.write_text(text)
-    return path
 
 
 def test_a_file_defines_a_rival(tmp_path):

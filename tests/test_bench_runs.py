@@ -13,6 +13,7 @@ import torch
 from bench.environment import environment
 from bench.results import Results, row_without_numbers
 from bench.shapes import Cell
+from rival_files import GOOD_RIVAL, written
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,26 +23,6 @@ def bench(*arguments):
     # Under xdist pytest-benchmark measures nothing, and these runs are not part of it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-
-
-GOOD_RIVAL = """
-import torch.nn.functional as F
-
-NAME = "stranger"
-
-def unavailable(cell, device):
-    return "block-causal only" if cell.pattern == "block_diagonal" else None
-
-def prepare(cell, device):
-    dense = cell.mask().to_dense(device)
-    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=dense)
-"""
-
-
-def written(folder, text, name="mine.py"):
-    path = folder / name
-    path.write_text(text)
-    return path
 
 
 QUICK = ("--benchmark-only", "--device", "cpu", "--seconds", "0.01")

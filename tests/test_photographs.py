@@ -57,8 +57,8 @@ def test_summary_says_what_it_was_measured_with(tmp_path, monkeypatch):
 
 
 def assert_pictures(folder):
-    for name in ("reconstruction", "generated", "loss_curves"):
-        with Image.open(folder / f"{name}.png") as picture:
+    for name in ("reconstruction.jpg", "generated.jpg", "loss_curves.png"):
+        with Image.open(folder / name) as picture:
             assert min(picture.size) > 300 and len(np.unique(np.asarray(picture.convert("L")))) > 50
 
 
