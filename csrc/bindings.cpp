@@ -143,6 +143,20 @@ void hopper_dkdv(int tile, const ShapeTuple& shape, const PlanTuple& plan, const
                      "hopper_dkdv");
 }
 
+void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
+                     const View& out, const View& d_out, uintptr_t lse, uintptr_t d_lse, const View& dq, const View& dk,
+                     const View& dv, uintptr_t dq_sums, uintptr_t statistics, int num_slots, int device,
+                     uintptr_t stream) {
+  const DeviceGuard guard(device);
+  DeviceGuard::check(
+      hmar::launch_hopper_backward(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v), tensor(out),
+                                   tensor(d_out), pointer<const float>(lse), pointer<const float>(d_lse), tensor(dq),
+                                   tensor(dk), tensor(dv), pointer<float>(dq_sums),
+                                   pointer<hmar::RowStatistics>(statistics), num_slots,
+                                   reinterpret_cast<cudaStream_t>(stream)),
+      "hopper_backward");
+}
+
 // (head dim, warpgroups, columns a block, stages, row stages, overlap, blocks an SM) of each kernel of a pass.
 py::list hopper_tiles(const std::vector<hmar::HopperTile>& tiles) {
   py::list rows;
@@ -165,9 +179,11 @@ void bind_hopper(py::module_& module) {
   module.attr("hopper_forward_tiles") = hopper_tiles(hmar::hopper_forward_tiles());
   module.attr("hopper_dq_tiles") = hopper_tiles(hmar::hopper_dq_tiles());
   module.attr("hopper_dkdv_tiles") = hopper_tiles(hmar::hopper_dkdv_tiles());
+  module.attr("hopper_backward_tiles") = hopper_tiles(hmar::hopper_backward_tiles());
   module.def("hopper_forward", &hopper_forward);
   module.def("hopper_dq", &hopper_dq);
   module.def("hopper_dkdv", &hopper_dkdv);
+  module.def("hopper_backward", &hopper_backward);
   module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
              "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
 }

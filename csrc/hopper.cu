@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "hopper_backward.cuh"
 #include "hopper_backward_dkdv.cuh"
 #include "hopper_backward_dq.cuh"
 #include "hopper_forward.cuh"
@@ -44,6 +45,14 @@ constexpr Instance<HopperDkdvParams> dkdv() {
           hopper_dkdv_kernel<Half>, hopper_dkdv_kernel<Brain>, Half::kNumThreads};
 }
 
+template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, int kBlocksPerSM>
+constexpr Instance<HopperBackwardParams> backward() {
+  using Half = HopperBackwardTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
+  using Brain = HopperBackwardTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
+  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
+          hopper_backward_kernel<Half>, hopper_backward_kernel<Brain>, Half::kNumThreads};
+}
+
 // What hopper.py's tile table names.
 const Instance<HopperForwardParams> FORWARD[] = {
     forward<64, 2, 64, 4, Overlap::kNone, 2>(),
@@ -54,12 +63,18 @@ const Instance<HopperForwardParams> FORWARD[] = {
 };
 const Instance<HopperDqParams> DQ[] = {
     dq<64, 3, 64, 4, 2, 1>(),
-    dq<128, 2, 64, 2, 1, 1>(),
+    dq<128, 2, 64, 3, 1, 1>(),
 };
 const Instance<HopperDkdvParams> DKDV[] = {
     dkdv<64, 1, 64, 4, 2, 2>(),
     dkdv<64, 2, 64, 4, 2, 1>(),
     dkdv<128, 2, 64, 2, 1, 1>(),
+    dkdv<128, 2, 64, 2, 2, 1>(),
+};
+
+const Instance<HopperBackwardParams> BACKWARD[] = {
+    backward<64, 2, 64, 4, 2, 1>(),
+    backward<128, 2, 64, 3, 1, 1>(),
 };
 
 template <class Params, size_t kCount>
@@ -121,10 +136,12 @@ HopperWork work_of(const HopperShape& shape) {
           shape.scale};
 }
 
+bool is_empty(const HopperShape& shape) { return shape.batch_size * shape.num_heads * shape.num_jobs == 0; }
+
 template <class Params>
-cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, Params& params, cudaStream_t stream) {
+cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, Params& params, cudaStream_t stream,
+                   int num_counters = 1) {
   const int num_items = params.work.num_items;
-  if (num_items == 0) return cudaSuccess;
   int device, num_sms;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
@@ -133,7 +150,7 @@ cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, P
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.tile.shared_bytes);
   }
-  if (error == cudaSuccess) error = cudaMemsetAsync(params.work.next_item, 0, sizeof(int32_t), stream);
+  if (error == cudaSuccess) error = cudaMemsetAsync(params.work.next_item, 0, num_counters * sizeof(int32_t), stream);
   if (error != cudaSuccess) return error;
   const int resident = num_sms * instance.tile.blocks_per_sm;
   void* arguments[] = {&params};
@@ -152,12 +169,14 @@ const Instance<Params>* find(const Instance<Params> (&instances)[kCount], int ti
 std::vector<HopperTile> hopper_forward_tiles() { return tiles_of(FORWARD); }
 std::vector<HopperTile> hopper_dq_tiles() { return tiles_of(DQ); }
 std::vector<HopperTile> hopper_dkdv_tiles() { return tiles_of(DKDV); }
+std::vector<HopperTile> hopper_backward_tiles() { return tiles_of(BACKWARD); }
 
 cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                   HopperTensor out, float* lse, const float* head_bounds, float logit_bound,
                                   cudaStream_t stream) {
   const auto* instance = find(FORWARD, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
+  if (is_empty(shape)) return cudaSuccess;
   HopperForwardParams params{};
   cudaError_t error = describe(&params.q, shape, q, shape.num_queries, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.k, shape, k, shape.num_keys, instance->tile.block_cols);
@@ -174,6 +193,7 @@ cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q,
                              RowStatistics* statistics, cudaStream_t stream) {
   const auto* instance = find(DQ, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
+  if (is_empty(shape)) return cudaSuccess;
   HopperDqParams params{};
   cudaError_t error = describe(&params.q, shape, q, shape.num_queries, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.out, shape, out, shape.num_queries, kGroupRows);
@@ -193,6 +213,7 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
                                cudaStream_t stream) {
   const auto* instance = find(DKDV, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
+  if (is_empty(shape)) return cudaSuccess;
   HopperDkdvParams params{};
   cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);
@@ -204,6 +225,36 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
   params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;
   params.work = work_of(shape);
   return launch(*instance, shape, params, stream);
+}
+
+cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
+                                   HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse,
+                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, float* dq_sums,
+                                   RowStatistics* statistics, int num_slots, cudaStream_t stream) {
+  const auto* instance = find(BACKWARD, tile, shape);
+  if (instance == nullptr) return cudaErrorInvalidValue;
+  if (is_empty(shape)) return cudaSuccess;
+  if (num_slots < 1) return cudaErrorInvalidValue;
+  HopperBackwardParams params{};
+  cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);
+  if (error == cudaSuccess) error = describe(&params.q, shape, q, shape.num_queries, instance->tile.block_cols);
+  if (error == cudaSuccess) error = describe(&params.d_out, shape, d_out, shape.num_queries, instance->tile.block_cols);
+  if (error != cudaSuccess) return error;
+  const int num_heads = shape.batch_size * shape.num_heads;
+  params.out = out.data, params.out_strides = out.strides;
+  params.d_out_rows = d_out.data, params.d_out_strides = d_out.strides;
+  params.lse = lse, params.d_lse = d_lse;
+  params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
+  params.dk = const_cast<void*>(dk.data), params.dk_strides = dk.strides;
+  params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;
+  params.dq_sums = dq_sums, params.statistics = statistics;
+  params.next_chunk = shape.next_item + 1;
+  params.progress = reinterpret_cast<HeadProgress*>(shape.next_item + 2);
+  params.num_slots = num_slots;
+  params.num_chunks = (shape.num_queries + kChunkQueries - 1) / kChunkQueries;
+  params.work = work_of(shape);
+  return launch(*instance, shape, params, stream, 2 + 2 * num_heads);
 }
 
 cudaError_t load_hopper() {

@@ -166,19 +166,21 @@ __device__ __forceinline__ void accumulate_dkdv(DkdvRows<Tile>& rows, const Hopp
     }
   } else {
     // Registers do not suffice for the next block's logits beside this one's operands.
-    int last_stage = -1;
-    for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
+    for (int block = job.block_begin;; ++block) {
       issue_logits(ring);
       issue_dp(ring);
       wgmma_wait<1>();
-      if (last_stage >= 0) release(shared.empty[last_stage]);
-      last_stage = ring.stage;
       mask(block);
       rows.exponentiate(s, statistics(ring.stage), scale_log2);
       issue_columns_product<Tile::kType>(rows.dv, rows.p, shared.d_out[ring.stage][0]);
       wgmma_wait<1>();
       rows.differentiate(s, statistics(ring.stage));
       issue_columns_product<Tile::kType>(rows.dk, rows.ds, shared.q[ring.stage][0]);
+      const int stage = ring.stage;
+      ring.advance();
+      if (block + 1 == job.block_end) break;
+      wgmma_wait<0>();
+      release(shared.empty[stage]);
     }
   }
   wgmma_wait<0>();
@@ -187,7 +189,7 @@ __device__ __forceinline__ void accumulate_dkdv(DkdvRows<Tile>& rows, const Hopp
 
 template <class Tile>
 __device__ __forceinline__ void compute_dkdv(const HopperDkdvParams& params, typename Tile::Shared& shared) {
-  const int group = threadIdx.x / kGroupThreads;
+  const int group = uniform(threadIdx.x / kGroupThreads);
   RingPosition<Tile::kRowStages> row_ring;
   RingPosition<Tile::kStages> ring;
   const auto skip = [&](int num_blocks) {
@@ -201,7 +203,7 @@ __device__ __forceinline__ void compute_dkdv(const HopperDkdvParams& params, typ
   for (;; row_ring.advance()) {
     barrier_wait(shared.rows_full[row_ring.stage], row_ring.parity);
     const auto& slot = shared.slot[row_ring.stage];
-    const int batch_head = slot.head;
+    const int batch_head = uniform(slot.head);
     if (batch_head < 0) return;
     const GroupJob job(slot, group);
     uint8_t* k = shared.k[row_ring.stage][group][0];

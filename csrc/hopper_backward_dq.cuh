@@ -129,7 +129,7 @@ __device__ __forceinline__ void sum_rows(const HopperDqParams& params, typename 
 template <class Tile>
 __device__ __forceinline__ void compute_dq(const HopperDqParams& params, typename Tile::Shared& shared) {
   constexpr int kLogits = Tile::kBlockN / 2;
-  const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / kGroupThreads), lane = threadIdx.x % 32;
   const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
   const float scale_log2 = params.work.scale * kLog2E;
   RingPosition<Tile::kRowStages> row_ring;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void compute_dq(const HopperDqParams& params, typenam
   for (;; row_ring.advance()) {
     barrier_wait(shared.rows_full[row_ring.stage], row_ring.parity);
     const auto& slot = shared.slot[row_ring.stage];
-    const int batch_head = slot.head;
+    const int batch_head = uniform(slot.head);
     if (batch_head < 0) return;
     const GroupJob job(slot, group);
     uint8_t* q = shared.q[row_ring.stage][group][0];

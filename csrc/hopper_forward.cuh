@@ -4,8 +4,8 @@
 //   lse[i] = ln sum_j p_ij;   a row without keys has out = 0 and lse = -inf
 //
 // A warpgroup owns 64 queries. How arithmetic and matrix units overlap is one of Overlap. Where logits are bounded, exp2 needs no
-// offset: float32 and bfloat16 hold 2^-100 to 2^100 and any sum of these; otherwise the running maximum is
-// followed lazily. In float32: logits, probabilities until they meet v, accumulator, sums, lse.
+// offset: float32 and bfloat16 hold 2^-100 to 2^100 and any sum of these; otherwise each row has one, which is looked at again
+// only when sums grow. In float32: logits, probabilities until they meet v, accumulator, sums, lse.
 #pragma once
 
 #include "hopper_tile.cuh"
@@ -29,6 +29,8 @@ struct HopperForwardTile {
   static constexpr bool kTurns = kOverlap == Overlap::kInTurn;
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
   static constexpr int kRowStages = 2;
+  // Whether offsets are looked at again only when sums run over, for which the way back takes registers; else every block.
+  static constexpr bool kWatchesSums = Registers<kGroups, kBlocksPerSM>::kCompute >= 128;
 
   static constexpr int kPanels = kHeadDim / kPanelColumns;
   static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
@@ -89,65 +91,134 @@ template <class Tile>
 struct ForwardRows {
   static constexpr int kLogits = Tile::kBlockN / 2;  // registers
   static constexpr int kSteps = Tile::kBlockN / 16;
-  // The accumulator is rescaled when a row's largest probability would exceed 2^8: sums in float32 and probabilities up
-  // to 256 in 16 bits lose nothing, and after the first block it is rare.
-  static constexpr float kRescaleAbove = 8.0f;
+  // A row's offset is the largest logit of the first block of which it sees a key, and stays, as sums and products lose
+  // nothing while they grow, until a block's sum of probabilities (where sums are watched) or largest probability is above
+  // one of these: then it follows that block.
+  static constexpr float kLargestSum = Tile::kType == DType::kFloat16 ? 0x1p12f : 0x1p60f;
+  static constexpr float kLargestLog2 = 8.0f;
 
   float o[Tile::kHeadDim / 2];
-  float row_sum[2], row_max[2];  // log2 units; the sums are of this thread's columns only
+  float row_sum[2], offset[2];  // log2 units; the sums are of this thread's columns only
   RowIntervals intervals;
   float scale_log2;
 
-  __device__ __forceinline__ void start() {
+  // Rows that are not the group's have no need of an offset.
+  __device__ __forceinline__ void start(int first_row, int num_rows) {
     set_zero(o);
-    row_sum[0] = row_sum[1] = 0.0f;
-    row_max[0] = row_max[1] = -INFINITY;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row_sum[half] = 0.0f;
+      offset[half] = first_row + 8 * half < num_rows ? -INFINITY : 0.0f;
+    }
   }
 
-  // s = exp2(scale_log2 s - offset), its sum; returns by which factor what was summed before must be multiplied.
+  // The largest logit of a row in s.
+  __device__ __forceinline__ float largest(const float (&s)[kLogits], int half) const {
+    float x = fmaxf(s[2 * half], s[2 * half + 1]);
+#pragma unroll
+    for (int n = 1; n < kLogits / 4; ++n) x = fmaxf(x, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2)) * scale_log2;
+  }
+
+  // A row's new offset. Returns by which factor what was summed before must be multiplied.
+  __device__ __forceinline__ float set_offset(int half, float x) {
+    const float factor = offset[half] == -INFINITY ? 1.0f : exp2_approx(offset[half] - x);
+    offset[half] = x;
+    return factor;
+  }
+
+  // s = exp2(scale_log2 s - offset) of one row; returns their sum.
   template <bool kBounded>
-  __device__ __forceinline__ void exponentiate(float (&s)[kLogits], float (&factor)[2]) {
-    factor[0] = factor[1] = 1.0f;
-    if constexpr (!kBounded) {
-      float block_max[2];
-      bool grows = false;
+  __device__ __forceinline__ float exponentiate(float (&s)[kLogits], int half) const {
+    const float minus = kBounded || offset[half] == -INFINITY ? 0.0f : -offset[half];
+    float sum[2] = {};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float x = fmaxf(s[2 * half], s[2 * half + 1]);
+    for (int n = 0; n < kLogits / 4; ++n) {
 #pragma unroll
-        for (int n = 1; n < kLogits / 4; ++n) x = fmaxf(x, fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-        block_max[half] = x * scale_log2;
-        grows |= block_max[half] > row_max[half] + kRescaleAbove;
+      for (int c = 0; c < 2; ++c) {
+        float& x = s[4 * n + 2 * half + c];
+        x = exp2_approx(kBounded ? x * scale_log2 : fmaf(x, scale_log2, minus));
+        sum[c] += x;
       }
-      if (__any_sync(0xffffffffu, grows)) {
+    }
+    return sum[0] + sum[1];
+  }
+
+  // The logits of the rows marked once more, after their exponentials ran over: by this warp alone, from shared memory.
+  __device__ __forceinline__ void compute_again(float (&s)[kLogits], const bool (&marked)[2], const uint8_t* q,
+                                                const uint8_t* k) const {
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
+    const uint32_t q_lane = shared_address(q) + swizzled_chunk(first_row + lane % 16, lane / 16);
+    const uint32_t k_lane = shared_address(k) + swizzled_chunk(lane % 8, lane / 8);
+#pragma unroll
+    for (int n = 0; n < kLogits / 4; ++n) {
+      float logits[4] = {};
+#pragma unroll
+      for (int step = 0; step < Tile::kHeadDim / 16; step += 2) {
+        const int panel = step / 4, bytes = step % 4 * 32;  // in a row, where chunks are exchanged by exclusive or
+        uint32_t a[4], b[4];
+        ldmatrix_x4(b, (k_lane ^ bytes) + panel * Tile::kBlockPanelBytes + n * 8 * kPanelRowBytes);
+        ldmatrix_x4(a, (q_lane ^ bytes) + panel * Tile::kGroupPanelBytes);
+        mma_m16n8k16<Tile::kType>(logits, a, b[0], b[1]);
+        ldmatrix_x4(a, (q_lane ^ (bytes + 32)) + panel * Tile::kGroupPanelBytes);
+        mma_m16n8k16<Tile::kType>(logits, a, b[2], b[3]);
+        // The compiler and the assembler shall not load all before anything is multiplied: for that there are no registers.
+        asm volatile("" : "+f"(logits[0]), "+f"(logits[1]), "+f"(logits[2]), "+f"(logits[3]));
+        __threadfence_block();
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        float& x = s[4 * n + c];
+        x = marked[c / 2] ? logits[c] : x;
+        asm volatile("" : "+f"(x));
+      }
+    }
+  }
+
+  // The step from logits to probabilities: s = exp2(scale_log2 s - offset), and sums of rows. Returns by which factor what was
+  // multiplied with v before must be multiplied. q, k: whose product s is; first_column: of the block; masked: whether its
+  // columns are not seen by all rows.
+  template <bool kBounded>
+  __device__ __forceinline__ void advance(float (&s)[kLogits], float (&factor)[2], const uint8_t* q, const uint8_t* k,
+                                          int first_column, bool masked) {
+    // NOTE: each row decides for itself, so that its bits do not depend on its neighbours in the tile.
+    factor[0] = factor[1] = 1.0f;
+    if (masked) intervals.apply(s, first_column);
+    if constexpr (!kBounded) {
+      const bool first = offset[0] == -INFINITY || offset[1] == -INFINITY;
+      if (!Tile::kWatchesSums || __any_sync(0xffffffffu, first)) {
+        const float x[2] = {largest(s, 0), largest(s, 1)};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          // NOTE: each row decides for itself, so that its bits do not depend on its neighbours in the tile.
-          if (block_max[half] > row_max[half] + kRescaleAbove) {
-            factor[half] = exp2_approx(row_max[half] - block_max[half]);
-            row_max[half] = block_max[half];
-            row_sum[half] *= factor[half];
+          const float above = Tile::kWatchesSums && offset[half] != -INFINITY ? INFINITY : offset[half] + kLargestLog2;
+          if (x[half] > above) factor[half] = set_offset(half, x[half]);
+        }
+      }
+    }
+    float sum[2] = {exponentiate<kBounded>(s, 0), exponentiate<kBounded>(s, 1)};
+    if constexpr (!kBounded && Tile::kWatchesSums) {
+      bool over[2] = {!(sum[0] <= kLargestSum), !(sum[1] <= kLargestSum)};
+      if (__any_sync(0xffffffffu, over[0] || over[1])) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const unsigned lanes = __ballot_sync(0xffffffffu, over[half]);
+          over[half] = (lanes >> (threadIdx.x % 32 / 4 * 4) & 0xf) != 0;
+        }
+        compute_again(s, over, q, k);
+        if (masked) intervals.apply(s, first_column, over);
+        const float x[2] = {largest(s, 0), largest(s, 1)};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          if (over[half]) {
+            factor[half] = set_offset(half, x[half]);
+            sum[half] = exponentiate<false>(s, half);
           }
         }
       }
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float offset = kBounded || row_max[half] == -INFINITY ? 0.0f : row_max[half];
-      float sum[2] = {};
-#pragma unroll
-      for (int n = 0; n < kLogits / 4; ++n) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = s[4 * n + 2 * half + c];
-          x = exp2_approx(kBounded ? x * scale_log2 : fmaf(x, scale_log2, -offset));
-          sum[c] += x;
-        }
-      }
-      row_sum[half] += sum[0] + sum[1];
-    }
+    for (int half = 0; half < 2; ++half) row_sum[half] = row_sum[half] * factor[half] + sum[half];
   }
 
   __device__ __forceinline__ void rescale(const float (&factor)[2]) {
@@ -168,8 +239,9 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
   uint32_t p[Tile::kBlockN / 16][4];
   float factor[2];
   const auto exponentiate = [&](int block) {
-    if (job.masked(block)) rows.intervals.apply(s, job.column_begin + block * Tile::kBlockN);
-    rows.template exponentiate<kBounded>(s, factor);
+    rows.template advance<kBounded>(s, factor, q, shared.k[ring.stage][0], job.column_begin + block * Tile::kBlockN,
+                                    job.masked(block));
+    release(shared.k_empty[ring.stage]);
   };
   // One turn a block for every warpgroup, skipped blocks too.
   const auto take_turn = [&] {
@@ -183,7 +255,6 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
       barrier_wait(shared.k_full[ring.stage], ring.parity);
       issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
       wgmma_wait<0>();
-      release(shared.k_empty[ring.stage]);
       exponentiate(block);
       if constexpr (!kBounded) rows.rescale(factor);
       pack_operands<Tile::kType>(p, s);
@@ -199,7 +270,6 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
     issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
     pass_turn();
     wgmma_wait<0>();
-    release(shared.k_empty[ring.stage]);
     exponentiate(job.block_begin);  // the accumulator is zero: nothing to rescale
     pack_operands<Tile::kType>(p, s);
     RingPosition<Tile::kStages> last = ring;
@@ -212,7 +282,6 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
       issue_columns_product<Tile::kType>(rows.o, p, shared.v[last.stage][0]);
       pass_turn();
       wgmma_wait<1>();
-      release(shared.k_empty[ring.stage]);
       exponentiate(block);
       wgmma_wait<0>();
       release(shared.v_empty[last.stage]);
@@ -229,7 +298,7 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
 template <class Tile>
 __device__ __forceinline__ void compute_forward(const HopperForwardParams& params, typename Tile::Shared& shared) {
   constexpr int kWarpRows = 16;
-  const int group = threadIdx.x / kGroupThreads, lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / kGroupThreads), lane = threadIdx.x % 32;
   const int first_row = threadIdx.x % kGroupThreads / 32 * kWarpRows + lane / 4;
   RingPosition<Tile::kRowStages> row_ring;
   RingPosition<Tile::kStages> ring;
@@ -254,11 +323,11 @@ __device__ __forceinline__ void compute_forward(const HopperForwardParams& param
   for (;; row_ring.advance()) {
     barrier_wait(shared.q_full[row_ring.stage], row_ring.parity);
     const auto& slot = shared.slot[row_ring.stage];
-    const int batch_head = slot.head;
+    const int batch_head = uniform(slot.head);
     if (batch_head < 0) return;
     const GroupJob job(slot, group);
     uint8_t* q = shared.q[row_ring.stage][group][0];
-    rows.start();
+    rows.start(first_row, job.num_rows);
     rows.intervals.load(params.work, job, first_row);
     // Rows of few keys, of which one may outweigh the others, keep the offset: their largest probability is exact then,
     // where bfloat16 would round it, and so are gradients that cancel.
@@ -281,7 +350,7 @@ __device__ __forceinline__ void compute_forward(const HopperForwardParams& param
       inverse[half] = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int row = first_row + 8 * half;
       if (lane % 4 == 0 && row < job.num_rows) {
-        const float offset = bounded ? 0.0f : rows.row_max[half];
+        const float offset = bounded ? 0.0f : rows.offset[half];
         params.lse[static_cast<int64_t>(batch_head) * params.work.num_queries + job.row_begin + row] =
             sum == 0.0f ? -INFINITY : (offset + log2f(sum)) * kLn2;
       }

@@ -74,4 +74,30 @@ struct HopperDkdvParams {
   HopperWork work;
 };
 
+// How far a head has come, in the one-pass backward; zero at the launch.
+struct HeadProgress {
+  int32_t ready;  // chunks of queries whose sums are zero and whose statistics are written
+  int32_t done;   // jobs whose products are in the sums
+};
+constexpr int kChunkQueries = 64;
+
+struct HopperBackwardParams {
+  TensorMap q, k, v, d_out;
+  const void* out;
+  const void* d_out_rows;     // what d_out describes
+  Strides out_strides, d_out_strides;
+  const float* lse;
+  const float* d_lse;         // [B, H, Lq], contiguous; null for zeros
+  void* dq;
+  void* dk;
+  void* dv;
+  Strides dq_strides, dk_strides, dv_strides;
+  float* dq_sums;             // [num_slots, Lq, D]
+  RowStatistics* statistics;  // [num_slots, Lq]
+  HeadProgress* progress;     // [B * H]
+  int32_t* next_chunk;        // zero at the launch
+  int32_t num_slots, num_chunks;  // heads under way at most; chunks of queries of a head
+  HopperWork work;
+};
+
 }  // namespace hmar

@@ -68,7 +68,9 @@ __device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) 
       : "memory");
 }
 
-// Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and of wgmma.
+// Orders ordinary accesses to global memory, this thread's and those that it knows of, before later ones of the copy engine.
+__device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
+// The same for shared memory, where wgmma reads that way too.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
 
 // The place of a ring of kStages buffers that a loop has come to.
@@ -121,6 +123,29 @@ __device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high)
     low = __uint_as_float(packed << 16);
     high = __uint_as_float(packed & 0xffff0000u);
   }
+}
+
+// Adds `bytes` bytes of float32 numbers in shared memory to global memory, both at multiples of 16. Committed in groups, for
+// which the thread that started them waits: until the copy engine has read them, or until the sums are in global memory.
+__device__ __forceinline__ void bulk_add(float* dst, const uint8_t* src, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(dst),
+               "r"(shared_address(src)), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
+
+__device__ __forceinline__ void store_shared(uint32_t address, float x, float y, float z, float w) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit numbers to shared memory, transposed: lane 8 i + j says where row j of the transposed matrix i
+// goes (16 bytes). Registers as in mma.m16n8k16's operand.
+__device__ __forceinline__ void store_transposed(uint8_t* row, const uint32_t (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(row)),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
 }
 
 // --- wgmma ---------------------------------------------------------------------------------------------------------

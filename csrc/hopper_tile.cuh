@@ -31,6 +31,10 @@ struct JobSlot {
   alignas(16) int32_t job[kJobInts<kGroups>];
 };
 
+// What all lanes of a warp have alike, so that the compiler knows it and keeps it, and addresses made of it, in registers of the
+// warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // A warpgroup's part of a job, in registers.
 struct GroupJob {
   int row_begin, num_rows, column_begin, num_blocks;
@@ -39,10 +43,10 @@ struct GroupJob {
   template <int kGroups>
   __device__ __forceinline__ GroupJob(const JobSlot<kGroups>& slot, int group) {
     const int32_t* field = slot.job + GROUP_FIELDS + NUM_GROUP_FIELDS * group;
-    column_begin = slot.job[COLUMN_BEGIN], num_blocks = slot.job[NUM_BLOCKS];
-    row_begin = field[ROW_BEGIN_OF_GROUP], num_rows = field[ROW_END_OF_GROUP] - row_begin;
-    block_begin = field[BLOCK_BEGIN], block_end = field[BLOCK_END];
-    full_begin = field[FULL_BLOCK_BEGIN], full_end = field[FULL_BLOCK_END];
+    column_begin = uniform(slot.job[COLUMN_BEGIN]), num_blocks = uniform(slot.job[NUM_BLOCKS]);
+    row_begin = uniform(field[ROW_BEGIN_OF_GROUP]), num_rows = uniform(field[ROW_END_OF_GROUP]) - row_begin;
+    block_begin = uniform(field[BLOCK_BEGIN]), block_end = uniform(field[BLOCK_END]);
+    full_begin = uniform(field[FULL_BLOCK_BEGIN]), full_end = uniform(field[FULL_BLOCK_END]);
   }
   __device__ __forceinline__ bool masked(int block) const { return block < full_begin || block >= full_end; }
 };
@@ -138,9 +142,16 @@ struct RowIntervals {
 
   template <int kRegisters>
   __device__ __forceinline__ void apply(float (&s)[kRegisters], int first_column) const {
+    apply(s, first_column, {true, true});
+  }
+
+  // The same in those of the two rows that are marked.
+  template <int kRegisters>
+  __device__ __forceinline__ void apply(float (&s)[kRegisters], int first_column, const bool (&marked)[2]) const {
     const int column = first_column + 2 * (threadIdx.x % 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (!marked[half]) continue;
       const int from = begin[half] - column, to = end[half] - column;
 #pragma unroll
       for (int n = 0; n < kRegisters / 4; ++n) {

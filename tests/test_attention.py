@@ -3,6 +3,7 @@
 import math
 import re
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from attention_cases import assert_accurate, assert_exact_support, draw_inputs, pyramid_mask, run, small_masks
 from hmar_kernels import SpanMask, attention, choose, explain
-from hmar_kernels.attention import api
+from hmar_kernels.attention import api, hopper
 from hmar_kernels.attention import triton as triton_attention
 from hmar_kernels.attention.plan import (
     COL_BEGIN,
@@ -282,17 +283,51 @@ def test_explain_names_the_choice_and_what_speaks_against_the_others():
 
 
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize("name", ["hopper", "triton"])
-def test_explained_tiles_cover_the_mask(name, bounded):
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("name", "resolution", "passes"),
+    [
+        ("hopper", 512, ["forward", "dq", "dk and dv"]),
+        ("hopper", 1024, ["forward", "dq, dk and dv"]),
+        ("triton", 512, ["forward", "dq", "dk and dv"]),
+    ],
+)
+def test_explained_tiles_cover_the_mask(name, resolution, passes, head_dim, bounded):
     """On a GPU the lines of explain are these; the blocks they count hold every pair that attends."""
-    mask = pyramid_mask("block_causal", 512)
-    q = torch.empty(1, 1, mask.num_queries, 64, dtype=torch.bfloat16)
+    mask = pyramid_mask("block_causal", resolution)
+    q = torch.empty(1, 1, mask.num_queries, head_dim, dtype=torch.bfloat16)
     lines = explain_module._tiles(name, q, mask, bounded)
-    assert [line.split(":")[0] for line in lines] == ["forward", "dq", "dk and dv"]
+    assert [line.split(":")[0] for line in lines] == passes
     for line in lines:
         full, masked = map(int, re.search(r"(\d+) blocks of \d+ columns without a mask and (\d+) with", line).groups())
         share = int(re.search(r"(\d+)% of their pairs", line)[1])
         assert full > masked > 0 and 85 <= share <= 100
+
+
+@interpreted
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+def test_every_implementation_takes_deterministic(impl):
+    mask = SpanMask.window([1, 4, 9], 2)
+    inputs = draw_inputs(mask, 1, 2, 16, torch.float32, "cpu")
+    expected = run(*inputs, mask, impl)
+    for deterministic in (False, True):
+        for a, b in zip(run(*inputs, mask, impl, deterministic=deterministic), expected, strict=True):
+            assert torch.equal(a, b)
+    for other in ("cuda", "hopper", "flex", "varlen"):
+        with pytest.raises(ValueError, match=f'impl="{other}" cannot run here'):
+            attention(*inputs[:3], mask, impl=other, deterministic=True)
+
+
+def test_slots_of_the_backward_in_one_pass():
+    """Room for some heads, for at most all; for more of them where a head has fewer jobs or there are more SMs."""
+    for num_jobs in (1, 8, 74, 10_000):
+        assert hopper.num_slots(num_jobs, 1, 132) == 1
+        for num_heads in (2, 7, 512):
+            assert 1 <= hopper.num_slots(num_jobs, num_heads, 132) <= num_heads
+    by_jobs = [hopper.num_slots(num_jobs, 100_000, 132) for num_jobs in (1, 4, 16, 64, 256)]
+    assert all(more > fewer for more, fewer in pairwise(by_jobs))
+    assert hopper.num_slots(16, 100_000, 66) < hopper.num_slots(16, 100_000, 132)
+    assert hopper.num_slots(74, 512, 132) * 74 > 132, "not even a job for every SM"
 
 
 def test_head_dim_out_of_range_is_refused_by_triton():

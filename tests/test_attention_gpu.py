@@ -1,11 +1,22 @@
 """The attention implementations on a GPU: every one against float64, on the published pyramids and on odd masks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from attention_cases import assert_accurate, assert_exact_support, draw_inputs, pyramid_mask, run, small_masks
+from attention_cases import (
+    assert_accurate,
+    assert_exact_support,
+    assert_within_limits,
+    draw_inputs,
+    oracles,
+    pyramid_mask,
+    run,
+    small_masks,
+)
 from hmar_kernels import IMPLEMENTATIONS, SpanMask, attention, choose, unavailable
-from hmar_kernels.attention import api
+from hmar_kernels.attention import api, hopper
 
 pytestmark = pytest.mark.gpu
 
@@ -62,7 +73,8 @@ def test_custom_op_passes_opcheck(impl):
     skip_unless_available(impl, (q, k, v), mask)
     if impl == "hopper":
         bounds = torch.full((2,), 40.0, device="cuda")
-        operator, rest = api._attention_hopper, (*api._job_arguments(mask, q.device, 64, True), 0.3, torch.inf, bounds)
+        jobs = api._job_arguments(mask, q.device, 64, True, True)
+        operator, rest = api._attention_hopper, (*jobs, 0.3, torch.inf, bounds)
     else:
         operator = {"triton": api._attention_triton, "cuda": api._attention_cuda}[impl]
         rest = (*api._plan_arguments(impl, mask, q.device, 64, q.dtype), 0.3)
@@ -87,6 +99,23 @@ def test_packed_qkv(impl, head_dim, poisoned_memory):
     inputs = draw_inputs(mask, 2, 4, head_dim, torch.bfloat16, "cuda", packed=True)
     skip_unless_available(impl, inputs, mask)
     assert_accurate(inputs, mask, impl, with_lse=impl != "varlen")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("step", [4.0, 40.0, 400.0])
+def test_logits_that_grow_with_the_keys(step, head_dim, dtype, poisoned_memory):
+    """Sums of probabilities run over after some blocks, after each, and to infinity within one; rows do so alone."""
+    mask = SpanMask.full(200, 1500)
+    q, k, v, do, dlse = draw_inputs(mask, 1, 2, head_dim, DTYPES[dtype], "cuda")
+    skip_unless_available("hopper", (q, k, v), mask)
+    q[..., 0], k[..., 0] = 8.0, torch.arange(1500, device="cuda") // 128 * (step / 8)
+    q[:, :, 50:60, 0] = 0.0
+    assert_accurate((q, k, v, do, dlse), mask, "hopper", scale=1.0)
+    before = attention(q, k, v, mask, impl="hopper", scale=1.0, return_lse=True)
+    q[:, :, :50, 0] = q[:, :, 60:, 0] = 0.0
+    for old, new in zip(before, attention(q, k, v, mask, impl="hopper", scale=1.0, return_lse=True), strict=True):
+        assert torch.equal(old[:, :, 50:60], new[:, :, 50:60]) and not torch.equal(old, new)
 
 
 @pytest.mark.parametrize("impl", OURS)
@@ -123,7 +152,26 @@ def test_bit_equal_twice(impl, pattern):
     mask = pyramid_mask(pattern, 512)
     inputs = draw_inputs(mask, 4, 8, 64, torch.bfloat16, "cuda")
     skip_unless_available(impl, inputs, mask)
-    for first, second in zip(run(*inputs, mask, impl), run(*inputs, mask, impl), strict=True):
+    twice = [run(*inputs, mask, impl, deterministic=True) for _ in range(2)]
+    for first, second in zip(*twice, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("asked_by", ["argument", "torch"])
+def test_bit_equal_twice_where_the_backward_would_be_in_one_pass(asked_by, head_dim):
+    mask = pyramid_mask("block_causal", 1024)
+    inputs = draw_inputs(mask, 2, 4, head_dim, torch.bfloat16, "cuda")
+    skip_unless_available("hopper", inputs, mask)
+    assert hopper.select_tiles(head_dim, mask).backward is not None
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(asked_by == "torch", warn_only=True)
+    try:
+        deterministic = True if asked_by == "argument" else None
+        twice = [run(*inputs, mask, "hopper", deterministic=deterministic) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+    for first, second in zip(*twice, strict=True):
         assert torch.equal(first, second)
 
 
@@ -176,6 +224,168 @@ def test_torch_compile_and_cuda_graph(impl):
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, expected_out) and torch.equal(dq, expected_dq)
+
+
+# --- the backward in one pass ---------------------------------------------------------------------------------------
+
+# NOTE: poisoned_memory turns deterministic algorithms on, so that deterministic=False has to be said.
+ONE_PASS_MASKS = {**MASKS, "block_causal_512": pyramid_mask("block_causal", 512)}
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """impl="hopper" takes the backward in one pass for every mask, and fails where it takes another."""
+    tiles = hopper.TILES
+    everywhere = {key: replace(of, backward=tiles[key[0], hopper.LONG].backward) for key, of in tiles.items()}
+    monkeypatch.setattr(hopper, "TILES", everywhere)
+    backward = hopper.backward
+
+    def in_one_pass(*arguments):
+        *_, dq_jobs, _, _, _ = arguments
+        assert dq_jobs is None, "a backward in two passes"
+        return backward(*arguments)
+
+    monkeypatch.setattr(hopper, "backward", in_one_pass)
+
+
+def gradients(q, k, v, do, dlse, mask):
+    """(out, lse, dq, dk, dv) as `run` has them where every query has keys; never waits for the device."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = attention(q, k, v, mask, impl="hopper", return_lse=True, deterministic=False)
+    return out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (do, dlse))
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ONE_PASS_MASKS)
+def test_one_pass(one_pass, name, head_dim, dtype, with_lse, poisoned_memory):
+    mask = ONE_PASS_MASKS[name]
+    inputs = draw_inputs(mask, 2, 3, head_dim, DTYPES[dtype], "cuda")
+    skip_unless_available("hopper", inputs, mask)
+    assert_accurate(inputs, mask, "hopper", with_lse=with_lse, deterministic=False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+def test_one_pass_on_the_largest_pyramid(one_pass, pattern, head_dim, dtype, poisoned_memory):
+    mask = pyramid_mask(pattern, 1024)
+    inputs = draw_inputs(mask, 1, 2, head_dim, DTYPES[dtype], "cuda")
+    skip_unless_available("hopper", inputs, mask)
+    assert_accurate(inputs, mask, "hopper", deterministic=False)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("resolution", [256, 512, 1024])
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+def test_one_pass_sees_exactly_the_pairs_of_the_mask(one_pass, pattern, resolution, head_dim, dtype):
+    mask = pyramid_mask(pattern, resolution)
+    skip_unless_available("hopper", draw_inputs(mask, 1, 1, head_dim, DTYPES[dtype], "cuda"), mask)
+    assert_exact_support(mask, "hopper", head_dim, DTYPES[dtype], "cuda")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+def test_one_pass_with_packed_qkv(one_pass, pattern, head_dim, poisoned_memory):
+    mask = pyramid_mask(pattern, 256)
+    inputs = draw_inputs(mask, 2, 4, head_dim, torch.bfloat16, "cuda", packed=True)
+    skip_unless_available("hopper", inputs, mask)
+    assert_accurate(inputs, mask, "hopper", deterministic=False)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["block_causal", "random_intervals", "blind_queries", "block_causal_512"])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_one_pass_with_few_slots(one_pass, slots, name, head_dim, poisoned_memory, monkeypatch):
+    """Fewer than the six heads: slots are taken over, and the last ones of a launch are not full."""
+    mask, asked = ONE_PASS_MASKS[name], []
+    monkeypatch.setattr(hopper, "num_slots", lambda *numbers: asked.append(numbers) or slots)
+    inputs = draw_inputs(mask, 2, 3, head_dim, torch.bfloat16, "cuda")
+    skip_unless_available("hopper", inputs, mask)
+    assert_accurate(inputs, mask, "hopper", deterministic=False)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("slots", [2, 6])
+def test_one_pass_many_times(one_pass, slots, head_dim, poisoned_memory, monkeypatch):
+    """All but dq is bit-equal every time, and dq is right every time."""
+    monkeypatch.setattr(hopper, "num_slots", lambda *numbers: slots)
+    mask = pyramid_mask("block_causal", 512)
+    inputs = draw_inputs(mask, 2, 3, head_dim, torch.bfloat16, "cuda")
+    skip_unless_available("hopper", inputs, mask)
+    expected, eager = oracles(inputs, mask)
+    results = [run(*inputs, mask, "hopper", deterministic=False) for _ in range(30)]
+    for actual in results:
+        assert_within_limits(actual, expected, eager, mask)
+        for i in (0, 1, 3, 4):
+            assert torch.equal(actual[i], results[0][i])
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("resolution", [256, 1024])
+def test_one_pass_on_two_streams_at_once(one_pass, resolution, head_dim):
+    """At 256 px both launches fit on the GPU side by side; at 1024 px they compete for it."""
+    mask = pyramid_mask("block_causal", resolution)
+    inputs = [draw_inputs(mask, 1, 2, head_dim, torch.bfloat16, "cuda", seed) for seed in (0, 1)]
+    skip_unless_available("hopper", inputs[0], mask)
+    of_inputs = [oracles(own, mask) for own in inputs]
+    gradients(*inputs[0], mask)  # compiles, and brings the plan to the device
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(5):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(100_000_000)
+        results = []
+        for stream, own in zip(streams, inputs, strict=True):
+            stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(stream):
+                results.append(gradients(*own, mask))
+        torch.cuda.synchronize()
+        for actual, (expected, eager) in zip(results, of_inputs, strict=True):
+            assert_within_limits(actual, expected, eager, mask)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, head_dim):
+    torch._dynamo.reset()
+    mask = pyramid_mask("block_causal", 256)
+    inputs = draw_inputs(mask, 2, 3, head_dim, torch.bfloat16, "cuda")
+    skip_unless_available("hopper", inputs, mask)
+    expected, eager = oracles(inputs, mask)
+
+    def forward(q, k, v):
+        return attention(q, k, v, mask, impl="hopper", return_lse=True)
+
+    q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+    out, lse = torch.compile(forward, fullgraph=True)(q, k, v)
+    actual = out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), inputs[3:])
+    assert_within_limits(actual, expected, eager, mask)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        gradients(*inputs, mask)
+        with torch.cuda.graph(graph, stream=stream):
+            captured = gradients(*inputs, mask)
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):  # all counters start anew
+        for x in captured:
+            x.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_within_limits(captured, expected, eager, mask)
+
+
+def test_one_pass_op_passes_opcheck(one_pass):
+    mask = pyramid_mask("block_causal", 256)
+    q, k, v, *_ = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
+    skip_unless_available("hopper", (q, k, v), mask)
+    tensors, tiles = api._job_arguments(mask, q.device, 64, False, False)
+    arguments = (*(x.requires_grad_() for x in (q, k, v)), *tensors, tiles, 0.3, torch.inf, None)
+    torch.library.opcheck(api._attention_hopper, arguments)
 
 
 def test_auto_explains_itself():

@@ -19,18 +19,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hmar_kernels import SpanMask
+from hmar_kernels import SpanMask, attention
 from hmar_kernels.attention import cuda, hopper, hopper_launch, nvrtc
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("float16", "bfloat16")
 PASSES = tuple(hopper_launch.PASSES)
-KERNELS = sorted((kind, tile) for kind, tiles in zip(PASSES, hopper.table(), strict=True) for tile in tiles)
+KERNELS = sorted((kind, tile) for kind, tiles in hopper.table().items() for tile in tiles)
 IDS = [f"{kind}-{'-'.join(map(str, tile))}" for kind, tile in KERNELS]
 
 
 def table_kernels():
-    return hopper_launch.HopperKernels(*hopper.table())
+    return hopper_launch.HopperKernels(**hopper.table())
 
 
 class BindingsCompiler:
@@ -87,7 +87,8 @@ def test_sources_compile_without_spills(real_compiler, kind, tile, dtype):
     assert binary.cubin.startswith(b"\x7fELF") and kernel.encode() in binary.cubin
     numbers = hopper_launch.launch_numbers(binary)
     fields = dict(zip(hopper_launch.TILE_FIELDS, tile, strict=True))
-    assert numbers.num_threads == 128 * (fields["groups"] + 1)
+    # Beside the groups of the tile one that fetches; in the one-pass backward of head dim 64 also one for dq.
+    assert numbers.num_threads == 128 * (fields["groups"] + 1 + (kind == "backward" and fields["head_dim"] == 64))
     assert numbers.params_bytes == hopper_launch._padded_size(hopper_launch.PASSES[kind].params)
     # An SM of an H100 has 228 KiB, of which each block takes 1 KiB for itself, and 1 KiB is lost to alignment.
     assert 0 < numbers.shared_bytes <= (228 // fields["blocks_per_sm"] - 1) * 1024
@@ -100,6 +101,7 @@ def test_host_constants_are_those_of_the_sources(real_compiler):
         '#include "hopper_tile.cuh"\nnamespace hmar {\n'
         f"static_assert(kGroupRows == {hopper_launch.GROUP_ROWS} && kPanelColumns == {hopper_launch.PANEL_COLUMNS});\n"
         f"static_assert(alignof(TensorMap) == {hopper_launch.TENSOR_MAP_ALIGNMENT} && sizeof(RowStatistics) == 8);\n"
+        f"static_assert(kChunkQueries == {hopper_launch.CHUNK_QUERIES} && sizeof(HeadProgress) == 8);\n"
         "static_assert(int(DType::kFloat16) == 0 && int(DType::kBFloat16) == 1);\n"
         "static_assert(sizeof(uint8_t) == 1 && sizeof(uint16_t) == 2 && sizeof(uint32_t) == 4);\n"
         "static_assert(sizeof(int32_t) == 4 && sizeof(int64_t) == 8 && sizeof(uint64_t) == 8);\n"
@@ -151,7 +153,12 @@ def test_driver_constants():
     assert driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED == ours.RELAXED
 
 
-STRUCTURES = ("TensorMap", "Strides", "HopperWork", "HopperForwardParams", "HopperDqParams", "HopperDkdvParams")
+STRUCTURES = (
+    "TensorMap",
+    "Strides",
+    "HopperWork",
+    *(the_pass.params.__name__ for the_pass in hopper_launch.PASSES.values()),
+)
 
 
 def test_structures_lie_as_in_cpp(tmp_path):
@@ -360,15 +367,22 @@ def kernels(tmp_path, monkeypatch):
     kernels._compiler, kernels._cuda = LaunchCompiler(), FakeDriver()
     monkeypatch.setattr(hopper, "_kernels", kernels)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=42))
+    properties = SimpleNamespace(multi_processor_count=kernels._cuda.num_sms(None))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     return kernels
 
 
 def test_every_kernel_of_the_table_has_a_number(kernels):
+    seen = set()
     for (head_dim, _), tiles in hopper.TILES.items():
-        for chosen in (tiles, replace(tiles, forward=tiles.bounded)):
-            for kind, number in zip(PASSES, hopper.tile_numbers(head_dim, chosen), strict=True):
+        for chosen in (tiles, replace(tiles, forward=tiles.bounded), replace(tiles, backward=None)):
+            numbers = hopper.tile_numbers(head_dim, chosen)
+            assert list(numbers) == list(chosen.passes)  # the forward first: what api.py passes on
+            for kind, number in numbers.items():
                 row = getattr(kernels, f"hopper_{kind}_tiles")[number]
                 assert row == (head_dim, *astuple(getattr(chosen, kind)))
+                seen.add((kind, row))
+    assert seen == set(KERNELS)
 
 
 def bytes_of(x):
@@ -388,10 +402,11 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
     bounds = torch.ones(heads)
     driver = kernels._cuda
 
-    out, lse = hopper.forward(q, k, v, starts, ends, plans[0].jobs, numbers[0], 0.5, 40.0, bounds)
+    of_forward = plans["forward"].jobs, numbers["forward"]
+    out, lse = hopper.forward(q, k, v, starts, ends, *of_forward, 0.5, 40.0, bounds)
     (zero, launch), driver.calls = driver.calls, []
     kind, blocks, threads, shared_bytes, stream, params = launch
-    items = plans[0].num_jobs * batch * heads
+    items = plans["forward"].num_jobs * batch * heads
     assert (kind, threads, shared_bytes, stream) == ("forward", 384, 99328, 42)
     assert blocks == min(items, 5 * tiles.forward.blocks_per_sm)
     assert zero == ("zero", lse.data_ptr() + 4 * lse.numel(), 4, 42) and params.work.next_item == zero[1]
@@ -405,19 +420,20 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
     strides = params.out_strides
     assert (strides.batch, strides.head, strides.row) == out.stride()[:3]
     work = params.work
-    assert (work.key_start, work.key_end, work.jobs) == (starts.data_ptr(), ends.data_ptr(), plans[0].jobs.data_ptr())
-    assert (work.num_jobs, work.num_items, work.num_heads) == (plans[0].num_jobs, items, heads)
+    assert (work.key_start, work.key_end) == (starts.data_ptr(), ends.data_ptr())
+    assert work.jobs == plans["forward"].jobs.data_ptr()
+    assert (work.num_jobs, work.num_items, work.num_heads) == (plans["forward"].num_jobs, items, heads)
     assert (work.num_queries, work.num_keys, work.scale) == (340, 340, 0.5)
 
     driver.maps.clear()
     d_out, d_lse = torch.zeros_like(out), torch.zeros_like(lse)
-    rest = (starts, ends, plans[1].jobs, plans[2].jobs, *numbers[1:], 0.5)
+    rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
     dq, dk, dv = hopper.backward(d_out, d_lse, q, k, v, out, lse, *rest)
     zero_dq, launch_dq, zero_dkdv, launch_dkdv = driver.calls
     params, later = launch_dq[-1], launch_dkdv[-1]
     assert (launch_dq[0], launch_dkdv[0]) == ("dq", "dkdv") and zero_dkdv[1] == zero_dq[1] + 4
     assert (params.work.next_item, later.work.next_item) == (zero_dq[1], zero_dkdv[1])
-    assert (params.work.jobs, later.work.jobs) == (plans[1].jobs.data_ptr(), plans[2].jobs.data_ptr())
+    assert (params.work.jobs, later.work.jobs) == (plans["dq"].jobs.data_ptr(), plans["dkdv"].jobs.data_ptr())
     assert (params.lse, params.d_lse, params.dq) == (lse.data_ptr(), d_lse.data_ptr(), dq.data_ptr())
     assert (later.dk, later.dv) == (dk.data_ptr(), dv.data_ptr()) and params.statistics == later.statistics != 0
     for x, y in ((dq, params.dq_strides), (dk, later.dk_strides), (dv, later.dv_strides)):
@@ -428,17 +444,139 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
         assert driver.maps[x.data_ptr()] == (bfloat16, (head_dim, 340, heads, batch), tuple(bytes_of(x)), box)
     assert len(driver.loads) == 3 and kernels._compiler.calls == 3
 
-    hopper.forward(q, k, v, starts, ends, plans[0].jobs, numbers[0], 0.5)
+    hopper.forward(q, k, v, starts, ends, *of_forward, 0.5)
     assert len(driver.loads) == 3 and capfd.readouterr().err.count("compiles") == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=DTYPES)
+@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
+@pytest.mark.parametrize(("batch", "heads", "slots"), [(2, 3, 2), (2, 3, 6), (1, 1, 1)])
+def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_dim, dtype, monkeypatch):
+    mask, length, driver = SpanMask.block_causal([40, 100, 200]), 340, kernels._cuda
+    tile = hopper.TILES[head_dim, hopper.LONG].backward
+    tiles = replace(hopper.select_tiles(head_dim, mask), backward=tile)
+    plan = hopper.make_plans(mask, tiles, "cpu")["backward"]
+    number = hopper.tile_numbers(head_dim, tiles)["backward"]
+    starts, ends = mask.intervals("cpu")
+    q, k, v = torch.zeros(batch, length, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    out = torch.zeros(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
+    d_out = torch.zeros(batch, heads, length, head_dim + 8, dtype=dtype)[..., :head_dim]  # strides unlike those of out
+    lse, d_lse = torch.zeros(2, batch, heads, length).unbind(0)
+    asked, made, empty = [], [], torch.empty
+    monkeypatch.setattr(hopper, "num_slots", lambda *numbers: asked.append(numbers) or slots)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: made.append(empty(*shape, **options)) or made[-1])
+    arguments = q, k, v, out, lse, starts, ends, None, plan.jobs, [number], 0.5
+    dq, dk, dv = hopper.backward(d_out, d_lse, *arguments)
+    assert asked == [(plan.num_jobs, batch * heads, driver.num_sms(0))]
+
+    zero, (kind, blocks, threads, shared_bytes, stream, params) = driver.calls
+    work, items = params.work, plan.num_jobs * batch * heads
+    assert (kind, threads, shared_bytes, stream) == ("backward", 384, 99328, 42)
+    assert blocks == min(items, 5 * tile.blocks_per_sm)
+    assert (params.out, params.d_out_rows, params.lse) == (out.data_ptr(), d_out.data_ptr(), lse.data_ptr())
+    assert (params.d_lse, params.dq) == (d_lse.data_ptr(), dq.data_ptr())
+    assert (params.dk, params.dv) == (dk.data_ptr(), dv.data_ptr())
+    for name, x in (("out", out), ("d_out", d_out), ("dq", dq), ("dk", dk), ("dv", dv)):
+        strides = getattr(params, f"{name}_strides")
+        assert (strides.batch, strides.head, strides.row) == x.stride()[:3]
+    for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out)):
+        assert getattr(params, name).opaque[0] == x.data_ptr()
+        box = (64, 64 if name in ("k", "v") else tile.cols, 1, 1)
+        sizes = (head_dim, length, heads, batch)
+        assert driver.maps[x.data_ptr()] == (dtype == torch.bfloat16, sizes, tuple(bytes_of(x)), box)
+    assert (work.key_start, work.key_end, work.jobs) == (starts.data_ptr(), ends.data_ptr(), plan.jobs.data_ptr())
+    assert (work.num_jobs, work.num_items, work.num_heads) == (plan.num_jobs, items, heads)
+    assert (work.num_queries, work.num_keys, work.scale) == (length, length, 0.5)
+    assert (params.num_slots, params.num_chunks) == (slots, 6)
+
+    # Counters of items, of chunks and two a head, all zeroed; then the sums, then the statistics.
+    num_zeroed = 4 * (2 + 2 * batch * heads)
+    assert zero == ("zero", work.next_item, num_zeroed, 42)
+    assert (params.next_chunk, params.progress) == (work.next_item + 4, work.next_item + 8)
+    assert params.dq_sums % 16 == 0 and params.statistics % 8 == 0
+    (storage,) = (x for x in made if x.dtype == torch.float32)
+    parts = [
+        (work.next_item, num_zeroed),
+        (params.dq_sums, 4 * slots * length * head_dim),
+        (params.statistics, 8 * slots * length),
+    ]
+    end = storage.data_ptr()
+    for begin, num_bytes in parts:
+        assert begin >= end
+        end = begin + num_bytes
+    assert end <= storage.data_ptr() + 4 * storage.numel()
+
+    hopper.backward(d_out, None, *arguments)
+    assert driver.calls[-1][-1].d_lse is None and len(driver.loads) == 1
 
 
 def test_nothing_is_launched_for_an_empty_batch(kernels):
     mask = SpanMask.causal(70)
-    tiles = hopper.select_tiles(64, mask)
+    tiles = replace(hopper.select_tiles(64, mask), backward=hopper.TILES[64, hopper.LONG].backward)
     q = torch.zeros(0, 2, 70, 64, dtype=torch.bfloat16)
-    jobs = hopper.make_plans(mask, tiles, "cpu")[0].jobs
-    hopper.forward(q, q, q, *mask.intervals("cpu"), jobs, hopper.tile_numbers(64, tiles)[0], 1.0)
+    plans, numbers = hopper.make_plans(mask, tiles, "cpu"), hopper.tile_numbers(64, tiles)
+    intervals = mask.intervals("cpu")
+    out, lse = hopper.forward(q, q, q, *intervals, plans["forward"].jobs, numbers["forward"], 1.0)
+    rest = None, plans["backward"].jobs, [numbers["backward"]], 1.0
+    hopper.backward(out, lse, q, q, q, out, lse, *intervals, *rest)
     assert not kernels._cuda.calls and not kernels._cuda.loads
+
+
+@pytest.fixture
+def on_hopper(kernels, monkeypatch):
+    """CPU tensors pass for those of a Hopper GPU."""
+    monkeypatch.setattr(cuda, "refusal", lambda q, k, v: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(hopper, "_load_errors", {})
+    return kernels
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("length", "deterministic", "by_torch", "passes"),
+    [
+        (2100, None, False, ["backward"]),
+        (2100, False, False, ["backward"]),
+        (2100, False, True, ["backward"]),
+        (2100, None, True, ["dq", "dkdv"]),
+        (2100, True, False, ["dq", "dkdv"]),
+        (70, None, False, ["dq", "dkdv"]),
+    ],
+)
+def test_passes_that_attention_takes(on_hopper, length, deterministic, by_torch, passes, compiled):
+    torch._dynamo.reset()
+    mask = SpanMask.full(8, length)
+    q, k, v = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, length, length))
+
+    def forward(q, k, v):
+        return attention(q, k, v, mask, impl="hopper", deterministic=deterministic)
+
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(by_torch)
+    try:
+        out = (torch.compile(forward, fullgraph=True, backend="aot_eager") if compiled else forward)(q, k, v)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
+    assert [call[0] for call in on_hopper._cuda.calls if call[0] != "zero"] == ["forward", *passes]
+
+
+def test_compiled_attention_sees_a_changed_setting(on_hopper):
+    torch._dynamo.reset()
+    mask = SpanMask.full(8, 2100)
+    q, k, v = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, 2100, 2100))
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, mask, impl="hopper").sum(), backend="aot_eager")
+    taken, was_deterministic = [], torch.are_deterministic_algorithms_enabled()
+    try:
+        for deterministic in (False, True, False):
+            torch.use_deterministic_algorithms(deterministic)
+            on_hopper._cuda.calls.clear()
+            torch.autograd.grad(compiled(q, k, v), (q, k, v))
+            taken.append([call[0] for call in on_hopper._cuda.calls if call[0] != "zero"][1:])
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+    assert taken == [["backward"], ["dq", "dkdv"], ["backward"]]
 
 
 def test_threads_load_a_kernel_once(kernels):
@@ -486,15 +624,12 @@ def test_missing_sources_are_a_reason(kernels, monkeypatch, tmp_path):
     assert "CuPy cannot compile them: the kernels' sources are neither in" in kernels.hopper_load_error(0)
 
 
-def test_unavailable_passes_the_reason_on(kernels, monkeypatch):
+def test_unavailable_passes_the_reason_on(on_hopper, monkeypatch):
     """On a Hopper GPU, whether or not the extension is there."""
-    monkeypatch.setattr(cuda, "refusal", lambda q, k, v: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(hopper, "_load_errors", {})
     q = torch.zeros(1, 2, 5, 64, dtype=torch.bfloat16)
     assert hopper.unavailable(q, q, q) is None
     monkeypatch.setattr(hopper, "_load_errors", {})
-    monkeypatch.setattr(kernels, "hopper_load_error", lambda device: "no CuPy")
+    monkeypatch.setattr(on_hopper, "hopper_load_error", lambda device: "no CuPy")
     assert hopper.unavailable(q, q, q) == "the Hopper kernels cannot run on cpu: no CuPy"
     assert "stride of 0" in hopper.unavailable(q.expand(3, -1, -1, -1), q, q)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

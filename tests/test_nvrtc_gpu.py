@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import test_attention_gpu as same_tests
-from attention_cases import draw_inputs, pyramid_mask, run, small_masks
+from attention_cases import assert_within_limits, draw_inputs, oracles, pyramid_mask, run, small_masks
 from hmar_kernels import SpanMask, attention
 from hmar_kernels.attention import cuda, hopper, hopper_launch
 
@@ -20,6 +20,7 @@ MASKS = {
 }
 PATTERNS = ["block_diagonal", "block_causal"]
 DTYPES = ["bf16", "fp16"]
+one_pass = same_tests.one_pass
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,7 +32,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled():
-    kernels = hopper_launch.HopperKernels(*hopper.table())
+    kernels = hopper_launch.HopperKernels(**hopper.table())
     capability = torch.cuda.get_device_capability()
     reason = f"compute capability {capability}" if capability != (9, 0) else kernels.hopper_load_error(0)
     if reason:
@@ -95,6 +96,12 @@ def test_bit_equal_twice(nvrtc, pattern):
     same_tests.test_bit_equal_twice("hopper", pattern)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("asked_by", ["argument", "torch"])
+def test_bit_equal_twice_where_the_backward_would_be_in_one_pass(nvrtc, asked_by, head_dim):
+    same_tests.test_bit_equal_twice_where_the_backward_would_be_in_one_pass(asked_by, head_dim)
+
+
 def test_torch_compile_and_cuda_graph(nvrtc):
     same_tests.test_torch_compile_and_cuda_graph("hopper")
 
@@ -103,10 +110,41 @@ def test_custom_op_passes_opcheck(nvrtc):
     same_tests.test_custom_op_passes_opcheck("hopper")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", same_tests.ONE_PASS_MASKS)
+def test_one_pass(nvrtc, one_pass, name, head_dim, dtype, poisoned_memory):
+    same_tests.test_one_pass(one_pass, name, head_dim, dtype, True, poisoned_memory)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_one_pass_with_few_slots(nvrtc, one_pass, slots, head_dim, poisoned_memory, monkeypatch):
+    same_tests.test_one_pass_with_few_slots(one_pass, slots, "block_causal_512", head_dim, poisoned_memory, monkeypatch)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_one_pass_under_torch_compile_and_in_a_cuda_graph(nvrtc, one_pass, head_dim):
+    same_tests.test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, head_dim)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_tensors_on_a_gpu_that_is_not_the_current_one(nvrtc):
     same_tests.test_tensors_on_a_gpu_that_is_not_the_current_one("hopper")
     assert torch.cuda.current_device() == 0
+
+
+def run_both(compiled, monkeypatch, inputs, mask, **options):
+    """Results of the extension and of what NVRTC compiled."""
+    if not hasattr(cuda._cuda, "hopper_forward"):
+        pytest.skip("the extension is not built with the Hopper kernels: nothing to compare with")
+    if compiled._compiler.release != cuda._cuda.cuda_version:
+        pytest.skip(f"nvcc {cuda._cuda.cuda_version} and NVRTC {compiled._compiler.release} are of two releases")
+    results = []
+    for kernels in (cuda._cuda, compiled):
+        use(kernels, monkeypatch)
+        results.append(run(*inputs, mask, "hopper", **options))
+    return results
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -114,19 +152,27 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one(nvrtc):
 @pytest.mark.parametrize("logit_bound", [None, 60.0])
 @pytest.mark.parametrize("name", MASKS)
 def test_bit_equal_to_the_extension(compiled, monkeypatch, name, logit_bound, head_dim, dtype):
-    if not hasattr(cuda._cuda, "hopper_forward"):
-        pytest.skip("the extension is not built with the Hopper kernels: nothing to compare with")
-    if compiled._compiler.release != cuda._cuda.cuda_version:
-        pytest.skip(f"nvcc {cuda._cuda.cuda_version} and NVRTC {compiled._compiler.release} are of two releases")
     mask = MASKS[name]
-    q, k, v, do, dlse = draw_inputs(mask, 2, 3, head_dim, same_tests.DTYPES[dtype], "cuda")
+    q, k, *rest = draw_inputs(mask, 2, 3, head_dim, same_tests.DTYPES[dtype], "cuda")
     q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
-    results = []
-    for kernels in (cuda._cuda, compiled):
-        use(kernels, monkeypatch)
-        results.append(run(q, k, v, do, dlse, mask, "hopper", scale=50.0, logit_bound=logit_bound))
-    for expected, actual in zip(*results, strict=True):
+    options = dict(scale=50.0, logit_bound=logit_bound, deterministic=True)
+    for expected, actual in zip(*run_both(compiled, monkeypatch, (q, k, *rest), mask, **options), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", MASKS)
+def test_one_pass_is_that_of_the_extension(compiled, one_pass, monkeypatch, name, head_dim, dtype):
+    """Bit-equal but for dq, which is right in both."""
+    mask = MASKS[name]
+    inputs = draw_inputs(mask, 1, 2, head_dim, same_tests.DTYPES[dtype], "cuda")
+    results = run_both(compiled, monkeypatch, inputs, mask, deterministic=False)
+    for i in (0, 1, 3, 4):
+        assert torch.equal(results[0][i], results[1][i])
+    expected, eager = oracles(inputs, mask)
+    for actual in results:
+        assert_within_limits(actual, expected, eager, mask)
 
 
 def test_first_launch_may_be_captured_and_compiles_nothing_twice(nvrtc, monkeypatch):
@@ -134,7 +180,7 @@ def test_first_launch_may_be_captured_and_compiles_nothing_twice(nvrtc, monkeypa
     mask = SpanMask.causal(300)
     q, k, v, _, _ = draw_inputs(mask, 1, 2, 64, torch.bfloat16, "cuda")
     expected = attention(q, k, v, mask, impl="hopper")
-    fresh = hopper_launch.HopperKernels(*hopper.table())
+    fresh = hopper_launch.HopperKernels(**hopper.table())
     fresh.hopper_load_error(0)
     monkeypatch.setattr(fresh._compiler, "compile", lambda source: pytest.fail("compiled though it is on the disk"))
     use(fresh, monkeypatch)

@@ -3,7 +3,7 @@
 Plans of tiles (`query_plan`, `key_plan`) are tested in test_attention.py with the kernels that read them.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -95,12 +95,30 @@ def test_jobs_add_up_exactly_the_mask(name, make_jobs, groups, block_cols):
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
 def test_jobs_of_the_kernels_chosen_at_1024(pattern, head_dim):
     mask = pyramid_mask(pattern, 1024)
-    tiles = hopper.select_tiles(head_dim, mask)
-    shapes = {
-        (make, t.groups, t.cols) for make, t in zip((query_jobs,) * 3 + (key_jobs,), vars(tiles).values(), strict=True)
-    }
+    make_jobs = {"forward": query_jobs, "dq": query_jobs, "dkdv": key_jobs, "backward": key_jobs}
+    shapes = set()
+    for bounded, deterministic in product((False, True), repeat=2):
+        tiles = hopper.select_tiles(head_dim, mask, bounded, deterministic)
+        plans = hopper.make_plans(mask, tiles, "cpu")
+        assert plans.keys() == tiles.passes.keys()
+        for name, tile in tiles.passes.items():
+            shape = make_jobs[name], tile.groups, tile.cols
+            assert plans[name] is shape[0](mask, *shape[1:], "cpu")
+            shapes.add(shape)
     for shape in shapes:
         assert_jobs_are_right(mask, *shape)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
+def test_one_pass_is_for_long_spans_that_need_not_be_deterministic(head_dim, bounded):
+    one_pass, two_passes = {"forward", "backward"}, {"forward", "dq", "dkdv"}
+    for resolution, passes in ((256, two_passes), (512, two_passes), (1024, one_pass)):
+        mask = pyramid_mask("block_causal", resolution)
+        assert hopper.select_tiles(head_dim, mask, bounded).passes.keys() == passes
+        deterministic = hopper.select_tiles(head_dim, mask, bounded, deterministic=True)
+        assert deterministic.passes.keys() == two_passes
+        assert deterministic.forward == hopper.select_tiles(head_dim, mask, bounded).forward
 
 
 def test_full_blocks_of_pyramids_need_no_mask():

@@ -27,6 +27,7 @@ def attention(
     *,
     scale: float | None = None,
     logit_bound: float | torch.Tensor | None = None,
+    deterministic: bool | None = None,
     impl: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +41,9 @@ def attention(
         logit_bound: a promise that no |scale q.k| is larger, as for normalised q and k: a number, or one for each head
             as a float32 tensor [H] on q's device, which is read there. impl="hopper" leaves out the running maximum
             where the bound is at most 69 and the dtype bfloat16; others need no bound. A broken promise gives NaN.
+        deterministic: gradients that are bit-equal from run to run. Default: as torch.use_deterministic_algorithms
+            says. Only impl="hopper" has a faster backward that is not (dq, on masks where queries see many keys) and
+            impl="flex" and "varlen" are what torch makes of them.
         impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises; `choose` tells what "auto"
             takes and why.
         return_lse: also return the log-sum-exp of each query's logits; differentiable, but for impl="varlen", whose
@@ -72,7 +76,8 @@ def attention(
         out, lse = attend(q, k, v, *tensors, tiles, scale)
     elif impl == "hopper":
         bounded = head_bounds is not None or logit_bound < math.inf
-        tensors, tiles = _job_arguments(mask, q.device, head_dim, bounded)
+        deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+        tensors, tiles = _job_arguments(mask, q.device, head_dim, bounded, bool(deterministic))
         out, lse = _attention_hopper(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
@@ -178,11 +183,14 @@ def _plan_arguments(
 
 @torch.compiler.assume_constant_result
 def _job_arguments(
-    mask: SpanMask, device: torch.device, head_dim: int, bounded: bool
-) -> tuple[list[torch.Tensor], list[int]]:
-    tiles = hopper.select_tiles(head_dim, mask, bounded)
-    plans = hopper.make_plans(mask, tiles, device)
-    return [*mask.intervals(device), *(plan.jobs for plan in plans)], hopper.tile_numbers(head_dim, tiles)
+    mask: SpanMask, device: torch.device, head_dim: int, bounded: bool, deterministic: bool
+) -> tuple[list[torch.Tensor | None], list[int]]:
+    """The plan in the form of the Hopper kernels' ops. Without dq_jobs the backward is in one pass."""
+    tiles = hopper.select_tiles(head_dim, mask, bounded, deterministic)
+    jobs = {name: plan.jobs for name, plan in hopper.make_plans(mask, tiles, device).items()}
+    key_jobs = jobs["dkdv"] if tiles.backward is None else jobs["backward"]
+    tensors = [*mask.intervals(device), jobs["forward"], jobs.get("dq"), key_jobs]
+    return tensors, list(hopper.tile_numbers(head_dim, tiles).values())
 
 
 def _unpack_plan(key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles: list[int]) -> triton.AttentionPlan:
@@ -288,8 +296,8 @@ def _attention_hopper(
     key_start: torch.Tensor,
     key_end: torch.Tensor,
     forward_jobs: torch.Tensor,
-    dq_jobs: torch.Tensor,
-    dkdv_jobs: torch.Tensor,
+    dq_jobs: torch.Tensor | None,
+    key_jobs: torch.Tensor,
     tiles: list[int],
     scale: float,
     logit_bound: float,
@@ -299,7 +307,7 @@ def _attention_hopper(
 
 
 @_attention_hopper.register_fake
-def _(q, k, v, key_start, key_end, forward_jobs, dq_jobs, dkdv_jobs, tiles, scale, logit_bound, head_bounds):
+def _(q, k, v, key_start, key_end, forward_jobs, dq_jobs, key_jobs, tiles, scale, logit_bound, head_bounds):
     return triton.empty_rows_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -314,22 +322,22 @@ def _attention_hopper_backward(
     lse: torch.Tensor,
     key_start: torch.Tensor,
     key_end: torch.Tensor,
-    dq_jobs: torch.Tensor,
-    dkdv_jobs: torch.Tensor,
+    dq_jobs: torch.Tensor | None,
+    key_jobs: torch.Tensor,
     tiles: list[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return hopper.backward(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, dkdv_jobs, *tiles[1:], scale)
+    return hopper.backward(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, key_jobs, tiles[1:], scale)
 
 
 @_attention_hopper_backward.register_fake
-def _(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, dkdv_jobs, tiles, scale):
+def _(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, key_jobs, tiles, scale):
     return triton.empty_rows_like(q), triton.empty_rows_like(k), triton.empty_rows_like(v)
 
 
 def _save_for_hopper_backward(ctx, inputs, output):
-    q, k, v, key_start, key_end, _, dq_jobs, dkdv_jobs, tiles, scale, _, _ = inputs
-    ctx.save_for_backward(q, k, v, *output, key_start, key_end, dq_jobs, dkdv_jobs)
+    q, k, v, key_start, key_end, _, dq_jobs, key_jobs, tiles, scale, _, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, key_start, key_end, dq_jobs, key_jobs)
     ctx.tiles, ctx.scale = tiles, scale
     ctx.set_materialize_grads(False)
 

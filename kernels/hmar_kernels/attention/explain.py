@@ -37,13 +37,14 @@ def explain(
 
 def _tiles(impl: str, q: torch.Tensor, mask: SpanMask, bounded: bool) -> list[str]:
     if impl == "hopper":
-        tiles = hopper.select_tiles(q.shape[-1], mask, bounded)
-        plans = hopper.make_plans(mask, tiles, "cpu")
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        tiles = hopper.select_tiles(q.shape[-1], mask, bounded, deterministic)
+        plans, names = hopper.make_plans(mask, tiles, "cpu"), {"dkdv": "dk and dv", "backward": "dq, dk and dv"}
         return [
-            _line(name, f"{tile.groups} x {GROUP_ROWS}", tile.cols, plan.num_jobs, _visited(plan), mask)
-            for name, tile, plan in zip(
-                ("forward", "dq", "dk and dv"), (tiles.forward, tiles.dq, tiles.dkdv), plans, strict=True
+            _line(
+                names.get(name, name), f"{tile.groups} x {GROUP_ROWS}", tile.cols, plan.num_jobs, _visited(plan), mask
             )
+            for (name, tile), plan in zip(tiles.passes.items(), plans.values(), strict=True)
         ]
     if impl == "triton":
         tiles = triton.select_tiles(triton.capability_of(q.device), q.shape[-1], q.dtype, mask)

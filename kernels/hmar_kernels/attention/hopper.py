@@ -1,7 +1,8 @@
 """The hand-written kernels for Hopper GPUs (sm_90a; csrc/hopper*): argument checks, allocation and launch.
 
-Forward, then backward in two passes: dq with the statistics of every query, then dk and dv. Every result is written by
-one warpgroup, so all are bit-equal from run to run. Jobs come from plan.py; csrc/hopper_forward.cuh tells how it works.
+Backward comes in two ways. In two passes: dq with the statistics of every query, then dk and dv; every result is
+written by one warpgroup, so all are bit-equal from run to run. In one pass, where queries see many keys: five products
+instead of seven, but dq is summed in any order. Jobs come from plan.py; csrc/hopper_forward.cuh tells how it works.
 """
 
 from __future__ import annotations
@@ -38,12 +39,22 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Kernels of the passes; `bounded` is the forward where logits have a bound."""
+    """Kernels of the passes; `bounded` is the forward where logits have a bound.
+
+    backward: the one that computes dq, dk and dv in one pass; None where the two passes are taken.
+    """
 
     forward: Tile
     bounded: Tile
     dq: Tile
     dkdv: Tile
+    backward: Tile | None = None
+
+    @property
+    def passes(self) -> dict[str, Tile]:
+        """What runs, by the names of `table`."""
+        chosen = ("forward", "dq", "dkdv") if self.backward is None else ("forward", "backward")
+        return {name: getattr(self, name) for name in chosen}
 
 
 SHORT, MEDIUM, LONG = "short", "medium", "long"
@@ -55,47 +66,67 @@ TILES: dict[tuple[int, str], Tiles] = {
         Tile(3, 64, 4),
         Tile(1, 64, 4, blocks_per_sm=2),
     ),
-    (64, MEDIUM): Tiles(Tile(4, 96, 3), Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
-    (64, LONG): Tiles(Tile(3, 128, 2), Tile(4, 96, 3), Tile(3, 64, 4), Tile(2, 64, 4)),
-    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
-    (128, MEDIUM): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
-    (128, LONG): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 2, 1), Tile(2, 64, 2, 1)),
+    (64, MEDIUM): Tiles(Tile(3, 128, 2), Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
+    (64, LONG): Tiles(Tile(3, 128, 2), Tile(4, 96, 3), Tile(3, 64, 4), Tile(2, 64, 4), Tile(2, 64, 4)),
+    (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, 1), Tile(2, 64, 2)),
+    (128, MEDIUM): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 3, 1), Tile(2, 64, 2)),
+    (128, LONG): Tiles(
+        Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 3, 1), Tile(2, 64, 2, 1), Tile(2, 64, 3, 1)
+    ),
 }
 """(head dim, span class by mean keys a query) -> kernels: the fastest measured on an H100 (reports/log.md)."""
 
 
-def table() -> tuple[list[tuple[int, ...]], ...]:
-    """All kernels that TILES names for forward, dq and dk/dv: (head dim, fields of Tile)."""
-    passes = (("forward", "bounded"), ("dq",), ("dkdv",))
-    rows = [[(d, *astuple(getattr(tiles, name))) for (d, _), tiles in TILES.items() for name in p] for p in passes]
-    return tuple(list(dict.fromkeys(tiles)) for tiles in rows)
+def table() -> dict[str, list[tuple[int, ...]]]:
+    """All kernels that TILES names, by pass: (head dim, fields of Tile)."""
+    fields = {"forward": ("forward", "bounded"), "dq": ("dq",), "dkdv": ("dkdv",), "backward": ("backward",)}
+    rows = {
+        name: [(d, getattr(tiles, field)) for (d, _), tiles in TILES.items() for field in of_pass]
+        for name, of_pass in fields.items()
+    }
+    return {name: list(dict.fromkeys((d, *astuple(t)) for d, t in row if t is not None)) for name, row in rows.items()}
 
 
 # The extension where it was built with them; else what compiles the table's kernels when they are first launched.
-_kernels = cuda._cuda if hasattr(cuda._cuda, "hopper_forward") else HopperKernels(*table())
+_kernels = cuda._cuda if hasattr(cuda._cuda, "hopper_backward") else HopperKernels(**table())
 
 
-def select_tiles(head_dim: int, mask: SpanMask, bounded: bool = False) -> Tiles:
-    """The kernels for a mask; `bounded`: for logits with a bound. A pure function of its arguments."""
+def select_tiles(head_dim: int, mask: SpanMask, bounded: bool = False, deterministic: bool = False) -> Tiles:
+    """The kernels for a mask. A pure function of its arguments.
+
+    bounded: for logits with a bound; deterministic: a backward that is bit-equal from run to run.
+    """
     span = mask.num_pairs / mask.num_queries
     tiles = TILES[head_dim, SHORT if span < MEDIUM_SPAN else MEDIUM if span < LONG_SPAN else LONG]
-    return replace(tiles, forward=tiles.bounded) if bounded else tiles
+    tiles = replace(tiles, forward=tiles.bounded) if bounded else tiles
+    return replace(tiles, backward=None) if deterministic else tiles
 
 
-def tile_numbers(head_dim: int, tiles: Tiles) -> list[int]:
-    """The numbers by which `_kernels` knows the kernels of forward, dq and dk/dv."""
-    known = (_kernels.hopper_forward_tiles, _kernels.hopper_dq_tiles, _kernels.hopper_dkdv_tiles)
-    chosen = (tiles.forward, tiles.dq, tiles.dkdv)
-    return [rows.index((head_dim, *astuple(tile))) for rows, tile in zip(known, chosen, strict=True)]
+def tile_numbers(head_dim: int, tiles: Tiles) -> dict[str, int]:
+    """The numbers by which `_kernels` knows the kernels of each pass that runs."""
+    return {
+        name: getattr(_kernels, f"hopper_{name}_tiles").index((head_dim, *astuple(tile)))
+        for name, tile in tiles.passes.items()
+    }
 
 
-def make_plans(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> tuple[JobPlan, JobPlan, JobPlan]:
-    """Jobs of forward, dq and dk/dv; made once per mask, kernels and device, then kept on the mask."""
-    return (
-        query_jobs(mask, tiles.forward.groups, tiles.forward.cols, device),
-        query_jobs(mask, tiles.dq.groups, tiles.dq.cols, device),
-        key_jobs(mask, tiles.dkdv.groups, tiles.dkdv.cols, device),
-    )
+def make_plans(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> dict[str, JobPlan]:
+    """Jobs of each pass that runs; made once per mask, kernels and device, then kept on the mask."""
+    make = {"forward": query_jobs, "dq": query_jobs, "dkdv": key_jobs, "backward": key_jobs}
+    return {name: make[name](mask, tile.groups, tile.cols, device) for name, tile in tiles.passes.items()}
+
+
+JOBS_AHEAD = 2.2
+HEADS_AHEAD = 2
+
+
+def num_slots(num_jobs: int, num_heads: int, num_sms: int) -> int:
+    """Heads for which the one-pass backward has room at a time, of num_heads with num_jobs jobs each.
+
+    Enough that no SM waits: those whose jobs are under way or waited for (JOBS_AHEAD an SM), those that wait to be
+    rounded and those made ready.
+    """
+    return min(num_heads, HEADS_AHEAD + math.ceil(JOBS_AHEAD * num_sms / num_jobs))
 
 
 def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -179,16 +210,16 @@ def backward(
     lse: torch.Tensor,
     key_start: torch.Tensor,
     key_end: torch.Tensor,
-    dq_jobs: torch.Tensor,
-    dkdv_jobs: torch.Tensor,
-    dq_tile: int,
-    dkdv_tile: int,
+    dq_jobs: torch.Tensor | None,
+    key_jobs: torch.Tensor,
+    tiles: list[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients dq, dk, dv of `forward`, from d_out [B, H, Lq, D] and, unless None, d_lse [B, H, Lq] float32.
 
-    Each has the shape and dtype of its tensor and memory order [B, L, H, D]. Arguments are as in `forward`; dq_jobs
-    come from `plan.query_jobs`, dkdv_jobs from `plan.key_jobs`.
+    Each has the shape and dtype of its tensor and memory order [B, L, H, D]. Arguments are as in `forward`; key_jobs
+    come from `plan.key_jobs`, dq_jobs from `plan.query_jobs`, or are None for the backward in one pass. tiles: numbers
+    of the kernels for dq and for dk/dv, or of the one for all.
     """
     dq, dk, dv = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
     if k.shape[2] == 0:
@@ -199,26 +230,44 @@ def backward(
         d_out = d_out.contiguous()
     if d_lse is not None:
         d_lse = d_lse.contiguous()
+    shape = _shape(q, k, key_start, key_end, scale)
+    q_view, k_view, v_view, out_view, d_out_view = (_view(x) for x in (q, k, v, out, d_out))
+    lse_addresses = lse.data_ptr(), 0 if d_lse is None else d_lse.data_ptr()
+    where = (q.device.index, torch.cuda.current_stream(q.device).cuda_stream)
+    if dq_jobs is None:
+        b, h, num_queries, d = q.shape
+        slots = num_slots(len(key_jobs), b * h, torch.cuda.get_device_properties(q.device).multi_processor_count)
+        num_counters = math.ceil((2 + 2 * b * h) / 4) * 4
+        num_sums = slots * num_queries * d
+        storage = torch.empty(num_counters + num_sums + 2 * slots * num_queries, dtype=torch.float32, device=q.device)
+        sums = storage.data_ptr() + 4 * num_counters
+        _kernels.hopper_backward(
+            tiles[0],
+            shape,
+            (key_jobs.data_ptr(), len(key_jobs), storage.data_ptr()),
+            *(q_view, k_view, v_view, out_view, d_out_view),
+            *lse_addresses,
+            *(_view(x) for x in (dq, dk, dv)),
+            *(sums, sums + 4 * num_sums, slots),
+            *where,
+        )
+        return dq, dk, dv
     statistics = torch.empty(2 * lse.numel() + 2, dtype=torch.float32, device=q.device)  # and two counters of items
     counters = statistics.data_ptr() + 8 * lse.numel()
-    shape = _shape(q, k, key_start, key_end, scale)
-    q_view, k_view, v_view, d_out_view = (_view(x) for x in (q, k, v, d_out))
-    where = (q.device.index, torch.cuda.current_stream(q.device).cuda_stream)
     _kernels.hopper_dq(
-        dq_tile,
+        tiles[0],
         shape,
         (dq_jobs.data_ptr(), len(dq_jobs), counters),
-        *(q_view, k_view, v_view, _view(out), d_out_view),
-        lse.data_ptr(),
-        0 if d_lse is None else d_lse.data_ptr(),
+        *(q_view, k_view, v_view, out_view, d_out_view),
+        *lse_addresses,
         _view(dq),
         statistics.data_ptr(),
         *where,
     )
     _kernels.hopper_dkdv(
-        dkdv_tile,
+        tiles[1],
         shape,
-        (dkdv_jobs.data_ptr(), len(dkdv_jobs), counters + 4),
+        (key_jobs.data_ptr(), len(key_jobs), counters + 4),
         *(q_view, k_view, v_view, d_out_view),
         statistics.data_ptr(),
         *(_view(dk), _view(dv)),

@@ -70,6 +70,17 @@ class HopperDkdvParams(Structure):
     )
 
 
+class HopperBackwardParams(Structure):
+    _fields_ = (
+        *((name, TensorMap) for name in ("q", "k", "v", "d_out")),
+        *(("out", c_void_p), ("d_out_rows", c_void_p), ("out_strides", Strides), ("d_out_strides", Strides)),
+        *((name, c_void_p) for name in ("lse", "d_lse", "dq", "dk", "dv")),
+        *((name, Strides) for name in ("dq_strides", "dk_strides", "dv_strides")),
+        *((name, c_void_p) for name in ("dq_sums", "statistics", "progress", "next_chunk")),
+        *(("num_slots", c_int32), ("num_chunks", c_int32), ("work", HopperWork)),
+    )
+
+
 @dataclass(frozen=True)
 class Pass:
     """A kernel template: header, name, the tile of an instance ({names} of TILE_FIELDS, and dtype), parameter."""
@@ -103,7 +114,14 @@ PASSES = {
         "HopperDkdvTile<DType::{dtype}, {head_dim}, {groups}, {cols}, {stages}, {row_stages}, {blocks_per_sm}>",
         HopperDkdvParams,
     ),
+    "backward": Pass(
+        "hopper_backward.cuh",
+        "hopper_backward_kernel",
+        "HopperBackwardTile<DType::{dtype}, {head_dim}, {groups}, {cols}, {stages}, {row_stages}, {blocks_per_sm}>",
+        HopperBackwardParams,
+    ),
 }
+CHUNK_QUERIES = 64  # csrc/hopper_params.h, kChunkQueries
 
 
 def make_source(kind: str, tile: Sequence[int], bfloat16: bool, folder: Path) -> nvrtc.Source:
@@ -200,17 +218,20 @@ class CudaDriver:
 
 
 class HopperKernels:
-    """The extension's functions for Hopper GPUs: hopper_forward, hopper_dq, hopper_dkdv and what describes them.
+    """The extension's functions for Hopper GPUs: hopper_forward, hopper_dq, hopper_dkdv, hopper_backward, their tiles.
 
-    Arguments of the three are as csrc/bindings.cpp names them: addresses, strides and numbers, already checked.
+    Arguments of the four are as csrc/bindings.cpp names them: addresses, strides and numbers, already checked.
 
     Args:
-        forward, dq, dkdv: the kernels of each pass, as tuples of the numbers that TILE_FIELDS names. The index of a
-            kernel is the number by which the functions know it.
+        forward, dq, dkdv, backward: the kernels of each pass, as tuples of the numbers that TILE_FIELDS names. The
+            index of a kernel is the number by which the functions know it.
     """
 
-    def __init__(self, forward: Sequence[tuple], dq: Sequence[tuple], dkdv: Sequence[tuple]) -> None:
+    def __init__(
+        self, forward: Sequence[tuple], dq: Sequence[tuple], dkdv: Sequence[tuple], backward: Sequence[tuple]
+    ) -> None:
         self.hopper_forward_tiles, self.hopper_dq_tiles, self.hopper_dkdv_tiles = list(forward), list(dq), list(dkdv)
+        self.hopper_backward_tiles = list(backward)
         self._kernels: dict[tuple, tuple] = {}
         self._lock = threading.Lock()
 
@@ -261,7 +282,42 @@ class HopperKernels:
         rows, columns = {"k": k, "v": v}, {"q": q, "d_out": d_out}
         self._launch("dkdv", self.hopper_dkdv_tiles[tile], params, shape, plan, rows, columns, device, stream)
 
-    def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream) -> None:
+    def hopper_backward(
+        self,
+        tile,
+        shape,
+        plan,
+        q,
+        k,
+        v,
+        out,
+        d_out,
+        lse,
+        d_lse,
+        dq,
+        dk,
+        dv,
+        sums,
+        statistics,
+        num_slots,
+        device,
+        stream,
+    ) -> None:
+        params, num_queries, num_heads = _aligned(HopperBackwardParams), shape[4], shape[2] * shape[3]
+        params.out, params.out_strides = out[0], Strides(*out[1])
+        params.d_out_rows, params.d_out_strides = d_out[0], Strides(*d_out[1])
+        params.lse, params.d_lse = lse, d_lse
+        params.dq, params.dq_strides = dq[0], Strides(*dq[1])
+        params.dk, params.dk_strides = dk[0], Strides(*dk[1])
+        params.dv, params.dv_strides = dv[0], Strides(*dv[1])
+        params.dq_sums, params.statistics, params.num_slots = sums, statistics, num_slots
+        params.next_chunk, params.progress = plan[2] + 4, plan[2] + 8
+        params.num_chunks = -(-num_queries // CHUNK_QUERIES)
+        rows, columns, tile = {"k": k, "v": v}, {"q": q, "d_out": d_out}, self.hopper_backward_tiles[tile]
+        num_counters = 2 + 2 * num_heads
+        self._launch("backward", tile, params, shape, plan, rows, columns, device, stream, num_counters)
+
+    def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=1) -> None:
         """rows: the tensors of which a warpgroup holds its own 64 rows; columns: those that come block by block."""
         bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale = shape
         jobs, num_jobs, next_item = plan
@@ -287,7 +343,7 @@ class HopperKernels:
                     )
             _, function, numbers, num_sms = self._kernel(kind, tile, bfloat16, device)
             blocks = min(num_items, num_sms * tile_of["blocks_per_sm"])
-            self._cuda.set_zero(next_item, 4, stream)
+            self._cuda.set_zero(next_item, 4 * num_counters, stream)
             self._cuda.launch(
                 *(function, blocks, numbers.num_threads, numbers.shared_bytes, stream), ctypes.addressof(params)
             )

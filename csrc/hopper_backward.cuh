@@ -1,0 +1,563 @@
+// Block-sparse attention backward for sm_90a in one pass: dq, dk and dv from one computation of p and ds.
+//
+//   delta[i] = sum_d out_id do_id - dlse[i];   p_ij = exp(scale q_i . k_j - lse[i]);   ds_ij = p_ij (do_i . v_j - delta[i])
+//   dv[j] = sum_i p_ij do_i;   dk[j] = scale sum_i ds_ij q_i;   dq[i] = scale sum_j ds_ij k_j
+//
+// The warpgroups own 64 keys each and compute logits transposed, as in hopper_backward_dkdv.cuh. Besides, ds goes through
+// shared memory, where the block's 64 queries meet all its keys: their products with k are added to float32 sums in global
+// memory in whatever order blocks come, so dq is not bit-equal from run to run (dk and dv are). Five products instead
+// of the two passes' seven.
+//
+// The sums are those of a few heads at a time, which stay in the L2 cache: head h uses slot h % num_slots. Warps that the
+// fetching warp leaves idle work ahead and behind on chunks of queries: they round a finished head's sums into dq, then make
+// the slot ready for the head that takes it over: sums of zero, and its statistics (lse, delta). `ready` counts a head's
+// chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs, so a block waits only for what others
+// have already begun: no block has to be resident beside another.
+// Read next: hopper.cu.
+#pragma once
+
+#include "hopper_tile.cuh"
+
+namespace hmar {
+
+template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
+struct HopperBackwardTile {
+  static constexpr DType kType = kType_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr int kRowStages = kRowStages_, kBlocksPerSM = kBlocksPerSM_;
+  static_assert(kGroups == 2 && kBlockN == 64);
+
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;
+  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
+  // At head dim 64 a warpgroup of its own computes dq; at 128 each of the others computes 64 of its columns.
+  static constexpr bool kDqGroup = kHeadDim == 64;
+  static constexpr int kNumThreads = (kGroups + kDqGroup + 1) * kGroupThreads;
+  static constexpr int kRegistersOfCompute = kDqGroup ? 200 : 232, kRegistersOfDq = 72, kRegistersOfFetch = 40;
+  static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
+  static constexpr int kStagings = kDqGroup ? 1 : kGroups;
+
+  struct Shared {
+    alignas(1024) uint8_t k[kRowStages][kGroups][kPanels][kGroupPanelBytes];
+    alignas(1024) uint8_t v[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dv, then those of dk
+    alignas(1024) uint8_t q[kStages][kPanels][kBlockPanelBytes];
+    alignas(1024) uint8_t d_out[kStages][kPanels][kBlockPanelBytes];
+    alignas(1024) uint8_t ds[kExchanges][kGroups][kBlockPanelBytes];  // rows are queries, columns a group's keys
+    alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];  // float32, on the way to the sums
+    alignas(16) RowStatistics statistics[kStages][kBlockN];
+    Barrier rows_full[kRowStages], rows_done[kRowStages], rows_empty[kRowStages];
+    Barrier full[kStages], empty[kStages];
+    Barrier ds_full[kExchanges], ds_empty[kExchanges];
+    JobSlot<kGroups> slot[kRowStages];
+  };
+};
+
+// Returns once a counter in global memory has come to `count`; what was written before it was counted is visible then.
+__device__ __forceinline__ void wait_for_count(const int32_t* counter, int count) {
+  if (threadIdx.x % 32 == 0) {
+    int32_t seen;
+    for (;;) {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
+      if (seen >= count) break;
+      __nanosleep(100);
+    }
+  }
+  __syncwarp();
+}
+
+// Counts what all lanes of the warp wrote, and what they saw written.
+__device__ __forceinline__ void count_up(int32_t* counter) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
+  }
+}
+
+// Float32 sums: [slot][panel of 64 columns][Lq][64]. A row's columns are in the order in which a lane of a product's
+// accumulator holds them: of 16 columns 16 m on, four of lane t together,
+//   chunk m, 4 t + i:  column 16 m + 2 t + i for i < 2, else 16 m + 8 + 2 t + i - 2;
+// and neighbouring rows have neighbouring chunks exchanged, so that they lie in other banks of shared memory.
+constexpr int kSumsRowBytes = kPanelColumns * 4;
+__device__ __forceinline__ int sums_chunk(int query, int chunk) { return chunk ^ (query & 1); }
+
+template <class Tile>
+__device__ __forceinline__ float* sums_of(const HopperBackwardParams& params, int batch_head, int panel) {
+  const int64_t first = (batch_head % params.num_slots * Tile::kPanels + panel) * static_cast<int64_t>(params.work.num_queries);
+  return params.dq_sums + first * kPanelColumns;
+}
+
+__device__ __forceinline__ RowStatistics* statistics_of(const HopperBackwardParams& params, int batch_head) {
+  return params.statistics + static_cast<int64_t>(batch_head % params.num_slots) * params.work.num_queries;
+}
+
+template <class Tile>
+__device__ __forceinline__ void fetch_backward(const HopperBackwardParams& params, typename Tile::Shared& shared) {
+  RingPosition<Tile::kRowStages> rows;
+  RingPosition<Tile::kStages> ring;
+  const int lane = threadIdx.x % 32;
+  const auto take_item = [&] { return lane == 0 ? atomicAdd(params.work.next_item, 1) : 0; };
+  for (int item = receive_item(take_item());; rows.advance()) {
+    barrier_wait(shared.rows_empty[rows.stage], rows.parity ^ 1);
+    auto& slot = shared.slot[rows.stage];
+    if (!fetch_job(slot, params.work, item)) {
+      if (lane == 0) barrier_arrive(shared.rows_full[rows.stage]);
+      return;
+    }
+    const int batch_head = slot.head;
+    const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
+    if (lane == 0) {
+      barrier_arrive_expecting(shared.rows_full[rows.stage], 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
+#pragma unroll
+      for (int group = 0; group < Tile::kGroups; ++group) {
+        const int row = group_row_begin(slot, group);
+        load_panels<Tile::kPanels>(shared.k[rows.stage][group], params.k, shared.rows_full[rows.stage], row, head, batch);
+        load_panels<Tile::kPanels>(shared.v[rows.stage][group], params.v, shared.rows_full[rows.stage], row, head, batch);
+      }
+    }
+    const RowStatistics* statistics = statistics_of(params, batch_head);
+    for (int block = 0; block < slot.job[NUM_BLOCKS]; ++block, ring.advance()) {
+      const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
+      barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      if (lane == 0) {
+        barrier_arrive_expecting(shared.full[ring.stage], 2 * Tile::kPanels * Tile::kBlockPanelBytes);
+        load_panels<Tile::kPanels>(shared.q[ring.stage], params.q, shared.full[ring.stage], row, head, batch);
+        load_panels<Tile::kPanels>(shared.d_out[ring.stage], params.d_out, shared.full[ring.stage], row, head, batch);
+      }
+      if (block == 0) {
+        wait_for_count(&params.progress[batch_head].ready, params.num_chunks);
+        fence_async_proxy_global();
+      }
+#pragma unroll
+      for (int i = 0; i < Tile::kBlockN; i += 32) {
+        const int query = row + i + lane;
+        const bool valid = query < params.work.num_queries;
+        cp_async_8(shared_address(&shared.statistics[ring.stage][i + lane]), statistics + (valid ? query : 0), valid);
+      }
+      barrier_arrive_after_cp_async(shared.full[ring.stage]);
+      __syncwarp();
+    }
+    item = receive_item(take_item());  // not earlier: items that wait would hold back their heads
+  }
+}
+
+// The warp that tells the others, on all SMs, which jobs are done: their sums are complete in global memory.
+template <class Tile>
+__device__ __forceinline__ void count_jobs(const HopperBackwardParams& params, typename Tile::Shared& shared) {
+  for (RingPosition<Tile::kRowStages> rows;; rows.advance()) {
+    barrier_wait(shared.rows_full[rows.stage], rows.parity);
+    const int batch_head = shared.slot[rows.stage].head;
+    if (batch_head < 0) return;
+    barrier_wait(shared.rows_done[rows.stage], rows.parity);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      barrier_arrive(shared.rows_empty[rows.stage]);
+      __threadfence();
+    }
+    count_up(&params.progress[batch_head].done);
+  }
+}
+
+// Rounds the sums of a chunk's queries into dq.
+template <class Tile>
+__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, int batch_head, int query_begin,
+                                           int query_end) {
+  const int lane = threadIdx.x % 32, position = lane % 16;
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    const float4* sums = reinterpret_cast<const float4*>(sums_of<Tile>(params, batch_head, panel));
+    uint16_t* dq = rows_of(params.dq, params.dq_strides, params.work, batch_head, 0) + panel * kPanelColumns;
+#pragma unroll(Tile::kPanels == 1 ? 4 : 2)
+    for (int query = query_begin + lane / 16; query < query_end; query += 2) {
+      const float4 sum = __ldcg(sums + static_cast<int64_t>(query) * 16 + position);
+      uint16_t* of_chunk = dq + query * params.dq_strides.row + sums_chunk(query, position / 4) * 16 + position % 4 * 2;
+      const float scale = params.work.scale;
+      *reinterpret_cast<uint32_t*>(of_chunk) = pack<Tile::kType>(sum.x * scale, sum.y * scale);
+      *reinterpret_cast<uint32_t*>(of_chunk + 8) = pack<Tile::kType>(sum.z * scale, sum.w * scale);
+    }
+  }
+}
+
+// Zero sums and the statistics of a chunk's queries.
+template <class Tile>
+__device__ __forceinline__ void prepare(const HopperBackwardParams& params, int batch_head, int query_begin,
+                                        int query_end) {
+  constexpr int kLanesOfRow = Tile::kHeadDim / 8, kRowsOfStep = 32 / kLanesOfRow;
+  const int lane = threadIdx.x % 32, index = lane % kLanesOfRow;
+  float* sums = sums_of<Tile>(params, batch_head, index / 8);
+  RowStatistics* statistics = statistics_of(params, batch_head);
+  const uint16_t* out = rows_of(const_cast<void*>(params.out), params.out_strides, params.work, batch_head, 0);
+  const uint16_t* d_out = rows_of(const_cast<void*>(params.d_out_rows), params.d_out_strides, params.work, batch_head, 0);
+  const int64_t first_query = static_cast<int64_t>(batch_head) * params.work.num_queries;
+#pragma unroll 2
+  for (int step = query_begin; step < query_end; step += kRowsOfStep) {
+    const int query = step + lane / kLanesOfRow;
+    const bool valid = query < query_end;
+    float sum = 0.0f;
+    if (valid) {
+      const uint4 a = *reinterpret_cast<const uint4*>(out + query * params.out_strides.row + 8 * index);
+      const uint4 b = *reinterpret_cast<const uint4*>(d_out + query * params.d_out_strides.row + 8 * index);
+      sum = dot<Tile::kType>(a.x, b.x) + dot<Tile::kType>(a.y, b.y) + dot<Tile::kType>(a.z, b.z) +
+            dot<Tile::kType>(a.w, b.w);
+      float4* row = reinterpret_cast<float4*>(sums + static_cast<int64_t>(query) * kPanelColumns);
+      __stcg(row + index % 8, float4{0.0f, 0.0f, 0.0f, 0.0f});
+      __stcg(row + index % 8 + 8, float4{0.0f, 0.0f, 0.0f, 0.0f});
+    }
+#pragma unroll
+    for (int distance = 1; distance < kLanesOfRow; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+    if (valid && index == 0) {
+      const float lse = params.lse[first_query + query];
+      const float d_lse = params.d_lse == nullptr ? 0.0f : params.d_lse[first_query + query];
+      statistics[query] = {lse == -INFINITY ? INFINITY : lse * kLog2E, sum - d_lse};
+    }
+  }
+}
+
+// The queries whose sums and statistics a warp serves at a time, in the order of heads.
+struct HeadChunk {
+  int batch_head, query_begin, query_end;
+
+  __device__ __forceinline__ HeadChunk(const HopperBackwardParams& params, int number) {
+    batch_head = number / params.num_chunks;
+    query_begin = number % params.num_chunks * kChunkQueries;
+    query_end = min(query_begin + kChunkQueries, params.work.num_queries);
+  }
+};
+
+// The warps that make heads ready and round their sums, chunk by chunk.
+template <class Tile>
+__device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) {
+  const int num_batch_heads = params.work.num_items / params.work.num_jobs;
+  const auto take = [&] { return threadIdx.x % 32 == 0 ? atomicAdd(params.next_chunk, 1) : 0; };
+  for (int number = receive_item(take());;) {
+    const HeadChunk chunk(params, number);
+    const int last = chunk.batch_head - params.num_slots;  // the head that had the slot before
+    if (last >= num_batch_heads) return;
+    const int next = take();
+    if (last >= 0) {
+      wait_for_count(&params.progress[last].ready, params.num_chunks);  // of jobs without blocks nobody else asks
+      wait_for_count(&params.progress[last].done, params.work.num_jobs);
+      round_sums<Tile>(params, last, chunk.query_begin, chunk.query_end);
+      __syncwarp();
+    }
+    if (chunk.batch_head < num_batch_heads) {
+      prepare<Tile>(params, chunk.batch_head, chunk.query_begin, chunk.query_end);
+      fence_async_proxy_global();
+      count_up(&params.progress[chunk.batch_head].ready);
+    }
+    number = receive_item(next);
+  }
+}
+
+// dq of 64 queries and the 64 columns of `panel`: ds k, a group committed.
+template <class Tile>
+__device__ __forceinline__ void issue_dq(float (&dq)[kPanelColumns / 2], const typename Tile::Shared& shared, int exchange,
+                                         int row_stage, int panel) {
+  wgmma_fence();
+#pragma unroll
+  for (int keys = 0; keys < Tile::kGroups; ++keys) {
+    const uint64_t a = row_descriptor(shared.ds[exchange][keys]);
+    const uint64_t b = column_descriptor(shared.k[row_stage][keys][panel], Tile::kGroupPanelBytes);
+#pragma unroll
+    for (int step = 0; step < kGroupRows / 16; ++step) {
+      wgmma<Tile::kType, true>(dq, advanced(a, step * 32), advanced(b, step * 16 * kPanelRowBytes), keys + step > 0);
+    }
+  }
+  wgmma_commit();
+}
+
+// Adds dq of 64 queries and 64 columns to the sums, of which the first num_rows exist. `sums`: of the first query's columns.
+// Every warp sends its own 16 rows, through its own part of `staging`, which the copy engine reads until the next call.
+__device__ __forceinline__ void add_sums(const float (&dq)[kPanelColumns / 2], uint8_t* staging, float* sums, int first_query,
+                                         int num_rows) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
+  if (lane == 0) bulk_wait_read();
+  __syncwarp();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + lane / 4 + 8 * half;
+    const uint32_t at = shared_address(staging + row * kSumsRowBytes) + sums_chunk(first_query + row, 0) * 64 + lane % 4 * 16;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const float* d = dq + 8 * m + 2 * half;
+      store_shared(at ^ (m * 64), d[0], d[1], d[4], d[5]);
+    }
+  }
+  fence_async_proxy();
+  __syncwarp();
+  if (lane == 0) {
+    const int rows = min(num_rows - first_row, 16);
+    if (rows > 0) {
+      bulk_add(sums + first_row * kPanelColumns, staging + first_row * kSumsRowBytes, rows * kSumsRowBytes);
+    }
+    bulk_commit();
+  }
+}
+
+// The warpgroup that computes dq, where there is one.
+template <class Tile>
+__device__ __forceinline__ void compute_dq_sums(const HopperBackwardParams& params, typename Tile::Shared& shared) {
+  RingPosition<Tile::kRowStages> rows;
+  RingPosition<Tile::kExchanges> exchange;
+  float dq[kPanelColumns / 2];
+  for (;; rows.advance()) {
+    barrier_wait(shared.rows_full[rows.stage], rows.parity);
+    const auto& slot = shared.slot[rows.stage];
+    if (slot.head < 0) return;
+    const int column_begin = slot.job[COLUMN_BEGIN], num_blocks = slot.job[NUM_BLOCKS];
+    float* sums = sums_of<Tile>(params, slot.head, 0) + static_cast<int64_t>(column_begin) * kPanelColumns;
+    const int num_rows = params.work.num_queries - column_begin;
+    for (int block = 0; block < num_blocks; ++block, exchange.advance()) {
+      barrier_wait(shared.ds_full[exchange.stage], exchange.parity);
+      fence_async_proxy();  // of what the others wrote: nearer to their loop it would cost more
+      issue_dq<Tile>(dq, shared, exchange.stage, rows.stage, 0);
+      wgmma_wait<0>();
+      release(shared.ds_empty[exchange.stage]);
+      const int query = block * Tile::kBlockN;
+      add_sums(dq, shared.dq[0], sums + query * kPanelColumns, column_begin, num_rows - query);
+    }
+    if (threadIdx.x % 32 == 0) bulk_wait();
+    release(shared.rows_done[rows.stage]);
+  }
+}
+
+// A warpgroup's part of a job: 64 keys.
+template <class Tile>
+struct BackwardRows {
+  static constexpr int kLogits = Tile::kBlockN / 2;  // registers
+  static constexpr int kSteps = Tile::kBlockN / 16;
+
+  float dk[Tile::kHeadDim / 2], dv[Tile::kHeadDim / 2];
+  float s[kLogits], dp[kLogits];
+  uint32_t p[kSteps][4], ds[kSteps][4];
+};
+
+template <class Tile>
+struct BackwardLoop {
+  static constexpr int kLogits = BackwardRows<Tile>::kLogits, kHeadDim = Tile::kHeadDim;
+  static constexpr DType kType = Tile::kType;
+
+  const HopperWork& work;
+  typename Tile::Shared& shared;
+  const GroupJob& job;
+  const int group, row_stage;
+  RingPosition<Tile::kStages>& ring;
+  RingPosition<Tile::kExchanges>& exchange;
+  const float scale_log2;
+
+  __device__ __forceinline__ const float4* statistics() const {
+    return reinterpret_cast<const float4*>(shared.statistics[ring.stage]) + threadIdx.x % 4;
+  }
+  __device__ __forceinline__ void issue_logits(float (&s)[kLogits]) {
+    barrier_wait(shared.full[ring.stage], ring.parity);
+    issue_rows_product<kType, kHeadDim>(s, shared.k[row_stage][group][0], shared.q[ring.stage][0]);
+  }
+  __device__ __forceinline__ void issue_dp(float (&dp)[kLogits]) {
+    issue_rows_product<kType, kHeadDim>(dp, shared.v[row_stage][group][0], shared.d_out[ring.stage][0]);
+  }
+  // Columns are queries, rows this group's keys: those beyond its own must not count in dq.
+  __device__ __forceinline__ void mask(float (&s)[kLogits], int block) const {
+    const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
+    if (job.masked(block)) mask_keys(s, work, job.column_begin + block * Tile::kBlockN, job.row_begin + first_row);
+    if (job.num_rows < kGroupRows) {
+#pragma unroll
+      for (int i = 0; i < kLogits; ++i) {
+        if (first_row + i / 2 % 2 * 8 >= job.num_rows) s[i] = -INFINITY;
+      }
+    }
+  }
+  // s = exp2(scale_log2 s - lse), rounded into p.
+  __device__ __forceinline__ void exponentiate(BackwardRows<Tile>& rows) const {
+    const float4* of_block = statistics();
+#pragma unroll
+    for (int n = 0; n < kLogits / 4; ++n) {
+      const float4 two = of_block[4 * n];  // neighbouring queries: lse, delta, lse, delta
+#pragma unroll
+      for (int i = 4 * n; i < 4 * n + 4; ++i) {
+        rows.s[i] = exp2_approx(fmaf(rows.s[i], scale_log2, -(i % 2 == 0 ? two.x : two.z)));
+      }
+    }
+    pack_operands<kType>(rows.p, rows.s);
+  }
+  // ds = p (dp - delta), rounded, and where the dq product finds it once it is shared.
+  __device__ __forceinline__ void differentiate(BackwardRows<Tile>& rows) {
+    const float4* of_block = statistics();
+#pragma unroll
+    for (int n = 0; n < kLogits / 4; ++n) {
+      const float4 two = of_block[4 * n];
+#pragma unroll
+      for (int i = 4 * n; i < 4 * n + 4; ++i) rows.s[i] *= rows.dp[i] - (i % 2 == 0 ? two.y : two.w);
+    }
+    pack_operands<kType>(rows.ds, rows.s);
+    barrier_wait(shared.ds_empty[exchange.stage], exchange.parity ^ 1);
+    const int lane = threadIdx.x % 32, chunk = threadIdx.x % kGroupThreads / 32 * 2 + lane / 8 % 2;
+    const int first_query = lane / 16 * 8 + lane % 8;
+    uint8_t* panel = shared.ds[exchange.stage][group];
+#pragma unroll
+    for (int step = 0; step < BackwardRows<Tile>::kSteps; ++step) {
+      store_transposed(panel + swizzled_chunk(16 * step + first_query, chunk), rows.ds[step]);
+    }
+  }
+  __device__ __forceinline__ void share_ds() {
+    if (!Tile::kDqGroup) fence_async_proxy();
+    release(shared.ds_full[exchange.stage]);
+    exchange.advance();
+  }
+  __device__ __forceinline__ void add_dq(const float (&dq)[kPanelColumns / 2], float* sums, int block) const {
+    const int query = block * Tile::kBlockN;
+    add_sums(dq, shared.dq[group], sums + query * kPanelColumns, job.column_begin,
+             work.num_queries - job.column_begin - query);
+  }
+
+  // In the order they are issued: s(0), dp(0), then for each block b: dv(b), s(b + 1), dk(b), dp(b + 1).
+  __device__ __forceinline__ void run(BackwardRows<Tile>& rows) {
+    issue_logits(rows.s);
+    issue_dp(rows.dp);
+    wgmma_wait<1>();
+    for (int block = 0;; ++block) {
+      mask(rows.s, block);
+      turn_wait<Tile::kGroups>(group);
+      exponentiate(rows);
+      turn_pass<Tile::kGroups>(group);
+      issue_columns_product<kType>(rows.dv, rows.p, shared.d_out[ring.stage][0]);
+      wgmma_wait<1>();  // dp(block), and before it dk(block - 1)
+      if (block > 0) release(shared.empty[ring.last_stage()]);
+      differentiate(rows);
+      const int stage = ring.stage;
+      ring.advance();
+      if (block + 1 == job.num_blocks) {
+        issue_columns_product<kType>(rows.dk, rows.ds, shared.q[stage][0]);
+        share_ds();
+        wgmma_wait<0>();
+        release(shared.empty[stage]);
+        return;
+      }
+      issue_logits(rows.s);
+      issue_columns_product<kType>(rows.dk, rows.ds, shared.q[stage][0]);
+      issue_dp(rows.dp);
+      share_ds();
+      wgmma_wait<2>();  // s(block + 1), and before it dv(block)
+    }
+  }
+
+  // The same with dq(b) after dk(b), for which registers suffice only while there is no dp; then s(b + 1), dp(b + 1).
+  __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows, float* sums) {
+    float dq[kPanelColumns / 2];
+    issue_logits(rows.s);
+    issue_dp(rows.dp);
+    wgmma_wait<1>();
+    RingPosition<Tile::kExchanges> last = exchange;
+    for (int block = 0;; ++block) {
+      const RingPosition<Tile::kExchanges> here = exchange;
+      const int stage = ring.stage;
+      mask(rows.s, block);
+      turn_wait<Tile::kGroups>(group);
+      exponentiate(rows);
+      turn_pass<Tile::kGroups>(group);
+      issue_columns_product<kType>(rows.dv, rows.p, shared.d_out[stage][0]);
+      wgmma_wait<1>();  // dp(block)
+      differentiate(rows);
+      share_ds();
+      issue_columns_product<kType>(rows.dk, rows.ds, shared.q[stage][0]);
+      if (block > 0) barrier_wait(shared.ds_full[last.stage], last.parity);
+      issue_dq<Tile>(dq, shared, last.stage, row_stage, group);
+      ring.advance();
+      wgmma_wait<0>();
+      release(shared.empty[stage]);
+      if (block > 0) release(shared.ds_empty[last.stage]);
+      if (block + 1 == job.num_blocks) {
+        if (block > 0) add_dq(dq, sums, block - 1);
+        barrier_wait(shared.ds_full[here.stage], here.parity);
+        issue_dq<Tile>(dq, shared, here.stage, row_stage, group);
+        wgmma_wait<0>();
+        release(shared.ds_empty[here.stage]);
+        add_dq(dq, sums, block);
+        return;
+      }
+      last = here;
+      issue_logits(rows.s);
+      if (block > 0) add_dq(dq, sums, block - 1);
+      issue_dp(rows.dp);
+      wgmma_wait<1>();  // s(block + 1)
+    }
+  }
+};
+
+template <class Tile>
+__device__ __forceinline__ void compute_backward(const HopperBackwardParams& params, typename Tile::Shared& shared) {
+  // At head dim 128 the addresses that the compiler would keep, if it knew, do not fit into the registers.
+  const int group = Tile::kDqGroup ? uniform(threadIdx.x / kGroupThreads) : threadIdx.x / kGroupThreads;
+  RingPosition<Tile::kRowStages> row_ring;
+  RingPosition<Tile::kStages> ring;
+  RingPosition<Tile::kExchanges> exchange;
+  if (group + 1 == Tile::kGroups) turn_pass<Tile::kGroups>(group);
+  for (;; row_ring.advance()) {
+    barrier_wait(shared.rows_full[row_ring.stage], row_ring.parity);
+    const auto& slot = shared.slot[row_ring.stage];
+    const int batch_head = uniform(slot.head);
+    if (batch_head < 0) return;
+    const GroupJob job(slot, group);
+    BackwardRows<Tile> rows;
+    set_zero(rows.dk), set_zero(rows.dv);
+    if (job.num_blocks > 0) {
+      BackwardLoop<Tile> loop{params.work, shared, job, group, row_ring.stage, ring, exchange,
+                              params.work.scale * kLog2E};
+      if constexpr (Tile::kDqGroup) {
+        loop.run(rows);
+      } else {
+        loop.run_with_dq(rows, sums_of<Tile>(params, batch_head, group) +
+                                   static_cast<int64_t>(job.column_begin) * kPanelColumns);
+      }
+    }
+
+    uint8_t* staging = shared.v[row_ring.stage][group][0];
+    const float dk_factor[2] = {params.work.scale, params.work.scale}, dv_factor[2] = {1.0f, 1.0f};
+    group_sync(group);
+    store_rows<Tile::kType>(rows.dv, dv_factor, staging, Tile::kGroupPanelBytes,
+                            rows_of(params.dv, params.dv_strides, params.work, batch_head, job.row_begin),
+                            params.dv_strides.row, job.num_rows);
+    __syncwarp();
+    store_rows<Tile::kType>(rows.dk, dk_factor, staging, Tile::kGroupPanelBytes,
+                            rows_of(params.dk, params.dk_strides, params.work, batch_head, job.row_begin),
+                            params.dk_strides.row, job.num_rows);
+    fence_async_proxy();
+    if (!Tile::kDqGroup && threadIdx.x % 32 == 0) bulk_wait();
+    release(shared.rows_done[row_ring.stage]);
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
+    hopper_backward_kernel(const __grid_constant__ HopperBackwardParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = 4 * Tile::kGroups, kDqWarps = Tile::kDqGroup ? 4 : 0;
+    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_done, kWarps + kDqWarps);
+    barriers_init(shared.rows_empty, 1);
+    barriers_init(shared.full, 1 + 32);  // the copy engine's arrival, and every lane's for the statistics
+    barriers_init(shared.empty, kWarps);
+    barriers_init(shared.ds_full, kWarps), barriers_init(shared.ds_empty, Tile::kDqGroup ? kDqWarps : kWarps);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / kGroupThreads;
+  if (group < Tile::kGroups) {
+    take_registers<Tile::kRegistersOfCompute>();
+    compute_backward<Tile>(params, shared);
+  } else if (Tile::kDqGroup && group == Tile::kGroups) {
+    give_registers<Tile::kRegistersOfDq>();
+    compute_dq_sums<Tile>(params, shared);
+  } else {
+    give_registers<Tile::kRegistersOfFetch>();
+    const int warp = threadIdx.x % kGroupThreads / 32;
+    if (warp == 0) {
+      fetch_backward<Tile>(params, shared);
+    } else if (warp == 1) {
+      count_jobs<Tile>(params, shared);
+    } else {
+      serve_heads<Tile>(params);
+    }
+  }
+}
+
+}  // namespace hmar
