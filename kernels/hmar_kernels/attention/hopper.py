@@ -123,8 +123,8 @@ HEADS_AHEAD = 2
 def num_slots(num_jobs: int, num_heads: int, num_sms: int) -> int:
     """Heads for which the one-pass backward has room at a time, of num_heads with num_jobs jobs each.
 
-    Enough that no SM waits: those whose jobs are under way or waited for (JOBS_AHEAD an SM), those that wait to be
-    rounded and those made ready.
+    Enough that no SM waits: heads of the jobs under way (JOBS_AHEAD an SM, as these are of unequal lengths), one that
+    is rounded and one that is made ready. Fewer cost time, more only memory (reports/data/hopper_one_pass_h100.json).
     """
     return min(num_heads, HEADS_AHEAD + math.ceil(JOBS_AHEAD * num_sms / num_jobs))
 
