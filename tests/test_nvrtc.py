@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import threading
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -380,7 +380,7 @@ def test_every_kernel_of_the_table_has_a_number(kernels):
             assert list(numbers) == list(chosen.passes)  # the forward first: what api.py passes on
             for kind, number in numbers.items():
                 row = getattr(kernels, f"hopper_{kind}_tiles")[number]
-                assert row == (head_dim, *astuple(getattr(chosen, kind)))
+                assert row == (head_dim, *getattr(chosen, kind))
                 seen.add((kind, row))
     assert seen == set(KERNELS)
 

@@ -10,6 +10,7 @@ import operator
 from dataclasses import astuple, replace
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..mask import SpanMask
 from . import cuda, flex, hopper, reference, triton, varlen
@@ -78,7 +79,8 @@ def attention(
         bounded = head_bounds is not None or logit_bound < math.inf
         deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
         tensors, tiles = _job_arguments(mask, q.device, head_dim, bounded, bool(deterministic))
-        out, lse = _attention_hopper(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
+        attend = _attention_hopper if _is_traced(q, k, v) else _HopperAttention.apply
+        out, lse = attend(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
     elif impl == "varlen":
@@ -342,11 +344,41 @@ def _save_for_hopper_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _hopper_backward(ctx, do, dlse):
+def _hopper_backward(ctx, do, dlse, backward=_attention_hopper_backward):
     q, k, v, out, lse, *plan = ctx.saved_tensors
     do = torch.zeros_like(out) if do is None else do
-    gradients = _attention_hopper_backward(do, dlse, q, k, v, out, lse, *plan, ctx.tiles, ctx.scale)
+    gradients = backward(do, dlse, q, k, v, out, lse, *plan, ctx.tiles, ctx.scale)
     return (*gradients, None, None, None, None, None, None, None, None, None)
 
 
 _attention_hopper.register_autograd(_hopper_backward, setup_context=_save_for_hopper_backward)
+
+
+class _HopperAttention(torch.autograd.Function):
+    """The same without the operator's dispatch, which takes the host longer than the kernels take at small sizes."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, key_start, key_end, forward_jobs, dq_jobs, key_jobs, tiles, scale, bound, head_bounds):
+        inputs = (q, k, v, key_start, key_end, forward_jobs, dq_jobs, key_jobs, tiles, scale, bound, head_bounds)
+        output = hopper.forward(q, k, v, key_start, key_end, forward_jobs, tiles[0], scale, bound, head_bounds)
+        _save_for_hopper_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlse):
+        return _hopper_backward(ctx, do, dlse, _hopper_backward_kernels)
+
+
+def _hopper_backward_kernels(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, key_jobs, tiles, scale):
+    return hopper.backward(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, key_jobs, tiles[1:], scale)
+
+
+def _is_traced(*tensors: torch.Tensor) -> bool:
+    """Whether someone looks on who must see an operator: a compiler, a mode (fake tensors, selective checkpointing,
+    counters of operations) or tensors that are not plain ones."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
+    )

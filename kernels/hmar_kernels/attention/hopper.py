@@ -8,7 +8,8 @@ instead of seven, but dq is summed in any order. Jobs come from plan.py; csrc/ho
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +23,7 @@ DTYPES = cuda.DTYPES
 HEAD_DIMS = (64, 128)
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """A compiled kernel: warpgroups of 64 rows, columns a block, blocks and jobs in shared memory, thread blocks an SM.
 
     overlap (forward): 0, every warpgroup waits for its products and others fill the gaps; 1, they take turns.
@@ -84,7 +84,7 @@ def table() -> dict[str, list[tuple[int, ...]]]:
         name: [(d, getattr(tiles, field)) for (d, _), tiles in TILES.items() for field in of_pass]
         for name, of_pass in fields.items()
     }
-    return {name: list(dict.fromkeys((d, *astuple(t)) for d, t in row if t is not None)) for name, row in rows.items()}
+    return {name: list(dict.fromkeys((d, *t) for d, t in row if t is not None)) for name, row in rows.items()}
 
 
 # The extension where it was built with them; else what compiles the table's kernels when they are first launched.
@@ -105,8 +105,7 @@ def select_tiles(head_dim: int, mask: SpanMask, bounded: bool = False, determini
 def tile_numbers(head_dim: int, tiles: Tiles) -> dict[str, int]:
     """The numbers by which `_kernels` knows the kernels of each pass that runs."""
     return {
-        name: getattr(_kernels, f"hopper_{name}_tiles").index((head_dim, *astuple(tile)))
-        for name, tile in tiles.passes.items()
+        name: getattr(_kernels, f"hopper_{name}_tiles").index((head_dim, *tile)) for name, tile in tiles.passes.items()
     }
 
 
