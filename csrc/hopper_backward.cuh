@@ -11,8 +11,8 @@
 // The sums are those of a few heads at a time, which stay in the L2 cache: head h uses slot h % num_slots. Warps that the
 // fetching warp leaves idle work ahead and behind on chunks of queries: they round a finished head's sums into dq, then make
 // the slot ready for the head that takes it over: sums of zero, and its statistics (lse, delta). `ready` counts a head's
-// chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs, so a block waits only for what others
-// have already begun: no block has to be resident beside another.
+// chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk that is not finished
+// waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be resident beside another.
 // Read next: hopper.cu.
 #pragma once
 
@@ -118,14 +118,14 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
     for (int block = 0; block < slot.job[NUM_BLOCKS]; ++block, ring.advance()) {
       const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
       barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
+      if (block == 0) {
+        wait_for_count(&params.progress[batch_head].ready, params.num_chunks);
+        fence_async_proxy_global();
+      }
       if (lane == 0) {
         barrier_arrive_expecting(shared.full[ring.stage], 2 * Tile::kPanels * Tile::kBlockPanelBytes);
         load_panels<Tile::kPanels>(shared.q[ring.stage], params.q, shared.full[ring.stage], row, head, batch);
         load_panels<Tile::kPanels>(shared.d_out[ring.stage], params.d_out, shared.full[ring.stage], row, head, batch);
-      }
-      if (block == 0) {
-        wait_for_count(&params.progress[batch_head].ready, params.num_chunks);
-        fence_async_proxy_global();
       }
 #pragma unroll
       for (int i = 0; i < Tile::kBlockN; i += 32) {

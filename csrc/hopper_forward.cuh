@@ -92,8 +92,8 @@ struct ForwardRows {
   static constexpr int kLogits = Tile::kBlockN / 2;  // registers
   static constexpr int kSteps = Tile::kBlockN / 16;
   // A row's offset is the largest logit of the first block of which it sees a key, and stays, as sums and products lose
-  // nothing while they grow, until a block's sum of probabilities (where sums are watched) or largest probability is above
-  // one of these: then it follows that block.
+  // nothing while they grow, until a thread's sum of a block's probabilities (where sums are watched) or the largest probability
+  // is above one of these: then it follows that block.
   static constexpr float kLargestSum = Tile::kType == DType::kFloat16 ? 0x1p12f : 0x1p60f;
   static constexpr float kLargestLog2 = 8.0f;
 

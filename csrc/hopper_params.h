@@ -11,7 +11,7 @@ struct alignas(64) TensorMap {
 };
 
 // A job of a plan: what the warpgroups of a block do together. Rows are queries in the forward and dq passes, keys in the
-// dk/dv pass; columns are the others. Block b holds the columns from COLUMN_BEGIN + b * kBlockN on.
+// dk/dv pass and the one-pass backward; columns are the others. Block b holds the columns from COLUMN_BEGIN + b * kBlockN on.
 enum JobField {
   COLUMN_BEGIN,
   NUM_BLOCKS,

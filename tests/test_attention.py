@@ -20,6 +20,7 @@ from hmar_kernels.attention.plan import (
     FULL_END,
     ROW_BEGIN,
     ROW_END,
+    key_jobs,
     key_plan,
     query_plan,
 )
@@ -296,12 +297,24 @@ def test_explained_tiles_cover_the_mask(name, resolution, passes, head_dim, boun
     """On a GPU the lines of explain are these; the blocks they count hold every pair that attends."""
     mask = pyramid_mask("block_causal", resolution)
     q = torch.empty(1, 1, mask.num_queries, head_dim, dtype=torch.bfloat16)
-    lines = explain_module._tiles(name, q, mask, bounded)
+    lines = explain_module._tiles(name, q, mask, bounded, False)
     assert [line.split(":")[0] for line in lines] == passes
     for line in lines:
         full, masked = map(int, re.search(r"(\d+) blocks of \d+ columns without a mask and (\d+) with", line).groups())
         share = int(re.search(r"(\d+)% of their pairs", line)[1])
         assert full > masked > 0 and 85 <= share <= 100
+
+
+def test_explained_passes_are_those_that_run():
+    """Two passes when determinism is asked for; in one pass groups skip no block, which the count says."""
+    mask = pyramid_mask("block_causal", 1024)
+    q = torch.empty(1, 1, mask.num_queries, 64, dtype=torch.bfloat16)
+    names = [line.split(":")[0] for line in explain_module._tiles("hopper", q, mask, False, True)]
+    assert names == ["forward", "dq", "dk and dv"]
+    line = explain_module._tiles("hopper", q, mask, False, False)[1]
+    full, masked = map(int, re.search(r"(\d+) blocks of 64 columns without a mask and (\d+) with", line).groups())
+    jobs = key_jobs(mask, 2, 64, "cpu").jobs
+    assert line.startswith("dq, dk and dv") and full + masked == 2 * int(jobs[:, 1].sum())
 
 
 @interpreted

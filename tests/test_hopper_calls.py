@@ -77,12 +77,31 @@ def test_nothing_is_kept_without_gradients(on_hopper):
         assert attention(q.requires_grad_(), k, v, MASK, impl="hopper").grad_fn is None
 
 
-def test_a_second_derivative_is_refused(on_hopper):
-    q, k, v, *_ = draw_inputs(MASK, 1, 2, 64, torch.float32, "cpu")
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_second_derivative_is_refused(on_hopper, linear):
+    """Also of a loss that is linear in the output, whose gradient depends on the inputs all the same."""
+    q, k, v, do, _ = draw_inputs(MASK, 1, 2, 64, torch.float32, "cpu")
     q.requires_grad_()
-    (gradient,) = torch.autograd.grad(attention(q, k, v, MASK, impl="hopper").square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    out = attention(q, k, v, MASK, impl="hopper")
+    (gradient,) = torch.autograd.grad((out * do if linear else out.square()).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention_hopper_backward"):
+        ((out * do).sum() + gradient.square().sum()).backward()
+
+
+def test_results_of_frozen_inputs_can_be_changed(on_hopper):
+    q, k, v, do, _ = draw_inputs(MASK, 1, 2, 64, torch.float32, "cpu")
+    out, lse = attention(q, k, v, MASK, impl="hopper", return_lse=True)
+    out += do.requires_grad_()
+    lse += 1
+    out.sum().backward()
+    assert torch.equal(do.grad, torch.ones_like(do))
+
+
+def test_vmap_sees_the_operator(on_hopper):
+    q, k, v, *_ = draw_inputs(MASK, 1, 2, 64, torch.float32, "cpu")
+    many = torch.stack([q, 2 * q])
+    expected = torch.stack([attention(x, k, v, MASK, impl="hopper") for x in many])
+    torch.testing.assert_close(torch.vmap(lambda x: attention(x, k, v, MASK, impl="hopper"))(many), expected)
 
 
 def test_checkpointing_that_selects_operators(on_hopper):

@@ -522,6 +522,20 @@ def test_nothing_is_launched_for_an_empty_batch(kernels):
     assert not kernels._cuda.calls and not kernels._cuda.loads
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_gradient_of_the_output_that_starts_between_sixteen_bytes_is_copied(kernels, one_pass):
+    mask = SpanMask.causal(70)
+    tiles = hopper.select_tiles(64, mask)
+    tiles = replace(tiles, backward=hopper.TILES[64, hopper.LONG].backward) if one_pass else tiles
+    q = torch.zeros(1, 2, 70, 64, dtype=torch.bfloat16)
+    d_out, lse = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape), torch.zeros(1, 2, 70)
+    plans, numbers = hopper.make_plans(mask, tiles, "cpu"), list(hopper.tile_numbers(64, tiles).values())[1:]
+    jobs = (None, plans["backward"].jobs) if one_pass else (plans["dq"].jobs, plans["dkdv"].jobs)
+    assert d_out.is_contiguous() and d_out.data_ptr() % 16
+    hopper.backward(d_out, None, q, q, q, q, lse, *mask.intervals("cpu"), *jobs, numbers, 1.0)
+    assert kernels._cuda.maps and all(address % 16 == 0 for address in kernels._cuda.maps)
+
+
 @pytest.fixture
 def on_hopper(kernels, monkeypatch):
     """CPU tensors pass for those of a Hopper GPU."""

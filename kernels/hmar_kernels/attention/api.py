@@ -77,10 +77,8 @@ def attention(
         out, lse = attend(q, k, v, *tensors, tiles, scale)
     elif impl == "hopper":
         bounded = head_bounds is not None or logit_bound < math.inf
-        deterministic = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
-        tensors, tiles = _job_arguments(mask, q.device, head_dim, bounded, bool(deterministic))
-        attend = _attention_hopper if _is_traced(q, k, v) else _HopperAttention.apply
-        out, lse = attend(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
+        tensors, tiles = _job_arguments(mask, q.device, head_dim, bounded, is_deterministic(deterministic))
+        out, lse = _attend_hopper(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
     elif impl == "varlen":
@@ -93,7 +91,7 @@ def attention(
 def choose(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> tuple[str, str]:
     """What impl="auto" takes for these inputs, and the reason. A pure function of devices, dtypes, shapes and mask."""
     if q.device.type == "cuda" and unavailable("hopper", q, k, v, mask) is None:
-        return "hopper", "the fastest forward and backward in every cell measured on an H100 (reports/tables)"
+        return "hopper", "the fastest of the implementations here in every cell measured on an H100 (reports/tables)"
     reason = unavailable("triton", q, k, v, mask)
     if reason is None and q.device.type == "cuda":
         why = unavailable("hopper", q, k, v, mask)
@@ -160,6 +158,17 @@ def _check_bound(bound: float | torch.Tensor | None, q: torch.Tensor) -> tuple[f
     if not bound >= 0:
         raise ValueError(f"logit_bound must be a number from 0, or None when nothing is known, got {bound}")
     return bound, None
+
+
+def is_bounded(bound: float | torch.Tensor | None, q: torch.Tensor) -> bool:
+    """Whether a logit_bound promises anything. Raises ValueError where `attention` would."""
+    of_all, of_heads = _check_bound(bound, q)
+    return of_heads is not None or of_all < math.inf
+
+
+def is_deterministic(wanted: bool | None) -> bool:
+    """What the argument `deterministic` asks for."""
+    return torch.are_deterministic_algorithms_enabled() if wanted is None else bool(wanted)
 
 
 def _shape(x: torch.Tensor) -> list[int]:
@@ -365,20 +374,31 @@ class _HopperAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
-        return _hopper_backward(ctx, do, dlse, _hopper_backward_kernels)
+        # Where the gradient is to have one of its own the operator says that there is none.
+        seen = torch.is_grad_enabled() or _is_traced(*(x for x in (do, dlse) if x is not None))
+        return _hopper_backward(ctx, do, dlse, _attention_hopper_backward if seen else _hopper_backward_kernels)
 
 
 def _hopper_backward_kernels(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, key_jobs, tiles, scale):
     return hopper.backward(do, dlse, q, k, v, out, lse, key_start, key_end, dq_jobs, key_jobs, tiles[1:], scale)
 
 
+def _attend_hopper(q, k, v, key_start, key_end, forward_jobs, dq_jobs, key_jobs, tiles, scale, bound, head_bounds):
+    plan = (key_start, key_end, forward_jobs, dq_jobs, key_jobs, tiles)
+    if _is_traced(q, k, v):
+        return _attention_hopper(q, k, v, *plan, scale, bound, head_bounds)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _HopperAttention.apply(q, k, v, *plan, scale, bound, head_bounds)
+    return hopper.forward(q, k, v, key_start, key_end, forward_jobs, tiles[0], scale, bound, head_bounds)
+
+
 def _is_traced(*tensors: torch.Tensor) -> bool:
     """Whether someone looks on who must see an operator: a compiler, a mode (fake tensors, selective checkpointing,
-    counters of operations) or tensors that are not plain ones."""
+    counters of operations), a transform of functions (vmap), or tensors that are not plain ones."""
     return (
         torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None
+        or torch._C._are_functorch_transforms_active()
         or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
     )

@@ -16,6 +16,7 @@ def explain(
     mask: SpanMask,
     *,
     logit_bound: float | torch.Tensor | None = None,
+    deterministic: bool | None = None,
 ) -> str:
     """A few lines for people: what impl="auto" takes for these inputs [B, H, L, D] and why, the tiles of each pass with
     the share of their work that attends, and of every other implementation why it was not taken. Launches nothing.
@@ -27,7 +28,7 @@ def explain(
     lines = [
         f'impl="auto" takes {impl}: {reason}',
         f"mask: {mask.num_queries} queries x {mask.num_keys} keys, {mask.num_pairs} pairs attend ({mask.density:.1%})",
-        *_tiles(impl, q, mask, logit_bound is not None),
+        *_tiles(impl, q, mask, api.is_bounded(logit_bound, q), api.is_deterministic(deterministic)),
     ]
     for name in api.IMPLEMENTATIONS:
         if name != impl:
@@ -35,14 +36,14 @@ def explain(
     return "\n".join(lines)
 
 
-def _tiles(impl: str, q: torch.Tensor, mask: SpanMask, bounded: bool) -> list[str]:
+def _tiles(impl: str, q: torch.Tensor, mask: SpanMask, bounded: bool, deterministic: bool) -> list[str]:
     if impl == "hopper":
-        deterministic = torch.are_deterministic_algorithms_enabled()
         tiles = hopper.select_tiles(q.shape[-1], mask, bounded, deterministic)
         plans, names = hopper.make_plans(mask, tiles, "cpu"), {"dkdv": "dk and dv", "backward": "dq, dk and dv"}
         return [
             _line(
-                names.get(name, name), f"{tile.groups} x {GROUP_ROWS}", tile.cols, plan.num_jobs, _visited(plan), mask
+                *(names.get(name, name), f"{tile.groups} x {GROUP_ROWS}", tile.cols, plan.num_jobs),
+                *(_visited(plan, skips=name != "backward"), mask),
             )
             for (name, tile), plan in zip(tiles.passes.items(), plans.values(), strict=True)
         ]
@@ -69,11 +70,12 @@ def _line(name: str, rows: str, cols: int, count: int, visited: tuple[int, int, 
     )
 
 
-def _visited(plan: JobPlan | TilePlan) -> tuple[int, int, int]:
-    """Blocks without a mask, blocks with one, pairs in a block."""
+def _visited(plan: JobPlan | TilePlan, skips: bool = True) -> tuple[int, int, int]:
+    """Blocks without a mask, blocks with one, pairs in a block. skips: groups of rows skip blocks they do not see."""
     if isinstance(plan, TilePlan):
         return *plan.block_counts(), plan.block_rows * plan.block_cols
     parts = plan.jobs[:, NUM_JOB_FIELDS : NUM_JOB_FIELDS + NUM_GROUP_FIELDS * plan.groups]
     begin, end, full_begin, full_end = parts.unflatten(1, (plan.groups, NUM_GROUP_FIELDS))[..., 2:].unbind(-1)
     full = int((full_end - full_begin).sum())
-    return full, int((end - begin).sum()) - full, GROUP_ROWS * plan.block_cols
+    visited = int((end - begin).sum()) if skips else plan.groups * int(plan.jobs[:, 1].sum())
+    return full, visited - full, GROUP_ROWS * plan.block_cols

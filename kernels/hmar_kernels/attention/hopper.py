@@ -226,7 +226,7 @@ def backward(
     if q.shape[2] == 0:
         return dq, dk.zero_(), dv.zero_()
     if d_out.data_ptr() % 16 or not (cuda._aligned(d_out) and _readable(d_out)):
-        d_out = d_out.contiguous()
+        d_out = d_out.clone(memory_format=torch.contiguous_format)
     if d_lse is not None:
         d_lse = d_lse.contiguous()
     shape = _shape(q, k, key_start, key_end, scale)
