@@ -29,28 +29,32 @@ constexpr Instance<HopperForwardParams> forward() {
           hopper_forward_kernel<Half>, hopper_forward_kernel<Brain>, Half::kNumThreads};
 }
 
+template <class Half, class Params>
+constexpr Instance<Params> backward_instance(void (*float16)(Params), void (*bfloat16)(Params)) {
+  return {{Half::kHeadDim, Half::kGroups, Half::kBlockN, Half::kStages, Half::kRowStages, 0, Half::kBlocksPerSM,
+           sizeof(typename Half::Shared)},
+          float16, bfloat16, Half::kNumThreads};
+}
+
 template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, int kBlocksPerSM>
 constexpr Instance<HopperDqParams> dq() {
   using Half = HopperDqTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
   using Brain = HopperDqTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
-  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
-          hopper_dq_kernel<Half>, hopper_dq_kernel<Brain>, Half::kNumThreads};
+  return backward_instance<Half>(hopper_dq_kernel<Half>, hopper_dq_kernel<Brain>);
 }
 
 template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, int kBlocksPerSM>
 constexpr Instance<HopperDkdvParams> dkdv() {
   using Half = HopperDkdvTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
   using Brain = HopperDkdvTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
-  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
-          hopper_dkdv_kernel<Half>, hopper_dkdv_kernel<Brain>, Half::kNumThreads};
+  return backward_instance<Half>(hopper_dkdv_kernel<Half>, hopper_dkdv_kernel<Brain>);
 }
 
 template <int kHeadDim, int kGroups, int kBlockN, int kStages, int kRowStages, int kBlocksPerSM>
 constexpr Instance<HopperBackwardParams> backward() {
   using Half = HopperBackwardTile<DType::kFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
   using Brain = HopperBackwardTile<DType::kBFloat16, kHeadDim, kGroups, kBlockN, kStages, kRowStages, kBlocksPerSM>;
-  return {{kHeadDim, kGroups, kBlockN, kStages, kRowStages, 0, kBlocksPerSM, sizeof(typename Half::Shared)},
-          hopper_backward_kernel<Half>, hopper_backward_kernel<Brain>, Half::kNumThreads};
+  return backward_instance<Half>(hopper_backward_kernel<Half>, hopper_backward_kernel<Brain>);
 }
 
 // What hopper.py's tile table names.

@@ -16,22 +16,18 @@
 // Read next: hopper.cu.
 #pragma once
 
-#include "hopper_tile.cuh"
+#include "hopper_backward_dkdv.cuh"
 
 namespace hmar {
 
 template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
-struct HopperBackwardTile {
-  static constexpr DType kType = kType_;
-  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr int kRowStages = kRowStages_, kBlocksPerSM = kBlocksPerSM_;
+struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_> {
+  using Numbers = BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_>;
+  using Numbers::kGroups, Numbers::kStages, Numbers::kRowStages, Numbers::kPanels, Numbers::kBlockN;
+  using Numbers::kGroupPanelBytes, Numbers::kBlockPanelBytes;
   static_assert(kGroups == 2 && kBlockN == 64);
-
-  static constexpr int kPanels = kHeadDim / kPanelColumns;
-  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;
-  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
   // At head dim 64 a warpgroup of its own computes dq; at 128 each of the others computes 64 of its columns.
-  static constexpr bool kDqGroup = kHeadDim == 64;
+  static constexpr bool kDqGroup = kHeadDim_ == 64;
   static constexpr int kNumThreads = (kGroups + kDqGroup + 1) * kGroupThreads;
   static constexpr int kRegistersOfCompute = kDqGroup ? 200 : 232, kRegistersOfDq = 72, kRegistersOfFetch = 40;
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
@@ -105,15 +101,7 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
     }
     const int batch_head = slot.head;
     const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
-    if (lane == 0) {
-      barrier_arrive_expecting(shared.rows_full[rows.stage], 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
-#pragma unroll
-      for (int group = 0; group < Tile::kGroups; ++group) {
-        const int row = group_row_begin(slot, group);
-        load_panels<Tile::kPanels>(shared.k[rows.stage][group], params.k, shared.rows_full[rows.stage], row, head, batch);
-        load_panels<Tile::kPanels>(shared.v[rows.stage][group], params.v, shared.rows_full[rows.stage], row, head, batch);
-      }
-    }
+    if (lane == 0) load_keys<Tile>(params, shared, rows.stage, head, batch);
     const RowStatistics* statistics = statistics_of(params, batch_head);
     for (int block = 0; block < slot.job[NUM_BLOCKS]; ++block, ring.advance()) {
       const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
@@ -320,15 +308,10 @@ __device__ __forceinline__ void compute_dq_sums(const HopperBackwardParams& para
   }
 }
 
-// A warpgroup's part of a job: 64 keys.
+// A warpgroup's part of a job: 64 keys, and the logits of a block.
 template <class Tile>
-struct BackwardRows {
-  static constexpr int kLogits = Tile::kBlockN / 2;  // registers
-  static constexpr int kSteps = Tile::kBlockN / 16;
-
-  float dk[Tile::kHeadDim / 2], dv[Tile::kHeadDim / 2];
-  float s[kLogits], dp[kLogits];
-  uint32_t p[kSteps][4], ds[kSteps][4];
+struct BackwardRows : DkdvRows<Tile> {
+  float s[DkdvRows<Tile>::kLogits];
 };
 
 template <class Tile>
@@ -365,29 +348,12 @@ struct BackwardLoop {
       }
     }
   }
-  // s = exp2(scale_log2 s - lse), rounded into p.
   __device__ __forceinline__ void exponentiate(BackwardRows<Tile>& rows) const {
-    const float4* of_block = statistics();
-#pragma unroll
-    for (int n = 0; n < kLogits / 4; ++n) {
-      const float4 two = of_block[4 * n];  // neighbouring queries: lse, delta, lse, delta
-#pragma unroll
-      for (int i = 4 * n; i < 4 * n + 4; ++i) {
-        rows.s[i] = exp2_approx(fmaf(rows.s[i], scale_log2, -(i % 2 == 0 ? two.x : two.z)));
-      }
-    }
-    pack_operands<kType>(rows.p, rows.s);
+    rows.exponentiate(rows.s, statistics(), scale_log2);
   }
-  // ds = p (dp - delta), rounded, and where the dq product finds it once it is shared.
+  // ds, and where the dq product finds it once it is shared.
   __device__ __forceinline__ void differentiate(BackwardRows<Tile>& rows) {
-    const float4* of_block = statistics();
-#pragma unroll
-    for (int n = 0; n < kLogits / 4; ++n) {
-      const float4 two = of_block[4 * n];
-#pragma unroll
-      for (int i = 4 * n; i < 4 * n + 4; ++i) rows.s[i] *= rows.dp[i] - (i % 2 == 0 ? two.y : two.w);
-    }
-    pack_operands<kType>(rows.ds, rows.s);
+    rows.differentiate(rows.s, statistics());
     barrier_wait(shared.ds_empty[exchange.stage], exchange.parity ^ 1);
     const int lane = threadIdx.x % 32, chunk = threadIdx.x % kGroupThreads / 32 * 2 + lane / 8 % 2;
     const int first_query = lane / 16 * 8 + lane % 8;
@@ -439,7 +405,9 @@ struct BackwardLoop {
     }
   }
 
-  // The same with dq(b) after dk(b), for which registers suffice only while there is no dp; then s(b + 1), dp(b + 1).
+  // The same with dq(b - 1) after dk(b), for which registers suffice only while there is no dp, then s(b + 1) and dp(b + 1). One
+  // block late, so that the warpgroups need not keep pace. The first one is a product of whatever lies there and is not
+  // added: leaving it out takes registers that there are not.
   __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows, float* sums) {
     float dq[kPanelColumns / 2];
     issue_logits(rows.s);

@@ -7,6 +7,7 @@
 // the next one's operand. Queries, do and their statistics come block by block. No atomics: bit-equal from run to run.
 // The next block's logits are computed as soon as ds has left the registers they share, so that the matrix units always have
 // products in store: dk and dp while a block is exponentiated, dv while its ds is formed.
+// Read next: hopper_backward.cuh.
 #pragma once
 
 #include "hopper_tile.cuh"
@@ -14,15 +15,10 @@
 namespace hmar {
 
 template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
-struct HopperDkdvTile {
-  static constexpr DType kType = kType_;
-  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr int kRowStages = kRowStages_, kBlocksPerSM = kBlocksPerSM_;
-
-  static constexpr int kPanels = kHeadDim / kPanelColumns;
-  static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
-  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;
-  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
+struct HopperDkdvTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_> {
+  using Numbers = BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_>;
+  using Numbers::kGroups, Numbers::kStages, Numbers::kRowStages, Numbers::kPanels, Numbers::kBlockN;
+  using Numbers::kGroupPanelBytes, Numbers::kBlockPanelBytes;
 
   struct Shared {
     alignas(1024) uint8_t k[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dk
@@ -35,6 +31,20 @@ struct HopperDkdvTile {
     JobSlot<kGroups> slot[kRowStages];
   };
 };
+
+// The keys and values of a job, whose slot is written.
+template <class Tile, class Params>
+__device__ __forceinline__ void load_keys(const Params& params, typename Tile::Shared& shared, int stage, int head,
+                                          int batch) {
+  Barrier& full = shared.rows_full[stage];
+  barrier_arrive_expecting(full, 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
+#pragma unroll
+  for (int group = 0; group < Tile::kGroups; ++group) {
+    const int row = group_row_begin(shared.slot[stage], group);
+    load_panels<Tile::kPanels>(shared.k[stage][group], params.k, full, row, head, batch);
+    load_panels<Tile::kPanels>(shared.v[stage][group], params.v, full, row, head, batch);
+  }
+}
 
 template <class Tile>
 __device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typename Tile::Shared& shared) {
@@ -51,15 +61,7 @@ __device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typen
     const int next_item = request_item(params.work);
     const int batch_head = slot.head;
     const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
-    if (lane == 0) {
-      barrier_arrive_expecting(shared.rows_full[rows.stage], 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
-#pragma unroll
-      for (int group = 0; group < Tile::kGroups; ++group) {
-        const int row = group_row_begin(slot, group);
-        load_panels<Tile::kPanels>(shared.k[rows.stage][group], params.k, shared.rows_full[rows.stage], row, head, batch);
-        load_panels<Tile::kPanels>(shared.v[rows.stage][group], params.v, shared.rows_full[rows.stage], row, head, batch);
-      }
-    }
+    if (lane == 0) load_keys<Tile>(params, shared, rows.stage, head, batch);
     const RowStatistics* statistics = params.statistics + static_cast<int64_t>(batch_head) * params.work.num_queries;
     const int num_blocks = slot.job[NUM_BLOCKS];
     for (int block = 0, row = slot.job[COLUMN_BEGIN]; block < num_blocks; ++block, ring.advance(), row += Tile::kBlockN) {

@@ -13,15 +13,10 @@
 namespace hmar {
 
 template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
-struct HopperDqTile {
-  static constexpr DType kType = kType_;
-  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr int kRowStages = kRowStages_, kBlocksPerSM = kBlocksPerSM_;
-
-  static constexpr int kPanels = kHeadDim / kPanelColumns;
-  static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
-  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;
-  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
+struct HopperDqTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_> {
+  using Numbers = BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_>;
+  using Numbers::kGroups, Numbers::kStages, Numbers::kRowStages, Numbers::kPanels, Numbers::kBlockN;
+  using Numbers::kGroupPanelBytes, Numbers::kBlockPanelBytes;
 
   struct Shared {
     alignas(1024) uint8_t q[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dq

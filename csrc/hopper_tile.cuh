@@ -24,6 +24,19 @@ struct Registers {
   static constexpr int kFetch = kTogether - kGroups * kCompute < kAtLaunch ? kTogether - kGroups * kCompute : kAtLaunch;
 };
 
+// The numbers of a kernel of the backward.
+template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
+struct BackwardTile {
+  static constexpr DType kType = kType_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr int kRowStages = kRowStages_, kBlocksPerSM = kBlocksPerSM_;
+
+  static constexpr int kPanels = kHeadDim / kPanelColumns;
+  static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr int kGroupPanelBytes = kGroupRows * kPanelRowBytes;
+  static constexpr int kBlockPanelBytes = kBlockN * kPanelRowBytes;
+};
+
 // Shared memory of a job that is under way: what the fetching warp read of the plan.
 template <int kGroups>
 struct JobSlot {

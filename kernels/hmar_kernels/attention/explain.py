@@ -77,5 +77,5 @@ def _visited(plan: JobPlan | TilePlan, skips: bool = True) -> tuple[int, int, in
     parts = plan.jobs[:, NUM_JOB_FIELDS : NUM_JOB_FIELDS + NUM_GROUP_FIELDS * plan.groups]
     begin, end, full_begin, full_end = parts.unflatten(1, (plan.groups, NUM_GROUP_FIELDS))[..., 2:].unbind(-1)
     full = int((full_end - full_begin).sum())
-    visited = int((end - begin).sum()) if skips else plan.groups * int(plan.jobs[:, 1].sum())
+    visited = int((end - begin).sum()) if skips else plan.groups * plan.num_blocks
     return full, visited - full, GROUP_ROWS * plan.block_cols

@@ -159,6 +159,11 @@ class JobPlan:
     def num_jobs(self) -> int:
         return len(self.jobs)
 
+    @property
+    def num_blocks(self) -> int:
+        """Column blocks of all jobs, whichever of their groups see them."""
+        return int(self.jobs[:, 1].sum())
+
 
 GROUP_ROWS = 64
 NUM_JOB_FIELDS, NUM_GROUP_FIELDS = 2, 6
