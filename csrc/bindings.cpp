@@ -93,12 +93,12 @@ hmar::HopperTensor tensor(const View& view) { return {pointer<const void>(view.f
 // What every pass is told, in this order: bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start,
 // key_end, scale.
 using ShapeTuple = std::tuple<bool, int, int, int, int, int, uintptr_t, uintptr_t, float>;
-// Of the plan of the pass: jobs, num_jobs, next_item.
-using PlanTuple = std::tuple<uintptr_t, int, uintptr_t>;
+// Of the plan of the pass: jobs, num_jobs, tail_heads, next_item.
+using PlanTuple = std::tuple<uintptr_t, int, int, uintptr_t>;
 
 hmar::HopperShape hopper_shape(const ShapeTuple& shape, const PlanTuple& plan) {
   const auto [bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale] = shape;
-  const auto [jobs, num_jobs, next_item] = plan;
+  const auto [jobs, num_jobs, tail_heads, next_item] = plan;
   return {bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
           head_dim,
           batch_size,
@@ -109,48 +109,50 @@ hmar::HopperShape hopper_shape(const ShapeTuple& shape, const PlanTuple& plan) {
           pointer<const int32_t>(key_end),
           pointer<const int32_t>(jobs),
           num_jobs,
+          tail_heads,
           pointer<int32_t>(next_item),
           scale};
 }
 
 void hopper_forward(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
-                    const View& out, uintptr_t lse, uintptr_t head_bounds, float logit_bound, int device,
+                    const View& out, uintptr_t lse_log2, uintptr_t head_bounds, float logit_bound, int device,
                     uintptr_t stream) {
   const DeviceGuard guard(device);
   DeviceGuard::check(hmar::launch_hopper_forward(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v),
-                                                 tensor(out), pointer<float>(lse), pointer<const float>(head_bounds), logit_bound,
+                                                 tensor(out), pointer<float>(lse_log2), pointer<const float>(head_bounds), logit_bound,
                                                  reinterpret_cast<cudaStream_t>(stream)),
                      "hopper_forward");
 }
 
 void hopper_dq(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
-               const View& out, const View& d_out, uintptr_t lse, uintptr_t d_lse, const View& dq, uintptr_t statistics,
+               const View& out, const View& d_out, uintptr_t lse_log2, uintptr_t d_lse_log2, const View& dq, uintptr_t delta,
                int device, uintptr_t stream) {
   const DeviceGuard guard(device);
   DeviceGuard::check(
       hmar::launch_hopper_dq(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v), tensor(out), tensor(d_out),
-                             pointer<const float>(lse), pointer<const float>(d_lse), tensor(dq),
-                             pointer<hmar::RowStatistics>(statistics), reinterpret_cast<cudaStream_t>(stream)),
+                             pointer<const float>(lse_log2), pointer<const float>(d_lse_log2), tensor(dq),
+                             pointer<float>(delta), reinterpret_cast<cudaStream_t>(stream)),
       "hopper_dq");
 }
 
 void hopper_dkdv(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
-                 const View& d_out, uintptr_t statistics, const View& dk, const View& dv, int device, uintptr_t stream) {
+                 const View& d_out, uintptr_t lse_log2, uintptr_t delta, const View& dk, const View& dv, int device,
+                 uintptr_t stream) {
   const DeviceGuard guard(device);
   DeviceGuard::check(hmar::launch_hopper_dkdv(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v),
-                                              tensor(d_out), pointer<const hmar::RowStatistics>(statistics), tensor(dk),
-                                              tensor(dv), reinterpret_cast<cudaStream_t>(stream)),
+                                              tensor(d_out), pointer<const float>(lse_log2), pointer<const float>(delta),
+                                              tensor(dk), tensor(dv), reinterpret_cast<cudaStream_t>(stream)),
                      "hopper_dkdv");
 }
 
 void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
-                     const View& out, const View& d_out, uintptr_t lse, uintptr_t d_lse, const View& dq, const View& dk,
+                     const View& out, const View& d_out, uintptr_t lse_log2, uintptr_t d_lse_log2, const View& dq, const View& dk,
                      const View& dv, uintptr_t dq_sums, uintptr_t statistics, int num_slots, int device,
                      uintptr_t stream) {
   const DeviceGuard guard(device);
   DeviceGuard::check(
       hmar::launch_hopper_backward(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v), tensor(out),
-                                   tensor(d_out), pointer<const float>(lse), pointer<const float>(d_lse), tensor(dq),
+                                   tensor(d_out), pointer<const float>(lse_log2), pointer<const float>(d_lse_log2), tensor(dq),
                                    tensor(dk), tensor(dv), pointer<float>(dq_sums),
                                    pointer<hmar::RowStatistics>(statistics), num_slots,
                                    reinterpret_cast<cudaStream_t>(stream)),

@@ -136,7 +136,7 @@ HopperWork work_of(const HopperShape& shape) {
           shape.num_jobs * shape.batch_size * shape.num_heads,
           shape.num_heads,
           shape.num_queries,
-          shape.num_keys,
+          shape.tail_heads,
           shape.scale};
 }
 
@@ -176,7 +176,7 @@ std::vector<HopperTile> hopper_dkdv_tiles() { return tiles_of(DKDV); }
 std::vector<HopperTile> hopper_backward_tiles() { return tiles_of(BACKWARD); }
 
 cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                                  HopperTensor out, float* lse, const float* head_bounds, float logit_bound,
+                                  HopperTensor out, float* lse_log2, const float* head_bounds, float logit_bound,
                                   cudaStream_t stream) {
   const auto* instance = find(FORWARD, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
@@ -187,14 +187,14 @@ cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTens
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, instance->tile.block_cols);
   if (error != cudaSuccess) return error;
   params.out = const_cast<void*>(out.data), params.out_strides = out.strides;
-  params.lse = lse, params.head_bounds = head_bounds, params.logit_bound = logit_bound;
+  params.lse_log2 = lse_log2, params.head_bounds = head_bounds, params.logit_bound = logit_bound;
   params.work = work_of(shape);
   return launch(*instance, shape, params, stream);
 }
 
 cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                             HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse, HopperTensor dq,
-                             RowStatistics* statistics, cudaStream_t stream) {
+                             HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2, HopperTensor dq,
+                             float* delta, cudaStream_t stream) {
   const auto* instance = find(DQ, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
   if (is_empty(shape)) return cudaSuccess;
@@ -205,15 +205,15 @@ cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q,
   if (error == cudaSuccess) error = describe(&params.k, shape, k, shape.num_keys, instance->tile.block_cols);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, instance->tile.block_cols);
   if (error != cudaSuccess) return error;
-  params.lse = lse, params.d_lse = d_lse;
+  params.lse_log2 = lse_log2, params.d_lse_log2 = d_lse_log2;
   params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
-  params.statistics = statistics;
+  params.delta = delta;
   params.work = work_of(shape);
   return launch(*instance, shape, params, stream);
 }
 
 cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                               HopperTensor d_out, const RowStatistics* statistics, HopperTensor dk, HopperTensor dv,
+                               HopperTensor d_out, const float* lse_log2, const float* delta, HopperTensor dk, HopperTensor dv,
                                cudaStream_t stream) {
   const auto* instance = find(DKDV, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
@@ -224,7 +224,7 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
   if (error == cudaSuccess) error = describe(&params.q, shape, q, shape.num_queries, instance->tile.block_cols);
   if (error == cudaSuccess) error = describe(&params.d_out, shape, d_out, shape.num_queries, instance->tile.block_cols);
   if (error != cudaSuccess) return error;
-  params.statistics = statistics;
+  params.lse_log2 = lse_log2, params.delta = delta;
   params.dk = const_cast<void*>(dk.data), params.dk_strides = dk.strides;
   params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;
   params.work = work_of(shape);
@@ -232,13 +232,13 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
 }
 
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                                   HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse,
+                                   HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
                                    HopperTensor dq, HopperTensor dk, HopperTensor dv, float* dq_sums,
                                    RowStatistics* statistics, int num_slots, cudaStream_t stream) {
   const auto* instance = find(BACKWARD, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
   if (is_empty(shape)) return cudaSuccess;
-  if (num_slots < 1) return cudaErrorInvalidValue;
+  if (num_slots < shape.tail_heads) return cudaErrorInvalidValue;
   HopperBackwardParams params{};
   cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);
@@ -248,7 +248,7 @@ cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTen
   const int num_heads = shape.batch_size * shape.num_heads;
   params.out = out.data, params.out_strides = out.strides;
   params.d_out_rows = d_out.data, params.d_out_strides = d_out.strides;
-  params.lse = lse, params.d_lse = d_lse;
+  params.lse_log2 = lse_log2, params.d_lse_log2 = d_lse_log2;
   params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
   params.dk = const_cast<void*>(dk.data), params.dk_strides = dk.strides;
   params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;

@@ -34,6 +34,7 @@ struct HopperShape {
   const int32_t* key_end;
   const int32_t* jobs;
   int32_t num_jobs;
+  int32_t tail_heads;  // as in HopperWork
   int32_t* next_item;  // set to zero before the launch; in the one-pass backward 2 + 2 B H counters begin here
   float scale;
 };
@@ -44,17 +45,17 @@ std::vector<HopperTile> hopper_dkdv_tiles();
 std::vector<HopperTile> hopper_backward_tiles();
 
 cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                                  HopperTensor out, float* lse, const float* head_bounds, float logit_bound,
+                                  HopperTensor out, float* lse_log2, const float* head_bounds, float logit_bound,
                                   cudaStream_t stream);
 cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                             HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse, HopperTensor dq,
-                             RowStatistics* statistics, cudaStream_t stream);
+                             HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2, HopperTensor dq,
+                             float* delta, cudaStream_t stream);
 cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                               HopperTensor d_out, const RowStatistics* statistics, HopperTensor dk, HopperTensor dv,
+                               HopperTensor d_out, const float* lse_log2, const float* delta, HopperTensor dk, HopperTensor dv,
                                cudaStream_t stream);
 // sums: room for num_slots heads, [num_slots, Lq, D], 16-byte aligned; statistics: [num_slots, Lq].
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
-                                   HopperTensor out, HopperTensor d_out, const float* lse, const float* d_lse,
+                                   HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
                                    HopperTensor dq, HopperTensor dk, HopperTensor dv, float* dq_sums,
                                    RowStatistics* statistics, int num_slots, cudaStream_t stream);
 

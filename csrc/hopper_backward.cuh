@@ -13,6 +13,7 @@
 // the slot ready for the head that takes it over: sums of zero, and its statistics (lse, delta). `ready` counts a head's
 // chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk that is not finished
 // waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be resident beside another.
+// (Jobs of the last tail_heads heads alternate, but these have slots of their own: tail_heads <= num_slots.)
 // Read next: hopper.cu.
 #pragma once
 
@@ -193,9 +194,8 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, int 
 #pragma unroll
     for (int distance = 1; distance < kLanesOfRow; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
     if (valid && index == 0) {
-      const float lse = params.lse[first_query + query];
-      const float d_lse = params.d_lse == nullptr ? 0.0f : params.d_lse[first_query + query];
-      statistics[query] = {lse == -INFINITY ? INFINITY : lse * kLog2E, sum - d_lse};
+      const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : params.d_lse_log2[first_query + query] * kLog2E;
+      statistics[query] = {params.lse_log2[first_query + query], sum - d_lse};
     }
   }
 }

@@ -62,7 +62,7 @@ __device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typen
     const int batch_head = slot.head;
     const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
     if (lane == 0) load_keys<Tile>(params, shared, rows.stage, head, batch);
-    const RowStatistics* statistics = params.statistics + static_cast<int64_t>(batch_head) * params.work.num_queries;
+    const int64_t first_query = static_cast<int64_t>(batch_head) * params.work.num_queries;
     const int num_blocks = slot.job[NUM_BLOCKS];
     for (int block = 0, row = slot.job[COLUMN_BEGIN]; block < num_blocks; ++block, ring.advance(), row += Tile::kBlockN) {
       barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
@@ -76,7 +76,10 @@ __device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typen
       for (int i = 0; i < Tile::kBlockN; i += 32) {
         const int query = row + i + lane;
         const bool valid = query < params.work.num_queries;
-        cp_async_8(shared_address(&shared.statistics[ring.stage][i + lane]), statistics + (valid ? query : 0), valid);
+        const int64_t index = first_query + (valid ? query : 0);
+        RowStatistics& statistics = shared.statistics[ring.stage][i + lane];
+        cp_async_4(shared_address(&statistics.lse_log2), params.lse_log2 + index, valid);
+        cp_async_4(shared_address(&statistics.delta), params.delta + index, valid);
       }
       barrier_arrive_after_cp_async(shared.q_full[ring.stage]);
       __syncwarp();

@@ -24,7 +24,7 @@ struct HopperDqTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStage
     alignas(1024) uint8_t out[kRowStages][kGroups][kPanels][kGroupPanelBytes];
     alignas(1024) uint8_t k[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t v[kStages][kPanels][kBlockPanelBytes];
-    float lse[kRowStages][kGroups][kGroupRows], d_lse[kRowStages][kGroups][kGroupRows];
+    float lse_log2[kRowStages][kGroups][kGroupRows], d_lse_log2[kRowStages][kGroups][kGroupRows];
     RowStatistics statistics[kGroups][kGroupRows];
     Barrier rows_full[kRowStages], rows_empty[kRowStages];
     Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
@@ -57,9 +57,9 @@ __device__ __forceinline__ void fetch_dq(const HopperDqParams& params, typename 
       for (int row = threadIdx.x % 32; row < kGroupRows; row += 32) {
         const bool valid = row < job.num_rows;
         const int64_t query = first_query + (valid ? row : 0);
-        cp_async_4(shared_address(&shared.lse[rows.stage][group][row]), params.lse + query, valid);
-        if (params.d_lse != nullptr) {
-          cp_async_4(shared_address(&shared.d_lse[rows.stage][group][row]), params.d_lse + query, valid);
+        cp_async_4(shared_address(&shared.lse_log2[rows.stage][group][row]), params.lse_log2 + query, valid);
+        if (params.d_lse_log2 != nullptr) {
+          cp_async_4(shared_address(&shared.d_lse_log2[rows.stage][group][row]), params.d_lse_log2 + query, valid);
         }
       }
     }
@@ -110,10 +110,9 @@ __device__ __forceinline__ void sum_rows(const HopperDqParams& params, typename 
     if (lane % 8 == 0) {
       RowStatistics row_statistics{INFINITY, 0.0f};
       if (row < job.num_rows) {
-        const float lse = shared.lse[stage][group][row];
-        if (lse != -INFINITY) row_statistics.lse_log2 = lse * kLog2E;
-        row_statistics.delta = sum - (params.d_lse == nullptr ? 0.0f : shared.d_lse[stage][group][row]);
-        params.statistics[first_query + row] = row_statistics;
+        const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : shared.d_lse_log2[stage][group][row] * kLog2E;
+        row_statistics = {shared.lse_log2[stage][group][row], sum - d_lse};
+        params.delta[first_query + row] = row_statistics.delta;
       }
       shared.statistics[group][row] = row_statistics;
     }

@@ -1,7 +1,7 @@
 // Block-sparse attention forward for sm_90a: copy engine, wgmma, one fetching warp, persistent blocks.
 //
 //   out[i] = sum_j p_ij v_j / sum_j p_ij,   p_ij = exp(scale q_i . k_j),   key_start[i] <= j < key_end[i]
-//   lse[i] = ln sum_j p_ij;   a row without keys has out = 0 and lse = -inf
+//   lse[i] = log2 sum_j p_ij;   a row without keys has out = 0 and lse = +inf, which makes its p zero in the backward
 //
 // A warpgroup owns 64 queries. How arithmetic and matrix units overlap is one of Overlap. Where logits are bounded, exp2 needs no
 // offset: float32 and bfloat16 hold 2^-100 to 2^100 and any sum of these; otherwise each row has one, which is looked at again
@@ -351,8 +351,8 @@ __device__ __forceinline__ void compute_forward(const HopperForwardParams& param
       const int row = first_row + 8 * half;
       if (lane % 4 == 0 && row < job.num_rows) {
         const float offset = bounded ? 0.0f : rows.offset[half];
-        params.lse[static_cast<int64_t>(batch_head) * params.work.num_queries + job.row_begin + row] =
-            sum == 0.0f ? -INFINITY : (offset + log2f(sum)) * kLn2;
+        params.lse_log2[static_cast<int64_t>(batch_head) * params.work.num_queries + job.row_begin + row] =
+            sum == 0.0f ? INFINITY : offset + log2f(sum);
       }
     }
     // The output takes the place of the group's queries, which no product reads any more.

@@ -29,14 +29,16 @@ enum GroupField {
 template <int kGroups>
 constexpr int kJobInts = (GROUP_FIELDS + NUM_GROUP_FIELDS * kGroups + 3) / 4 * 4;
 
-// What the passes share. One item is one job of one (batch, head); items of one head follow each other.
+// What the passes share. One item is one job of one (batch, head). Items of a head follow each other, longest jobs first; but
+// those of the last tail_heads heads follow job by job, so that the last ones of all are short.
 struct HopperWork {
   const int32_t* key_start;  // [Lq]
   const int32_t* key_end;    // [Lq]
   const int32_t* jobs;       // [num_jobs, kJobInts]
   int32_t* next_item;        // zero at the launch: items beyond the first of each block are taken from here
   int32_t num_jobs, num_items, num_heads;
-  int32_t num_queries, num_keys;
+  int32_t num_queries;
+  int32_t tail_heads;  // at least 1; in the one-pass backward at most num_slots
   float scale;
 };
 
@@ -44,30 +46,31 @@ struct HopperForwardParams {
   TensorMap q, k, v;  // boxes of 64 rows (q) and kBlockN rows (k, v), 64 columns
   void* out;          // [B, H, Lq, D]
   Strides out_strides;
-  float* lse;         // [B, H, Lq], contiguous
+  float* lse_log2;    // [B, H, Lq], contiguous: of the logits in log2 units, +inf for a query without keys
   const float* head_bounds;  // [H]: no |scale q k| of a head is larger; null where logit_bound says it for all heads
   float logit_bound;         // infinity when nothing is known
   HopperWork work;
 };
 
-// Of a query: the log-sum-exp of its logits in log2 units (+inf for one without keys), and sum(out * do) - dlse.
+// Of a query: what the forward saved, and sum(out * do) - dlse.
 struct RowStatistics {
   float lse_log2, delta;
 };
 
 struct HopperDqParams {
   TensorMap q, k, v, out, d_out;
-  const float* lse;
-  const float* d_lse;         // [B, H, Lq], contiguous; null for zeros
+  const float* lse_log2;
+  const float* d_lse_log2;  // [B, H, Lq], contiguous: the gradient of lse_log2; null for zeros
   void* dq;
   Strides dq_strides;
-  RowStatistics* statistics;  // [B, H, Lq], written for the dk/dv pass
+  float* delta;             // [B, H, Lq], written for the dk/dv pass
   HopperWork work;
 };
 
 struct HopperDkdvParams {
   TensorMap q, k, v, d_out;
-  const RowStatistics* statistics;
+  const float* lse_log2;
+  const float* delta;
   void* dk;
   void* dv;
   Strides dk_strides, dv_strides;
@@ -86,8 +89,8 @@ struct HopperBackwardParams {
   const void* out;
   const void* d_out_rows;     // what d_out describes
   Strides out_strides, d_out_strides;
-  const float* lse;
-  const float* d_lse;         // [B, H, Lq], contiguous; null for zeros
+  const float* lse_log2;
+  const float* d_lse_log2;    // [B, H, Lq], contiguous; null for zeros
   void* dq;
   void* dk;
   void* dv;

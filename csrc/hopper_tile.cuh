@@ -12,7 +12,7 @@ namespace hmar {
 
 constexpr int kGroupRows = 64;
 constexpr int kGroupThreads = 128;
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
 
 // How the 65536 registers of an SM are shared: each thread's at the launch, then of the fetching and the computing ones.
 template <int kGroups, int kBlocksPerSM>
@@ -69,10 +69,14 @@ template <int kGroups>
 __device__ __forceinline__ bool fetch_job(JobSlot<kGroups>& slot, const HopperWork& work, int item) {
   const int lane = threadIdx.x % 32;
   const bool valid = item < work.num_items;
-  if (valid && lane < kJobInts<kGroups>) {
-    slot.job[lane] = work.jobs[item % work.num_jobs * kJobInts<kGroups> + lane];
+  int head = item / work.num_jobs, job = item % work.num_jobs;
+  const int tail_item = item - (work.num_items - work.tail_heads * work.num_jobs);
+  if (tail_item >= 0) {
+    head = work.num_items / work.num_jobs - work.tail_heads + tail_item % work.tail_heads;
+    job = tail_item / work.tail_heads;
   }
-  if (lane == 0) slot.head = valid ? item / work.num_jobs : -1;
+  if (valid && lane < kJobInts<kGroups>) slot.job[lane] = work.jobs[job * kJobInts<kGroups> + lane];
+  if (lane == 0) slot.head = valid ? head : -1;
   __syncwarp();
   return valid;
 }

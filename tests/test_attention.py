@@ -343,6 +343,15 @@ def test_slots_of_the_backward_in_one_pass():
     assert hopper.num_slots(74, 512, 132) * 74 > 132, "not even a job for every SM"
 
 
+def test_heads_whose_jobs_alternate():
+    """Jobs for every block, whatever their number, of heads that there are."""
+    for num_jobs, num_blocks in ((1, 132), (7, 264), (76, 132), (10_000, 132)):
+        tail = hopper.tail_heads(num_jobs, 100_000, num_blocks)
+        assert tail * num_jobs >= hopper.TAIL_JOBS * num_blocks > (tail - 1) * num_jobs
+        assert hopper.tail_heads(num_jobs, 100_000, num_blocks, 1) <= tail
+        assert [hopper.tail_heads(num_jobs, heads, num_blocks) for heads in (1, 2)] == [1, min(2, tail)]
+
+
 def test_head_dim_out_of_range_is_refused_by_triton():
     mask = SpanMask.causal(5)
     for head_dim in (8, 136):

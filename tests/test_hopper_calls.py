@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,10 +20,14 @@ OPERATORS = ["attention_hopper", "attention_hopper_backward"]
 def on_hopper(monkeypatch):
     """impl="hopper" takes CPU tensors."""
 
-    def backward(do, dlse, q, k, v, out, lse, *rest):
+    def forward(q, k, v, *rest):
+        out, lse = reference.forward(q, k, v, MASK, rest[4])
+        return out, torch.where(lse == -math.inf, math.inf, lse / math.log(2))
+
+    def backward(do, dlse_log2, q, k, v, out, lse_log2, *rest):
         scale = rest[-1]
-        p = torch.where(MASK.to_dense(), (scale * q @ k.mT - lse[..., None]).exp(), 0)
-        delta = (out * do).sum(-1) - (0 if dlse is None else dlse)
+        p = torch.where(MASK.to_dense(), (scale / math.log(2) * q @ k.mT - lse_log2[..., None]).exp2(), 0)
+        delta = (out * do).sum(-1) - (0 if dlse_log2 is None else dlse_log2 / math.log(2))
         ds = p * (do @ v.mT - delta[..., None])
         return scale * ds @ k, scale * ds.mT @ q, p.mT @ do
 
@@ -29,7 +35,7 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(hopper, "_load_errors", {None: ""})
     monkeypatch.setattr(hopper, "_kernels", hopper_launch.HopperKernels(**hopper.table()))
-    monkeypatch.setattr(hopper, "forward", lambda q, k, v, *rest: reference.forward(q, k, v, MASK, rest[4]))
+    monkeypatch.setattr(hopper, "forward", forward)
     monkeypatch.setattr(hopper, "backward", backward)
 
 

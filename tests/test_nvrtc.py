@@ -403,19 +403,20 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
     driver = kernels._cuda
 
     of_forward = plans["forward"].jobs, numbers["forward"]
-    out, lse = hopper.forward(q, k, v, starts, ends, *of_forward, 0.5, 40.0, bounds)
+    out, lse_log2 = hopper.forward(q, k, v, starts, ends, *of_forward, 0.5, 40.0, bounds)
     (zero, launch), driver.calls = driver.calls, []
     kind, blocks, threads, shared_bytes, stream, params = launch
     items = plans["forward"].num_jobs * batch * heads
     assert (kind, threads, shared_bytes, stream) == ("forward", 384, 99328, 42)
     assert blocks == min(items, 5 * tiles.forward.blocks_per_sm)
-    assert zero == ("zero", lse.data_ptr() + 4 * lse.numel(), 4, 42) and params.work.next_item == zero[1]
+    assert zero == ("zero", lse_log2.data_ptr() + 4 * lse_log2.numel(), 4, 42) and params.work.next_item == zero[1]
     maps = {"q": q, "k": k, "v": v}
     for name, x in maps.items():
         assert getattr(params, name).opaque[0] == x.data_ptr()
         box = (64, 64 if name == "q" else tiles.forward.cols, 1, 1)
         assert driver.maps[x.data_ptr()] == (bfloat16, (head_dim, 340, heads, batch), tuple(bytes_of(x)), box)
-    assert (params.out, params.lse, params.head_bounds) == (out.data_ptr(), lse.data_ptr(), bounds.data_ptr())
+    addresses = out.data_ptr(), lse_log2.data_ptr(), bounds.data_ptr()
+    assert (params.out, params.lse_log2, params.head_bounds) == addresses
     assert params.logit_bound == 40.0
     strides = params.out_strides
     assert (strides.batch, strides.head, strides.row) == out.stride()[:3]
@@ -423,19 +424,21 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
     assert (work.key_start, work.key_end) == (starts.data_ptr(), ends.data_ptr())
     assert work.jobs == plans["forward"].jobs.data_ptr()
     assert (work.num_jobs, work.num_items, work.num_heads) == (plans["forward"].num_jobs, items, heads)
-    assert (work.num_queries, work.num_keys, work.scale) == (340, 340, 0.5)
+    assert (work.num_queries, work.scale) == (340, 0.5)
+    assert work.tail_heads == hopper.tail_heads(work.num_jobs, batch * heads, 5 * tiles.forward.blocks_per_sm)
 
     driver.maps.clear()
-    d_out, d_lse = torch.zeros_like(out), torch.zeros_like(lse)
+    d_out, d_lse_log2 = torch.zeros_like(out), torch.zeros_like(lse_log2)
     rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
-    dq, dk, dv = hopper.backward(d_out, d_lse, q, k, v, out, lse, *rest)
+    dq, dk, dv = hopper.backward(d_out, d_lse_log2, q, k, v, out, lse_log2, *rest)
     zero_dq, launch_dq, zero_dkdv, launch_dkdv = driver.calls
     params, later = launch_dq[-1], launch_dkdv[-1]
     assert (launch_dq[0], launch_dkdv[0]) == ("dq", "dkdv") and zero_dkdv[1] == zero_dq[1] + 4
     assert (params.work.next_item, later.work.next_item) == (zero_dq[1], zero_dkdv[1])
     assert (params.work.jobs, later.work.jobs) == (plans["dq"].jobs.data_ptr(), plans["dkdv"].jobs.data_ptr())
-    assert (params.lse, params.d_lse, params.dq) == (lse.data_ptr(), d_lse.data_ptr(), dq.data_ptr())
-    assert (later.dk, later.dv) == (dk.data_ptr(), dv.data_ptr()) and params.statistics == later.statistics != 0
+    assert (params.lse_log2, params.d_lse_log2) == (lse_log2.data_ptr(), d_lse_log2.data_ptr())
+    assert later.lse_log2 == lse_log2.data_ptr() and params.delta == later.delta == zero_dq[1] - 4 * lse_log2.numel()
+    assert (params.dq, later.dk, later.dv) == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
     for x, y in ((dq, params.dq_strides), (dk, later.dk_strides), (dv, later.dv_strides)):
         assert (y.batch, y.head, y.row) == x.stride()[:3]
     for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out)):
@@ -461,21 +464,21 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_d
     q, k, v = torch.zeros(batch, length, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     out = torch.zeros(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
     d_out = torch.zeros(batch, heads, length, head_dim + 8, dtype=dtype)[..., :head_dim]  # strides unlike those of out
-    lse, d_lse = torch.zeros(2, batch, heads, length).unbind(0)
+    lse_log2, d_lse_log2 = torch.zeros(2, batch, heads, length).unbind(0)
     asked, made, empty = [], [], torch.empty
     monkeypatch.setattr(hopper, "num_slots", lambda *numbers: asked.append(numbers) or slots)
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: made.append(empty(*shape, **options)) or made[-1])
-    arguments = q, k, v, out, lse, starts, ends, None, plan.jobs, [number], 0.5
-    dq, dk, dv = hopper.backward(d_out, d_lse, *arguments)
+    arguments = q, k, v, out, lse_log2, starts, ends, None, plan.jobs, [number], 0.5
+    dq, dk, dv = hopper.backward(d_out, d_lse_log2, *arguments)
     assert asked == [(plan.num_jobs, batch * heads, driver.num_sms(0))]
 
     zero, (kind, blocks, threads, shared_bytes, stream, params) = driver.calls
     work, items = params.work, plan.num_jobs * batch * heads
     assert (kind, threads, shared_bytes, stream) == ("backward", 384, 99328, 42)
     assert blocks == min(items, 5 * tile.blocks_per_sm)
-    assert (params.out, params.d_out_rows, params.lse) == (out.data_ptr(), d_out.data_ptr(), lse.data_ptr())
-    assert (params.d_lse, params.dq) == (d_lse.data_ptr(), dq.data_ptr())
-    assert (params.dk, params.dv) == (dk.data_ptr(), dv.data_ptr())
+    assert (params.out, params.d_out_rows) == (out.data_ptr(), d_out.data_ptr())
+    assert (params.lse_log2, params.d_lse_log2) == (lse_log2.data_ptr(), d_lse_log2.data_ptr())
+    assert (params.dq, params.dk, params.dv) == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
     for name, x in (("out", out), ("d_out", d_out), ("dq", dq), ("dk", dk), ("dv", dv)):
         strides = getattr(params, f"{name}_strides")
         assert (strides.batch, strides.head, strides.row) == x.stride()[:3]
@@ -486,7 +489,7 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_d
         assert driver.maps[x.data_ptr()] == (dtype == torch.bfloat16, sizes, tuple(bytes_of(x)), box)
     assert (work.key_start, work.key_end, work.jobs) == (starts.data_ptr(), ends.data_ptr(), plan.jobs.data_ptr())
     assert (work.num_jobs, work.num_items, work.num_heads) == (plan.num_jobs, items, heads)
-    assert (work.num_queries, work.num_keys, work.scale) == (length, length, 0.5)
+    assert (work.num_queries, work.scale) == (length, 0.5) and 1 <= work.tail_heads <= slots
     assert (params.num_slots, params.num_chunks) == (slots, 6)
 
     # Counters of items, of chunks and two a head, all zeroed; then the sums, then the statistics.
@@ -507,7 +510,7 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_d
     assert end <= storage.data_ptr() + 4 * storage.numel()
 
     hopper.backward(d_out, None, *arguments)
-    assert driver.calls[-1][-1].d_lse is None and len(driver.loads) == 1
+    assert driver.calls[-1][-1].d_lse_log2 is None and len(driver.loads) == 1
 
 
 def test_nothing_is_launched_for_an_empty_batch(kernels):

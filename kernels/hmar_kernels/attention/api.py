@@ -79,6 +79,7 @@ def attention(
         bounded = head_bounds is not None or logit_bound < math.inf
         tensors, tiles = _job_arguments(mask, q.device, head_dim, bounded, is_deterministic(deterministic))
         out, lse = _attend_hopper(q, k, v, *tensors, tiles, scale, logit_bound, head_bounds)
+        lse = hopper.natural_lse(lse) if return_lse else lse
     elif impl == "flex":
         out, lse = flex.forward(q, k, v, mask, scale)
     elif impl == "varlen":

@@ -115,6 +115,19 @@ def make_plans(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> dict
     return {name: make[name](mask, tile.groups, tile.cols, device) for name, tile in tiles.passes.items()}
 
 
+TAIL_JOBS, ONE_PASS_TAIL_JOBS = 2, 1
+
+
+def tail_heads(num_jobs: int, num_heads: int, num_blocks: int, tail_jobs: int = TAIL_JOBS) -> int:
+    """Of how many heads, the last of num_heads, the jobs alternate, so that num_blocks thread blocks end together.
+
+    Heads come one after the other, each with its longest jobs first, and those of the last one would begin when there
+    is little else left to do. So the last jobs, tail_jobs a block, are taken by length whatever their head. More of
+    them would crowd the L2 cache (reports/data/hopper_tail_h100.json).
+    """
+    return min(num_heads, math.ceil(tail_jobs * num_blocks / num_jobs))
+
+
 JOBS_AHEAD = 2.2
 HEADS_AHEAD = 2
 
@@ -167,8 +180,9 @@ def forward(
         logit_bound: no |scale q k| is larger, as the caller promises; infinity promises nothing.
         head_bounds: the same for each head, float32 [H] on q's device; takes the place of logit_bound.
     Returns:
-        out [B, H, Lq, D] (memory order [B, Lq, H, D]) in q's dtype and lse [B, H, Lq] float32, natural logarithm; a
-        query without keys has out = 0 and lse = -inf.
+        out [B, H, Lq, D] (memory order [B, Lq, H, D]) in q's dtype and lse_log2 [B, H, Lq] float32, the log-sum-exp of
+        the logits in log2 units, which is what the backward reads (`natural_lse` converts); a query without keys has
+        out = 0 and lse_log2 = +inf.
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes.
         RuntimeError: the launch failed; the CUDA error is named.
@@ -182,31 +196,36 @@ def forward(
     out = empty_rows_like(q)
     rows = b * h * num_queries
     storage = torch.empty(rows + 1, dtype=torch.float32, device=q.device)  # and the counter of items
-    lse = storage[:rows].view(b, h, num_queries)
+    lse_log2 = storage[:rows].view(b, h, num_queries)
     if k.shape[2] == 0:
-        return out.zero_(), lse.fill_(-math.inf)
+        return out.zero_(), lse_log2.fill_(math.inf)
     _kernels.hopper_forward(
         tile,
         _shape(q, k, key_start, key_end, scale),
-        (jobs.data_ptr(), len(jobs), storage.data_ptr() + 4 * rows),
+        _plan("forward", tile, jobs, q, storage.data_ptr() + 4 * rows),
         *(_view(x) for x in (q, k, v, out)),
-        lse.data_ptr(),
+        lse_log2.data_ptr(),
         0 if head_bounds is None else head_bounds.data_ptr(),
         logit_bound,
         q.device.index,
         torch.cuda.current_stream(q.device).cuda_stream,
     )
-    return out, lse
+    return out, lse_log2
+
+
+def natural_lse(lse_log2: torch.Tensor) -> torch.Tensor:
+    """The log-sum-exp in natural units, -inf for a query without keys, from what `forward` returns. Differentiable."""
+    return torch.where(lse_log2 == math.inf, -math.inf, lse_log2 * math.log(2))
 
 
 def backward(
     d_out: torch.Tensor,
-    d_lse: torch.Tensor | None,
+    d_lse_log2: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse_log2: torch.Tensor,
     key_start: torch.Tensor,
     key_end: torch.Tensor,
     dq_jobs: torch.Tensor | None,
@@ -214,7 +233,7 @@ def backward(
     tiles: list[int],
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients dq, dk, dv of `forward`, from d_out [B, H, Lq, D] and, unless None, d_lse [B, H, Lq] float32.
+    """Gradients dq, dk, dv of `forward`, from d_out [B, H, Lq, D] and, unless None, d_lse_log2 [B, H, Lq].
 
     Each has the shape and dtype of its tensor and memory order [B, L, H, D]. Arguments are as in `forward`; key_jobs
     come from `plan.key_jobs`, dq_jobs from `plan.query_jobs`, or are None for the backward in one pass. tiles: numbers
@@ -227,11 +246,11 @@ def backward(
         return dq, dk.zero_(), dv.zero_()
     if d_out.data_ptr() % 16 or not (cuda._aligned(d_out) and _readable(d_out)):
         d_out = d_out.clone(memory_format=torch.contiguous_format)
-    if d_lse is not None:
-        d_lse = d_lse.contiguous()
+    if d_lse_log2 is not None:
+        d_lse_log2 = d_lse_log2.contiguous()
     shape = _shape(q, k, key_start, key_end, scale)
     q_view, k_view, v_view, out_view, d_out_view = (_view(x) for x in (q, k, v, out, d_out))
-    lse_addresses = lse.data_ptr(), 0 if d_lse is None else d_lse.data_ptr()
+    lse_addresses = lse_log2.data_ptr(), 0 if d_lse_log2 is None else d_lse_log2.data_ptr()
     where = (q.device.index, torch.cuda.current_stream(q.device).cuda_stream)
     if dq_jobs is None:
         b, h, num_queries, d = q.shape
@@ -243,7 +262,7 @@ def backward(
         _kernels.hopper_backward(
             tiles[0],
             shape,
-            (key_jobs.data_ptr(), len(key_jobs), storage.data_ptr()),
+            _plan("backward", tiles[0], key_jobs, q, storage.data_ptr(), slots, ONE_PASS_TAIL_JOBS),
             *(q_view, k_view, v_view, out_view, d_out_view),
             *lse_addresses,
             *(_view(x) for x in (dq, dk, dv)),
@@ -251,24 +270,24 @@ def backward(
             *where,
         )
         return dq, dk, dv
-    statistics = torch.empty(2 * lse.numel() + 2, dtype=torch.float32, device=q.device)  # and two counters of items
-    counters = statistics.data_ptr() + 8 * lse.numel()
+    delta = torch.empty(lse_log2.numel() + 2, dtype=torch.float32, device=q.device)  # and two counters of items
+    counters = delta.data_ptr() + 4 * lse_log2.numel()
     _kernels.hopper_dq(
         tiles[0],
         shape,
-        (dq_jobs.data_ptr(), len(dq_jobs), counters),
+        _plan("dq", tiles[0], dq_jobs, q, counters),
         *(q_view, k_view, v_view, out_view, d_out_view),
         *lse_addresses,
         _view(dq),
-        statistics.data_ptr(),
+        delta.data_ptr(),
         *where,
     )
     _kernels.hopper_dkdv(
         tiles[1],
         shape,
-        (key_jobs.data_ptr(), len(key_jobs), counters + 4),
+        _plan("dkdv", tiles[1], key_jobs, q, counters + 4),
         *(q_view, k_view, v_view, d_out_view),
-        statistics.data_ptr(),
+        *(lse_log2.data_ptr(), delta.data_ptr()),
         *(_view(dk), _view(dv)),
         *where,
     )
@@ -279,6 +298,21 @@ def _shape(q, k, key_start, key_end, scale) -> tuple:
     b, h, num_queries, d = q.shape
     starts, ends = key_start.data_ptr(), key_end.data_ptr()
     return q.dtype == torch.bfloat16, d, b, h, num_queries, k.shape[2], starts, ends, scale
+
+
+def _plan(
+    name: str,
+    tile: int,
+    jobs: torch.Tensor,
+    q: torch.Tensor,
+    counter: int,
+    most_heads: int | None = None,
+    tail_jobs: int = TAIL_JOBS,
+) -> tuple[int, int, int, int]:
+    *_, blocks_per_sm = getattr(_kernels, f"hopper_{name}_tiles")[tile]
+    num_heads = q.shape[0] * q.shape[1] if most_heads is None else most_heads
+    num_blocks = blocks_per_sm * torch.cuda.get_device_properties(q.device).multi_processor_count
+    return jobs.data_ptr(), len(jobs), tail_heads(len(jobs), num_heads, num_blocks, tail_jobs), counter
 
 
 def _view(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -37,7 +37,7 @@ class Strides(Structure):
 class HopperWork(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("key_start", "key_end", "jobs", "next_item")),
-        *((name, c_int32) for name in ("num_jobs", "num_items", "num_heads", "num_queries", "num_keys")),
+        *((name, c_int32) for name in ("num_jobs", "num_items", "num_heads", "num_queries", "tail_heads")),
         ("scale", c_float),
     )
 
@@ -46,7 +46,7 @@ class HopperForwardParams(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("q", "k", "v")),
         *(("out", c_void_p), ("out_strides", Strides)),
-        *(("lse", c_void_p), ("head_bounds", c_void_p), ("logit_bound", c_float)),
+        *(("lse_log2", c_void_p), ("head_bounds", c_void_p), ("logit_bound", c_float)),
         ("work", HopperWork),
     )
 
@@ -54,16 +54,16 @@ class HopperForwardParams(Structure):
 class HopperDqParams(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("q", "k", "v", "out", "d_out")),
-        *(("lse", c_void_p), ("d_lse", c_void_p)),
+        *(("lse_log2", c_void_p), ("d_lse_log2", c_void_p)),
         *(("dq", c_void_p), ("dq_strides", Strides)),
-        *(("statistics", c_void_p), ("work", HopperWork)),
+        *(("delta", c_void_p), ("work", HopperWork)),
     )
 
 
 class HopperDkdvParams(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("q", "k", "v", "d_out")),
-        ("statistics", c_void_p),
+        *(("lse_log2", c_void_p), ("delta", c_void_p)),
         *(("dk", c_void_p), ("dv", c_void_p)),
         *(("dk_strides", Strides), ("dv_strides", Strides)),
         ("work", HopperWork),
@@ -74,7 +74,7 @@ class HopperBackwardParams(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("q", "k", "v", "d_out")),
         *(("out", c_void_p), ("d_out_rows", c_void_p), ("out_strides", Strides), ("d_out_strides", Strides)),
-        *((name, c_void_p) for name in ("lse", "d_lse", "dq", "dk", "dv")),
+        *((name, c_void_p) for name in ("lse_log2", "d_lse_log2", "dq", "dk", "dv")),
         *((name, Strides) for name in ("dq_strides", "dk_strides", "dv_strides")),
         *((name, c_void_p) for name in ("dq_sums", "statistics", "progress", "next_chunk")),
         *(("num_slots", c_int32), ("num_chunks", c_int32), ("work", HopperWork)),
@@ -260,23 +260,23 @@ class HopperKernels:
             return f"CuPy's NVRTC {release} makes code for newer drivers than this one, of CUDA {driver}"
         return ""
 
-    def hopper_forward(self, tile, shape, plan, q, k, v, out, lse, head_bounds, logit_bound, device, stream) -> None:
+    def hopper_forward(self, tile, shape, plan, q, k, v, out, lse_log2, head_bounds, bound, device, stream) -> None:
         params = _aligned(HopperForwardParams)
         params.out, params.out_strides = out[0], Strides(*out[1])
-        params.lse, params.head_bounds, params.logit_bound = lse, head_bounds, logit_bound
+        params.lse_log2, params.head_bounds, params.logit_bound = lse_log2, head_bounds, bound
         rows, columns = {"q": q}, {"k": k, "v": v}
         self._launch("forward", self.hopper_forward_tiles[tile], params, shape, plan, rows, columns, device, stream)
 
-    def hopper_dq(self, tile, shape, plan, q, k, v, out, d_out, lse, d_lse, dq, statistics, device, stream) -> None:
+    def hopper_dq(self, tile, shape, plan, q, k, v, out, d_out, lse_log2, d_lse_log2, dq, delta, device, stream):
         params = _aligned(HopperDqParams)
-        params.lse, params.d_lse, params.statistics = lse, d_lse, statistics
+        params.lse_log2, params.d_lse_log2, params.delta = lse_log2, d_lse_log2, delta
         params.dq, params.dq_strides = dq[0], Strides(*dq[1])
         rows, columns = {"q": q, "out": out, "d_out": d_out}, {"k": k, "v": v}
         self._launch("dq", self.hopper_dq_tiles[tile], params, shape, plan, rows, columns, device, stream)
 
-    def hopper_dkdv(self, tile, shape, plan, q, k, v, d_out, statistics, dk, dv, device, stream) -> None:
+    def hopper_dkdv(self, tile, shape, plan, q, k, v, d_out, lse_log2, delta, dk, dv, device, stream) -> None:
         params = _aligned(HopperDkdvParams)
-        params.statistics = statistics
+        params.lse_log2, params.delta = lse_log2, delta
         params.dk, params.dk_strides = dk[0], Strides(*dk[1])
         params.dv, params.dv_strides = dv[0], Strides(*dv[1])
         rows, columns = {"k": k, "v": v}, {"q": q, "d_out": d_out}
@@ -292,8 +292,8 @@ class HopperKernels:
         v,
         out,
         d_out,
-        lse,
-        d_lse,
+        lse_log2,
+        d_lse_log2,
         dq,
         dk,
         dv,
@@ -306,12 +306,12 @@ class HopperKernels:
         params, num_queries, num_heads = _aligned(HopperBackwardParams), shape[4], shape[2] * shape[3]
         params.out, params.out_strides = out[0], Strides(*out[1])
         params.d_out_rows, params.d_out_strides = d_out[0], Strides(*d_out[1])
-        params.lse, params.d_lse = lse, d_lse
+        params.lse_log2, params.d_lse_log2 = lse_log2, d_lse_log2
         params.dq, params.dq_strides = dq[0], Strides(*dq[1])
         params.dk, params.dk_strides = dk[0], Strides(*dk[1])
         params.dv, params.dv_strides = dv[0], Strides(*dv[1])
         params.dq_sums, params.statistics, params.num_slots = sums, statistics, num_slots
-        params.next_chunk, params.progress = plan[2] + 4, plan[2] + 8
+        params.next_chunk, params.progress = plan[3] + 4, plan[3] + 8
         params.num_chunks = -(-num_queries // CHUNK_QUERIES)
         rows, columns, tile = {"k": k, "v": v}, {"q": q, "d_out": d_out}, self.hopper_backward_tiles[tile]
         num_counters = 2 + 2 * num_heads
@@ -320,14 +320,14 @@ class HopperKernels:
     def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=1) -> None:
         """rows: the tensors of which a warpgroup holds its own 64 rows; columns: those that come block by block."""
         bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale = shape
-        jobs, num_jobs, next_item = plan
+        jobs, num_jobs, tail_heads, next_item = plan
         num_items = num_jobs * batch_size * num_heads
         tile_of = dict(zip(TILE_FIELDS, tile, strict=True))
         assert tile_of["head_dim"] == head_dim
         if num_items == 0:
             return
         params.work = HopperWork(
-            *(key_start, key_end, jobs, next_item, num_jobs, num_items, num_heads, num_queries, num_keys, scale)
+            *(key_start, key_end, jobs, next_item, num_jobs, num_items, num_heads, num_queries, tail_heads, scale)
         )
         with self._cuda.current_device(device):
             for tensors, box_rows in ((rows, GROUP_ROWS), (columns, tile_of["cols"])):
