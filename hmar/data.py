@@ -53,25 +53,52 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     The order of an epoch depends on ``seed`` and the epoch alone. A run that has consumed ``n`` items resumes exactly
     with ``start=n``, inside an epoch or not.
+
+    Of ``world_size`` processes each has its ``rank``. ``batch_size`` is that of all together: the global order, from
+    ``start`` on, is cut into batches of so many items, and process r gets the r-th of ``world_size`` equal slices of
+    each. So a global batch holds the same items for any number of processes, ``start`` counts the items of all, and a
+    run may go on with another number. Raises ValueError for a batch that cannot be divided.
     """
 
-    def __init__(self, length: int, seed: int = 0, start: int = 0):
+    def __init__(
+        self,
+        length: int,
+        seed: int = 0,
+        start: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int | None = None,
+    ):
         if length < 1:
             raise ValueError(f"length is {length}; a sampler needs a data set of at least one item.")
         if seed < 0 or start < 0:
             raise ValueError(f"seed is {seed} and start is {start}; both must be 0 or more.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank} of {world_size} processes; it must be from 0 to {world_size - 1}.")
+        batch_size = world_size if batch_size is None else batch_size
+        if batch_size < 1 or batch_size % world_size:
+            fits = max(1, batch_size // world_size) * world_size
+            raise ValueError(
+                f"batch_size is {batch_size}, which {world_size} processes cannot share equally; {fits} would do."
+            )
         self.length, self.seed, self.start = length, seed, start
+        self.rank, self.world_size, self.slice = rank, world_size, batch_size // world_size
 
     def order(self, epoch: int) -> np.ndarray:
         """The indices of one epoch in the order in which they come, int64 [length]."""
         return np.random.default_rng((self.seed, epoch)).permutation(self.length)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, position = divmod(self.start, self.length)
+        epoch, first = divmod(self.start, self.length)
+        drawn = 0  # by all processes, since the start
         while True:
-            for index in self.order(epoch)[position:].tolist():
+            indices = self.order(epoch)[first:]
+            ranks = np.arange(drawn, drawn + len(indices)) // self.slice % self.world_size
+            for index in indices[ranks == self.rank].tolist():
                 yield epoch, index
-            epoch, position = epoch + 1, 0
+            drawn += len(indices)
+            epoch, first = epoch + 1, 0
 
 
 class ImageFolder(Dataset):

@@ -351,10 +351,37 @@ def test_sampler_resumes_anywhere(start):
     assert list(islice(EpochSampler(10, seed=1, start=start), 40 - start)) == pairs[start:]
 
 
+@pytest.mark.parametrize("start", [0, 7])
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_processes_share_every_global_batch(start, world_size):
+    """The r-th slice of each batch of 6, in the order of one process; epochs of 10 end inside of batches."""
+    whole = list(islice(EpochSampler(10, seed=1, start=start), 60))
+    share = 6 // world_size
+    for rank in range(world_size):
+        sampler = EpochSampler(10, seed=1, start=start, rank=rank, world_size=world_size, batch_size=6)
+        got = list(islice(sampler, 10 * share))
+        for batch in range(10):
+            expected = whole[6 * batch : 6 * batch + 6][rank * share : (rank + 1) * share]
+            assert got[batch * share : (batch + 1) * share] == expected
+
+
+def test_a_run_goes_on_with_another_number_of_processes():
+    def batches(start, world_size, count):
+        shares = {"world_size": world_size, "batch_size": 4}
+        processes = [iter(EpochSampler(10, 1, start, rank=rank, **shares)) for rank in range(world_size)]
+        return [[item for process in processes for item in islice(process, 4 // world_size)] for _ in range(count)]
+
+    assert batches(0, 1, 9) == batches(0, 2, 3) + batches(12, 4, 3) + batches(24, 1, 3)
+
+
 def test_sampler_errors():
     for wrong in ({"length": 0}, {"length": 3, "start": -1}, {"length": 3, "seed": -1}):
         with pytest.raises(ValueError):
             EpochSampler(**wrong)
+    with pytest.raises(ValueError, match="rank is 2 of 2 processes; it must be from 0 to 1"):
+        EpochSampler(3, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="batch_size is 7, which 2 processes cannot share equally; 6 would do"):
+        EpochSampler(3, world_size=2, batch_size=7)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
