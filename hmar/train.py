@@ -313,8 +313,8 @@ class Trainer:
         for name, sha256 in self.stage.sources.items():
             if sources.get(name) != sha256:
                 raise ValueError(
-                    f"cannot go on from {path}: what {name}={attrgetter(name)(self.config)} holds is not what the run "
-                    "began with"
+                    f"cannot go on from {path}: the files in {name}={attrgetter(name)(self.config)} are not those that "
+                    "the run began with"
                 )
         for difference in differences(saved, current):
             self.console.print(f"this part of the run differs from the part before: {difference}", style="yellow")

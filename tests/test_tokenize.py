@@ -448,7 +448,7 @@ def test_a_run_does_not_go_on_with_other_codes(tokenizer_folder, images, whole, 
     data = f"data={{name: codes, path: {whole}}}"
     train(configure("next-scale", tmp_path / "run", tokenizer_folder, data), progress=False)
     tokenize(tokenizer_folder, images, whole, **SMALL | {"crops": 3})
-    with pytest.raises(ValueError, match=r"cannot go on from .*: what data\.path=.*whole holds is not what the run"):
+    with pytest.raises(ValueError, match=r"cannot go on from .*: the files in data\.path=.*whole are not those that"):
         train(configure("next-scale", tmp_path / "run", tokenizer_folder, data), resume=True, progress=False)
 
 
