@@ -143,7 +143,8 @@ def tokenize(
     torchrun --nproc-per-node 8 -m hmar tokenize ... shares the images among GPUs. Processes that are not started
     together take --rank and --world-size; the same command without them completes the index in the end.
     """
-    from hmar.processes import join_processes
+    from hmar.codes import read_index_file
+    from hmar.shared_work import join_processes
     from hmar.tokenize import Interrupted
     from hmar.tokenize import tokenize as tokenize_images
 
@@ -170,8 +171,13 @@ def tokenize(
     except Interrupted as interruption:
         typer.echo(f"{interruption}: the same command goes on with the shards that are missing", err=True)
         raise typer.Exit(128 + interruption.signal_number) from None
-    if rank == 0:
-        typer.echo(f"codes of {index.num_images} images x {index.crops} crops in {output}")
+    what = f"codes of {index.num_images} images x {index.crops} crops in {output}"
+    if not read_index_file(output)["complete"]:
+        typer.echo(
+            f"process {rank} has done its share; without --rank and --world-size this command completes the {what}"
+        )
+    elif rank == 0:
+        typer.echo(what)
 
 
 @app.command(short_help="Generate images from a trained model.")
@@ -407,8 +413,8 @@ def evaluate(
     from hmar.evaluate import METRICS, MetricsConfig
     from hmar.evaluate import evaluate as evaluate_model
     from hmar.generate import SamplingConfig
-    from hmar.processes import join_processes
     from hmar.sample import parse_ramp, parse_schedule
+    from hmar.shared_work import join_processes
 
     names = {"all": METRICS, "none": ()}.get(metrics, [name.strip() for name in metrics.split(",")])
     config = MetricsConfig(

@@ -17,6 +17,9 @@ A shard, little-endian:
                bytes; then the class in 4 bytes
 
 Shards are written whole or not at all, checked when first used, and mapped into memory: any sample is one short copy.
+Whole bits are near what compression gives: of a tokenizer with 4096 codes, trained on photographs, a code has 10.1 bits
+of entropy and takes 12 here, 10.2 by LZMA over a whole set, 13.7 by deflate over each image, which is as much as random
+access allows (reports/data/loader_cpu.json).
 
 Read next: tokenize.py, which writes them; stages.py, which trains on them.
 """

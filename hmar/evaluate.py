@@ -36,9 +36,9 @@ from hmar.checkpoint import replacing, temporary_beside
 from hmar.data import IMAGE_SUFFIXES, SPLITS, BrokenImageError, open_dataset, read_image
 from hmar.extractors import INCEPTION, Extractor, Features, import_torch_fidelity, open_extractor
 from hmar.generate import SamplingConfig
-from hmar.processes import device_of, sharing_failures
 from hmar.recipe import unknown, unstructure
 from hmar.sample import ImageSet, Meter, open_image_set, to_pixels
+from hmar.shared_work import device_of, sharing_failures
 
 METRICS = ("fid", "is", "kid", "precision", "recall")
 COMPARE_FEATURES = ("kid", "precision", "recall")  # these need the reference's features, not only mean and covariance

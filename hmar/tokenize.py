@@ -41,10 +41,10 @@ from hmar.data import (
     to_device,
     without_traceback,
 )
-from hmar.processes import device_of, sharing_failures, wait_for_all
 from hmar.progress import StopSignals
 from hmar.recipe import differences
 from hmar.sample import Meter
+from hmar.shared_work import device_of, sharing_failures, wait_for_all
 from hmar.tokenizer import Tokenizer
 from hmar.train import find_device
 
@@ -94,7 +94,7 @@ def tokenize(
             ("skip"); the index names them.
         batch_size: images encoded at once. Another size may round otherwise and change codes that are near ties.
         rank, world_size: of several processes this one makes its share. If torch.distributed is initialised
-            (hmar.processes.join_processes) they wait for each other; without, a last call with world_size=1 completes
+            (hmar.shared_work.join_processes) they wait for each other; without, a last call with world_size=1 completes
             the index.
         overwrite: delete other codes in the folder first.
     Returns:
@@ -164,11 +164,12 @@ def tokenize(
             write_shard(output, index, shard, codes_NL, classes_N, broken)
     if together:
         wait_for_all()
-    if rank == 0 and (together or world_size == 1):
-        broken = sorted({i for shard in index.shards() for i in read_shard(output, index, shard)[1]})
-        write_index(output, index, complete=True, broken=[str(dataset.path(i)) for i in broken])
-        if broken:
-            console.print(f"{len(broken)} images could not be read and were replaced by others: see {output / INDEX}")
+    with sharing_failures(together):
+        if rank == 0 and (together or world_size == 1):
+            broken = sorted({i for shard in index.shards() for i in read_shard(output, index, shard)[1]})
+            write_index(output, index, complete=True, broken=[str(dataset.path(i)) for i in broken])
+            if broken:
+                console.print(f"{len(broken)} images could not be read, others took their place: see {output / INDEX}")
     return index
 
 

@@ -274,12 +274,36 @@ def test_processes_that_do_not_know_each_other(tokenizer_folder, images, whole, 
         shares.append({path.name for path in codes.glob("*.codes")})
     assert [len(share) for share in shares] == [4, 8, 12]
     assert not read_index_file(codes)["complete"]
+    arguments = ["--tokenizer", tokenizer_folder, "--images", images, "--output", codes, "--crops", 2]
+    arguments += ["--shard-size", 4, "--batch-size", 3, "--device", "cpu", "--rank", 1, "--world-size", 3]
+    printed = hmar("tokenize", *arguments).stdout
+    assert "process 1 has done its share; without --rank and --world-size this command completes" in printed
     tokenize(tokenizer_folder, images, codes, **SMALL)
     assert contents(codes) == contents(whole)
     with pytest.raises(ValueError, match="rank is 2 of 2 processes"):
         tokenize(tokenizer_folder, images, codes, rank=2, world_size=2, **SMALL)
     with pytest.raises(ValueError, match="cannot overwrite: delete the output folder first"):
         tokenize(tokenizer_folder, images, codes, rank=1, world_size=2, overwrite=True, **SMALL)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_codes_of_the_cpu_and_the_same_bytes_again(
+    tokenizer_folder, images, whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    options = SMALL | {"device": "cuda", "workers": 1}
+    tokenize(tokenizer_folder, images, tmp_path / "once", **options)
+    with monkeypatch.context() as patch:
+        signal_after(patch, 5)
+        with pytest.raises(Interrupted):
+            tokenize(tokenizer_folder, images, tmp_path / "again", **options)
+    tokenize(tokenizer_folder, images, tmp_path / "again", **options)
+    assert contents(tmp_path / "again") == contents(tmp_path / "once")
+    ours, expected = (
+        torch.stack([codes[(epoch, i)][0] for epoch in range(2) for i in range(NUM_IMAGES)])
+        for codes in (CodesFolder(tmp_path / "once"), CodesFolder(whole))
+    )
+    assert (ours == expected).float().mean() > 0.99  # near ties may fall the other way
 
 
 # --- broken images ----------------------------------------------------------------------------------------------------
