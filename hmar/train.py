@@ -21,6 +21,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
-from hmar.data import BrokenImageError, EpochSampler, open_dataset
+from hmar.codes import CodesFolder
+from hmar.data import (
+    BrokenImageError,
+    EpochSampler,
+    leave_signals_to_the_main_process,
+    open_dataset,
+    to_device,
+    without_traceback,
+)
 from hmar.progress import Display, Logs, StopSignals
 from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown
 from hmar.stages import make_stage, parameter_groups
@@ -304,7 +313,7 @@ class Trainer:
         for name, sha256 in self.stage.sources.items():
             if sources.get(name) != sha256:
                 raise ValueError(
-                    f"cannot go on from {path}: the weights in {name}={getattr(self.config, name)} are not those that "
+                    f"cannot go on from {path}: the files in {name}={attrgetter(name)(self.config)} are not those that "
                     "the run began with"
                 )
         for difference in differences(saved, current):
@@ -380,6 +389,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def open_images(config: TrainConfig) -> Dataset:
     """The training split that config.data describes."""
     data = config.data
+    if data.name == "codes":
+        return CodesFolder(data.path, on_error=data.on_error)
     return open_dataset(
         data.name, size=data.size, split="train", path=data.path, on_error=data.on_error, seed=config.seed
     )
@@ -395,18 +406,15 @@ def load_batches(
         sampler=EpochSampler(len(dataset), config.seed, start),
         num_workers=config.data.workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=leave_signals_to_the_main_process,
         # NOTE: without a generator of its own the loader draws from the global one, and a resumed run draws once more.
         generator=torch.Generator().manual_seed(config.seed),
     )
     batches = iter(loader)
     try:
-        for batch, classes_B in batches:
-            yield batch.to(device, non_blocking=True), classes_B.to(device, non_blocking=True)
+        yield from to_device(batches, device)
     except BrokenImageError as error:
-        # From a worker comes its whole traceback as text; the last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("hmar.data.BrokenImageError: ")
-        raise BrokenImageError(message) from error
+        raise without_traceback(error) from error
     finally:
         # NOTE: an exception's traceback keeps the iterator alive, and with it its workers, which take no signals.
         if config.data.workers:
@@ -437,9 +445,3 @@ def make_room(folder: Path, overwrite: bool) -> None:
 def _not_finite(values: Mapping[str, float]) -> str | None:
     """The first of the named values that is inf or nan, in words."""
     return next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the workers must live on until the step is finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
