@@ -107,6 +107,10 @@ class Display:
     def show(self, step: int, row: Mapping[str, float]) -> None:
         loss = f"loss {row['loss']:.4g}" if "loss" in row else "no finite loss"
         status = f"{loss}  {row['images_per_second']:.3g} images/s  {row['tokens_per_second']:.3g} tokens/s"
+        if "mfu" in row:
+            status += f"  MFU {row['mfu']:.1%}"
+        if "peak_memory_gb" in row:
+            status += f"  {row['peak_memory_gb']:.1f} GB"
         self.bar.update(self.task, status=status)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.last_line > SECONDS_BETWEEN_LINES or step == self.config.steps):
