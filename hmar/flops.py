@@ -17,7 +17,7 @@ from hmar.model import MaskedTransformer, NextScaleTransformer
 
 # Dense bf16 tensor-core peak in FLOP/s by a part of the device's name, in whole words, the most specific first. From
 # NVIDIA's data sheets of H100 (SXM, NVL, PCIe), H200, GH200, B200, GB200, A100, A30, A40, L4, L40, L40S, RTX 6000 Ada,
-# and the white papers of GeForce RTX 4090 and 3090 (fp32 accumulation); where a sheet gives the sparse rate, half of it.
+# and white papers of GeForce RTX 4090 and 3090 (fp32 accumulation); where a sheet gives the sparse rate, half of it.
 PEAK_BF16 = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
