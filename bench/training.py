@@ -44,7 +44,7 @@ from hmar.config import ModelConfig
 from hmar.flops import training_flops, utilization
 from hmar.loss import token_weights
 from hmar.model import DropPath, NextScaleTransformer, ScaleMasks
-from hmar.optimizer import AveragedWeights, LossScale, Optimizer, trained
+from hmar.optimizer import AveragedWeights, LossScale, Optimizer
 from hmar.parallelize import checkpoint_activations, compile_objective
 from hmar.pyramid import Pyramid
 from hmar.recipe import OptimizerConfig
@@ -298,7 +298,7 @@ def _time_steps(step: Step, steps: int, ema: float) -> dict:
     optimizer = Optimizer(
         parameter_groups(step.model, 0.05), OptimizerConfig(), LossScale(step.dtype == torch.float16, step.device)
     )
-    averaged = AveragedWeights(trained(step.model), ema) if ema else None
+    averaged = AveragedWeights(step.model, ema) if ema else None
 
     def finish(loss: Tensor) -> None:
         _, found_inf = optimizer.step(loss, 1e-6)

@@ -93,6 +93,7 @@ def train(
         base = read_config(saved) if saved.exists() else {}
     run = make_config(apply_overrides(base, overrides))
 
+    from hmar.processes import ProcessFailedError
     from hmar.train import Interrupted, NonFiniteError
     from hmar.train import train as train_stage
 
@@ -102,7 +103,7 @@ def train(
         to_go_on = f"To go on: hmar train {stage} --resume output_dir={run.output_dir}"
         typer.echo(f"{interruption}. {'The run is complete' if interruption.finished else to_go_on}", err=True)
         raise typer.Exit(128 + interruption.signal_number) from None
-    except NonFiniteError as error:
+    except (NonFiniteError, ProcessFailedError) as error:
         _fail(str(error), 1, error)
     typer.echo(f"{stage}: {result.step} steps done, weights in {result.weights}")
 

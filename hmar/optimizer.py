@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hmar.recipe import OptimizerConfig
 
@@ -50,25 +51,24 @@ class AveragedWeights:
     The first step's weights are the first average. Frozen parameters have none: they are their own average.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], decay: float):
-        """weights: local tensors by name; the average is kept in tensors like them."""
+    def __init__(self, module: nn.Module, decay: float):
+        """The averages are sharded as the module's parameters are."""
         self.decay = decay
-        self.weights = dict(weights)
-        self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
-        device = next(iter(self.weights.values())).device
-        self.num_averaged = torch.zeros((), device=device)
+        self.weights = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+        self.averages = {name: weight.clone() for name, weight in self.weights.items()}
+        self.num_averaged = torch.zeros((), device=next(iter(self.weights.values())).device)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the averages out of a checkpoint's `ema`, which has them in the names of torch's AveragedModel."""
         for name, average in self.averages.items():
-            average.copy_(state[f"module.{name}"])
+            assign(average, state[f"module.{name}"])
         self.num_averaged.copy_(state["n_averaged"])
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:
         weight = torch.where(self.num_averaged == 0, 1.0, 1 - self.decay) * (1 - found_inf)
-        averages = list(self.averages.values())
-        torch._foreach_lerp_(averages, list(self.weights.values()), [weight] * len(averages))
+        averages = [local(average) for average in self.averages.values()]
+        torch._foreach_lerp_(averages, [local(w) for w in self.weights.values()], [weight] * len(averages))
         self.num_averaged += 1 - found_inf
 
 
@@ -129,19 +129,32 @@ class Optimizer:
             )
         for parameter, saved in zip(self.parameters, state["state"].values(), strict=True):
             for name, tensor in self.adamw.state[parameter].items():
-                tensor.copy_(saved[name])
+                assign(tensor, saved[name])
 
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a sharded tensor that lies here; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def trained(module: nn.Module) -> dict[str, Tensor]:
-    """The local part of every trained parameter by name."""
-    return {name: local(p.detach()) for name, p in module.named_parameters() if p.requires_grad}
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, for which all processes have to call this; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, or the part of it that lies here if the target is sharded."""
+    if target.shape != value.shape:
+        raise ValueError(f"a tensor of shape {tuple(value.shape)} does not fit one of shape {tuple(target.shape)}")
+    if isinstance(target, DTensor):
+        # NOTE: src_data_rank=None: each process cuts its part out of its own copy, and none is sent.
+        value = value.to(target.to_local().device)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
 
 
 def finite(tensors: Iterable[Tensor]) -> Tensor:
     """Whether all values of all tensors are finite: a bool scalar on their device."""
-    return torch.stack(torch._foreach_norm([local(t.detach()) for t in tensors], math.inf)).isfinite().all()
+    parts = [part for part in (local(tensor.detach()) for tensor in tensors) if part.numel()]
+    return torch.stack(torch._foreach_norm(parts, math.inf)).isfinite().all()

@@ -114,6 +114,11 @@ class Parallel:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are DTensors, of which a part lies here."""
+        return self.shards is not None
+
     @contextlib.contextmanager
     def synchronizing(self, last: bool) -> Iterator[None]:
         """For the forward and backward of a micro-batch: gradients are averaged over the processes in the last one."""
@@ -121,13 +126,13 @@ class Parallel:
             with self.forward.no_sync():
                 yield
             return
-        if self.shards is not None:
+        if self.sharded:
             self.forward.set_requires_gradient_sync(last)
         yield
 
     def total_norm(self, norm: Tensor) -> Tensor:
         """The norm of all gradients, given that of the part that lies here."""
-        if self.shards is None:
+        if not self.sharded:
             return norm
         square = norm.square()
         dist.all_reduce(square, group=self.shards)

@@ -23,6 +23,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_OF_GRACE = 3.0
 
 
+class ProcessFailedError(RuntimeError):
+    """Another process of the run has failed; the message says which and why."""
+
+
 class Processes:
     """This process among `size` ones. `join` makes one; close it in the end.
 
@@ -46,7 +50,7 @@ class Processes:
             return processes
         if dist.is_initialized():
             raise ValueError("torch.distributed is initialised already: hmar.train.train forms the group itself")
-        backend = "cpu:gloo"
+        backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
@@ -129,9 +133,19 @@ class Processes:
         return values
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others why this process ends. They end, too, within seconds, wherever they wait."""
-        if self.size > 1:
-            self._store.set(FAILURE, f"process {self.rank} failed: {type(error).__name__}: {error}")
+        """Tell the others why this process ends; they end, too, within seconds, wherever they wait.
+
+        Raises ProcessFailedError if one of them had told first, for then `error` is likely only what followed.
+        """
+        if self.size == 1:
+            return
+        own = f"process {self.rank} failed: {type(error).__name__}: {error}"
+        try:
+            first = self._store.compare_set(FAILURE, "", own).decode()
+        except (RuntimeError, OSError):  # the process that keeps the store is gone
+            return
+        if first != own:
+            raise ProcessFailedError(first) from error
 
     def _watch(self) -> None:
         while not self._ended.wait(SECONDS_BETWEEN_LOOKS):

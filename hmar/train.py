@@ -39,11 +39,12 @@ from torch.utils.data import DataLoader, Dataset
 from hmar import checkpoint
 from hmar.data import BrokenImageError, EpochSampler, open_dataset
 from hmar.flops import training_flops, utilization
-from hmar.optimizer import AveragedWeights, LossScale, Optimizer, finite, trained
+from hmar.optimizer import AveragedWeights, LossScale, Optimizer, assign, finite, whole
 from hmar.parallelize import Parallel, checkpoint_activations, compile_objective
 from hmar.processes import Processes
 from hmar.progress import Display, Logs, StopSignals
 from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown, with_steps
+from hmar.sharded import load_tensors, save_sharded
 from hmar.stages import make_stage, parameter_groups
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -162,7 +163,7 @@ class Trainer:
             self.loss_scale,
             self.parallel.total_norm,
         )
-        self.averaged = AveragedWeights(trained(self.stage.module), config.ema) if config.ema else None
+        self.averaged = AveragedWeights(self.stage.module, config.ema) if config.ema else None
         self.step = 0
         self.samples = 0
         self.skipped = 0
@@ -306,54 +307,78 @@ class Trainer:
 
     def _save(self) -> Path:
         self._read()
-        if not finite(self.optimizer.parameters).item():
+        if self.processes.mean(finite(self.optimizer.parameters).float()).item() != 1:
             raise NonFiniteError(
                 f"a weight is not finite after step {self.step}: the run stops here; checkpoints before it are in "
                 f"{self.folder / 'checkpoints'}"
             )
-        module = self.stage.module.state_dict()
-        averages = {} if self.averaged is None else self.averaged.averages
+        folder = self.folder / "checkpoints"
         state = {
             "config": json.dumps(config_mapping(self.config)),
             "samples": self.samples,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "sources": self.stage.sources,
-            "model": module,
             "stage": self.stage.state_dict(),
-            "optimizer": self.optimizer.adamw.state_dict(),
-            "loss_scale": self.loss_scale.state_dict(),
-            "ema": None,
             "interval": self.interval.state(),
             "last_row": self.last_row,
             "rng": checkpoint.rng_state(),
         }
+        if self.parallel.sharded:
+            return save_sharded(folder, self._tensors(), state, self.step, self.config.keep, self.processes)
+        model = self.stage.module.state_dict()
+        state |= {"model": model, "optimizer": self.optimizer.adamw.state_dict(), "ema": None}
+        state["loss_scale"] = self.loss_scale.state_dict()
         if self.averaged is not None:
             # In the names of torch's AveragedModel, with the frozen weights as their own average.
-            state["ema"] = {f"module.{name}": averages.get(name, tensor) for name, tensor in module.items()}
+            averages = self.averaged.averages
+            state["ema"] = {f"module.{name}": averages.get(name, tensor) for name, tensor in model.items()}
             state["ema"]["n_averaged"] = self.averaged.num_averaged
-        return checkpoint.save_checkpoint(self.folder / "checkpoints", state, self.step, self.config.keep)
+        return self.processes.first_does(lambda: checkpoint.save_checkpoint(folder, state, self.step, self.config.keep))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of the run where they lie, by the names that they have in a sharded checkpoint."""
+        module = self.stage.module
+        tensors = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
+        for name, parameter in module.named_parameters():
+            for entry, tensor in self.optimizer.adamw.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{entry}"] = tensor
+        tensors |= {f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state_dict().items()}
+        if self.averaged is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.averaged.averages.items()}
+            tensors["ema.n_averaged"] = self.averaged.num_averaged
+        return tensors
 
     def _restore(self) -> None:
         folder = self.folder / "checkpoints"
-        damaged = []
-        found = checkpoint.newest_checkpoint(folder, damaged.append)
+        states: dict[Path, dict[str, Any]] = {}
+
+        def find() -> tuple[Path | None, list[str]]:
+            damaged: list[str] = []
+            found = checkpoint.newest_checkpoint(folder, lambda error: damaged.append(str(error)))
+            if found is None:
+                return None, damaged
+            path, states[path] = found
+            return path, damaged
+
+        path, damaged = self.processes.first_does(find)
         for error in damaged:
             self.console.print(f"{error}; passed over", style="yellow")
-        if found is None and damaged:
+        if path is None and damaged:
             raise ValueError(f"no checkpoint in {folder} is whole: start again with --overwrite (overwrite=True)")
-        if found is None:
+        if path is None:
             self.console.print(f"no checkpoint in {folder}: starting from the beginning")
             return
-        path, state = found
+        is_sharded = path.is_dir()
+        if path not in states:
+            states[path] = checkpoint.load_checkpoint(path)
+        state = states.pop(path)
         self._compare(path, json.loads(state["config"]), state["sources"])
-        self.stage.module.load_state_dict(state["model"])
         self.stage.load_state_dict(state["stage"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if "loss_scale" in state:
-            self.loss_scale.load_state_dict(state["loss_scale"])
-        if self.averaged is not None:
-            self.averaged.load(state["ema"])
+        if is_sharded:
+            load_tensors(path, self._tensors())
+        else:
+            self._load_whole(state)
         self.step, self.samples = state["step"], state["samples"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.interval.load_state(state["interval"])
@@ -361,6 +386,16 @@ class Trainer:
         self.rng = state["rng"]
         going_on = "the run is complete" if self.step >= self.config.steps else "going on"
         self.console.print(f"{going_on}: {path} holds the state after step {self.step}")
+
+    def _load_whole(self, state: Mapping[str, Any]) -> None:
+        """The tensors of a checkpoint of one file."""
+        for name, tensor in self.stage.module.state_dict().items():
+            assign(tensor, state["model"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if "loss_scale" in state:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.averaged is not None:
+            self.averaged.load(state["ema"])
 
     def _compare(self, path: Path, saved: Mapping[str, Any], sources: Mapping[str, str]) -> None:
         """Refuse to go on as another run; name what else differs."""
@@ -388,9 +423,11 @@ class Trainer:
         state = self.stage.module.state_dict()
         if self.averaged is not None:
             state |= self.averaged.averages
-        state = {name: tensor.cpu() for name, tensor in state.items()}
+        state = {name: whole(tensor).cpu() for name, tensor in state.items()}
         class_names = list(self.dataset.class_names)
-        return self.stage.write(self.folder / "weights", state, steps=self.step, class_names=class_names)
+        return self.processes.first_does(
+            lambda: self.stage.write(self.folder / "weights", state, steps=self.step, class_names=class_names)
+        )
 
 
 class Interval:
