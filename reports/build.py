@@ -916,6 +916,7 @@ def draw_steps(rows: pd.DataFrame) -> Figure:
             target = TRAINING_TARGETS.get(cell)
             if target is not None and rows["gpu"].str.contains("H100").all():
                 ax.hlines(target[index], position - 0.45, position + 0.45, **FLOOR_LINE)
+        ax.set_xlim(-0.6, len(cells) - 0.4)
         ax.set_ylabel(label)
         ax.grid(axis="y", linewidth=0.4)
         ax.set_axisbelow(True)
