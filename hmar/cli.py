@@ -1,4 +1,4 @@
-"""The command `hmar`: train, sample, edit, convert, evaluate, demo, info.
+"""The command `hmar`: tokenize, train, sample, edit, convert, evaluate, demo, info.
 
 Arguments are read here and given to the functions that do the work; torch is imported by the commands that need it, so
 that help and mistakes in the arguments answer at once. Bad input ends with one sentence and exit code 2.
@@ -106,6 +106,79 @@ def train(
     except (NonFiniteError, ProcessFailedError) as error:
         _fail(str(error), 1, error)
     typer.echo(f"{stage}: {result.step} steps done, weights in {result.weights}")
+
+
+@app.command(short_help="Encode all images of a set once; training reads the codes instead of the images.")
+def tokenize(
+    tokenizer: Annotated[Path, typer.Option(help="Folder of the tokenizer.")],
+    images: Annotated[str, typer.Option(help="digits, photographs, or a folder in ImageNet layout.")],
+    output: Annotated[Path, typer.Option(help="Folder for the codes.")],
+    crops: Annotated[
+        int | None,
+        typer.Option(
+            help="Random crops of each image, one for each epoch, in turn. More can be added later.",
+            show_default="8, or 1 where nothing is random",
+        ),
+    ] = None,
+    center_crop: Annotated[bool, typer.Option("--center-crop", help="The middle of each image instead.")] = False,
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    seed: Annotated[int, typer.Option(help="Decides the random crops. Training on images has the same with it.")] = 0,
+    on_error: Annotated[
+        str, typer.Option(help="A broken image ends the run (raise), or is replaced by the next one and named (skip).")
+    ] = "raise",
+    shard_size: Annotated[int, typer.Option(help="Images in a file; a stop loses at most one.")] = 4096,
+    batch_size: Annotated[int, typer.Option(help="Images encoded at once.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that load images, for each GPU.")] = 0,
+    device: Device = "auto",
+    rank: Annotated[int, typer.Option(envvar="RANK", help="Which of several processes this is.")] = 0,
+    world_size: Annotated[int, typer.Option(envvar="WORLD_SIZE", help="How many processes share the images.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete other codes in the folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Encode all images of a set once. The same command goes on where it was stopped, to the same bytes.
+
+    hmar tokenize --tokenizer runs/tokenizer --images /images --crops 10 --workers 8 --output codes
+
+    hmar train next-scale data.name=codes data.path=codes tokenizer_weights=runs/tokenizer ...
+
+    torchrun --nproc-per-node 8 -m hmar tokenize ... shares the images among GPUs. Processes that are not started
+    together take --rank and --world-size; the same command without them completes the index in the end.
+    """
+    from hmar.codes import read_index_file
+    from hmar.shared_work import join_processes
+    from hmar.tokenize import Interrupted
+    from hmar.tokenize import tokenize as tokenize_images
+
+    join_processes(rank, world_size)
+    try:
+        index = tokenize_images(
+            tokenizer,
+            images,
+            output,
+            split=split,
+            crops=crops,
+            center_crop=center_crop,
+            seed=seed,
+            on_error=on_error,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+            overwrite=overwrite,
+            progress=not quiet,
+        )
+    except Interrupted as interruption:
+        typer.echo(f"{interruption}: the same command goes on with the shards that are missing", err=True)
+        raise typer.Exit(128 + interruption.signal_number) from None
+    what = f"codes of {index.num_images} images x {index.crops} crops in {output}"
+    if not read_index_file(output)["complete"]:
+        typer.echo(
+            f"process {rank} has done its share; without --rank and --world-size this command completes the {what}"
+        )
+    elif rank == 0:
+        typer.echo(what)
 
 
 @app.command(short_help="Generate images from a trained model.")
@@ -338,10 +411,11 @@ def evaluate(
     """
     wanted = _parse_numbers("classes", classes)
 
-    from hmar.evaluate import METRICS, MetricsConfig, join_processes
+    from hmar.evaluate import METRICS, MetricsConfig
     from hmar.evaluate import evaluate as evaluate_model
     from hmar.generate import SamplingConfig
     from hmar.sample import parse_ramp, parse_schedule
+    from hmar.shared_work import join_processes
 
     names = {"all": METRICS, "none": ()}.get(metrics, [name.strip() for name in metrics.split(",")])
     config = MetricsConfig(
@@ -490,24 +564,29 @@ def demo(
         _fail(str(error), 1, error)
 
 
-@app.command(short_help="Show versions, attention implementations and presets, or one preset or folder of weights.")
+@app.command(short_help="Show versions, attention implementations and presets; or one preset, weights or codes.")
 def info(
-    subject: Annotated[str | None, typer.Argument(help="A preset or a folder of weights.", show_default=False)] = None,
+    subject: Annotated[
+        str | None, typer.Argument(help="A preset, a folder of weights or a folder of codes.", show_default=False)
+    ] = None,
 ) -> None:
-    """Show what is installed and what the presets are, or the details of one preset or one folder of weights."""
+    """Show what is installed and what the presets are, or the details of one preset or folder of weights or codes."""
     from rich.console import Console
 
-    from hmar.describe import describe_installation, describe_preset, describe_presets, describe_weights
+    from hmar.describe import describe_codes, describe_installation, describe_preset, describe_presets, describe_weights
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if subject is None:
         console.print(describe_installation())
         console.print(describe_presets())
         return
+    from hmar.codes import INDEX
     from hmar.config import PRESETS
 
-    known = subject in PRESETS or not Path(subject).exists()
-    console.print(describe_preset(subject) if known else describe_weights(subject))
+    if subject in PRESETS or not Path(subject).exists():
+        console.print(describe_preset(subject))
+    else:
+        console.print((describe_codes if (Path(subject) / INDEX).exists() else describe_weights)(subject))
 
 
 def main() -> None:

@@ -3,16 +3,19 @@
 Every data set is a map-style ``torch.utils.data.Dataset`` whose items are ``(image_3HW, class)``: float32 in [-1, 1]
 and a Python int. An item is a pure function of (seed, epoch, index), so a run that resumes sees what an uninterrupted
 run would have seen, with any number of loader workers. The epoch travels with the index: ``EpochSampler`` yields
-``(epoch, index)`` pairs and every ``__getitem__`` takes such a pair or a plain index (epoch 0).
+``(epoch, index)`` pairs and every ``__getitem__`` takes such a pair or a plain index (epoch 0). ``random_crops`` tells
+whether the epoch matters, ``fingerprint()`` whether two sets are of the same images.
 
-Read next: ``tokenizer.py``, where the images go; ``train.py``, which loads them.
+Read next: ``tokenizer.py``, where the images go; ``train.py``, which loads them; ``codes.py``, for codes made before.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -144,12 +147,32 @@ class ImageFolder(Dataset):
         return self.root / os.fsdecode(bytes(self._files[index]))
 
     @property
+    def broken(self) -> list[int]:
+        """The items whose files were found broken so far with ``on_error="skip"``, in order."""
+        return self._broken.nonzero().flatten().tolist()
+
+    @property
     def skipped(self) -> list[Path]:
         """The broken files met so far with ``on_error="skip"``, each once."""
-        return [self.path(i) for i in self._broken.nonzero().flatten().tolist()]
+        return [self.path(index) for index in self.broken]
+
+    @property
+    def random_crops(self) -> bool:
+        return self.crop == "random"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the files' names and sizes in bytes, of the crop and its size."""
+        digest = hashlib.sha256(f"folder {self.size} {self.crop} {RESIZE_RATIO}".encode())
+        for index, name in enumerate(self._files.tolist()):
+            try:
+                size = self.path(index).stat().st_size
+            except OSError:  # reading it will fail, or pass over it
+                size = -1
+            digest.update(b"%b\0%d\0" % (name, size))
+        return digest.hexdigest()
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = _epoch_and_index(item, len(self))
+        epoch, index = epoch_and_index(item, len(self))
         generator = np.random.default_rng((self.seed, epoch, index))
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
@@ -181,6 +204,7 @@ class Digits(Dataset):
 
     num_classes = 10
     class_names = tuple(str(digit) for digit in range(10))
+    random_crops = False
 
     def __init__(self, size: int, split: str = "train"):
         self.size, self.split = _checked_size(size), _checked_split(split)
@@ -197,9 +221,15 @@ class Digits(Dataset):
         return len(self.targets_N)
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        _, index = _epoch_and_index(item, len(self))
+        _, index = epoch_and_index(item, len(self))
         image_1HW = self._image_N1HW[index].float().div(127.5).sub(1)
         return image_1HW.repeat(3, 1, 1), int(self.targets_N[index])
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all pixels and classes."""
+        digest = hashlib.sha256(f"digits {self.size}".encode())
+        digest.update(self._image_N1HW.numpy().tobytes() + self.targets_N.numpy().tobytes())
+        return digest.hexdigest()
 
 
 class Photographs(Dataset):
@@ -237,7 +267,7 @@ class Photographs(Dataset):
         return self.num_classes * self.crops_per_photograph
 
     def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, index = _epoch_and_index(item, len(self))
+        epoch, index = epoch_and_index(item, len(self))
         if self.split == "test":
             epoch = 0
         generator = np.random.default_rng((self.seed, SPLITS.index(self.split), epoch, index))
@@ -250,6 +280,18 @@ class Photographs(Dataset):
         )
         return _to_tensor(square), target
 
+    @property
+    def random_crops(self) -> bool:
+        return self.split == "train"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the photographs and of how squares are drawn from them."""
+        settings = (self.size, self.split, self.crops_per_photograph, self.scale)
+        digest = hashlib.sha256(f"photographs {settings}".encode())
+        for photograph in self._photographs:
+            digest.update(f"{photograph.size}".encode() + photograph.tobytes())
+        return digest.hexdigest()
+
 
 DATASETS = ("digits", "folder", "photographs")
 
@@ -260,15 +302,17 @@ def open_dataset(
     size: int,
     split: str = "train",
     path: str | Path | None = None,
+    crop: str | None = None,
     on_error: str = "raise",
     seed: int = 0,
 ) -> Dataset:
     """Open a data set by name: "digits", "folder" or "photographs"; images are ``size`` x ``size``.
 
     A folder is either divided (``path/train/class_name/*`` and ``path/test/...`` or ``path/val/...``, nothing else
-    beside them) or not (``path/class_name/*``, used for both splits); "train" crops at random, "test" in the middle.
-    "test" is ``path/test`` if that has class folders with images, else ``path/val``. ``seed`` decides random crops.
-    Raises ValueError for a name that is not known, and for splits beside other folders.
+    beside them) or not (``path/class_name/*``, used for both splits); "train" crops at random, "test" in the middle,
+    unless ``crop`` says "random" or "center". "test" is ``path/test`` if that has class folders with images, else
+    ``path/val``. ``seed`` decides random crops. Raises ValueError for a name that is not known, for splits beside other
+    folders, and for a ``crop`` of a built-in set.
     """
     _checked_split(split)
     if name not in DATASETS:
@@ -276,10 +320,12 @@ def open_dataset(
     if name == "folder":
         if path is None:
             raise ValueError('The data set "folder" needs a path: a folder with one sub-folder of images per class.')
-        crop = "random" if split == "train" else "center"
+        crop = crop or ("random" if split == "train" else "center")
         return ImageFolder(_split_folder(Path(path), split), size, crop=crop, on_error=on_error, seed=seed)
     if path is not None:
         raise ValueError(f"The data set {name!r} is built in and takes no path; got {str(path)!r}.")
+    if crop is not None:
+        raise ValueError(f'The data set {name!r} has crops of its own; crop="{crop}" is for folders of images.')
     return Digits(size, split) if name == "digits" else Photographs(size, split, seed=seed)
 
 
@@ -302,6 +348,37 @@ def read_image(path: str | Path, shorter_side: int | None = None) -> Image.Image
     ratio = shorter_side / min(image.size)
     size = tuple(max(shorter_side, round(side * ratio)) for side in image.size)
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def to_device(batches: Iterable[tuple[torch.Tensor, ...]], device: torch.device) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batches on a device. To a GPU they are copied on a stream of their own, beside the kernels that are queued.
+
+    A copy runs beside the kernels only from pinned memory (``DataLoader(pin_memory=True)``), and ahead of the step
+    only if the caller does not wait for the device after each.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+        if stream is not None:
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            for tensor in moved:
+                tensor.record_stream(current)  # its memory is reused only after the caller's kernels
+        yield moved
+
+
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """worker_init_fn of a DataLoader: Ctrl-C reaches the whole process group, and workers must live on until the main
+    process has come to an end of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def without_traceback(error: BrokenImageError) -> BrokenImageError:
+    """The same error with its sentence alone: from a loader's worker comes its whole traceback as text."""
+    kind = type(error)
+    return kind(str(error).strip().splitlines()[-1].removeprefix(f"{kind.__module__}.{kind.__qualname__}: "))
 
 
 def digit_pixels(split: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -332,7 +409,7 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
     return image_HW3.permute(2, 0, 1).float().div(127.5).sub(1).contiguous()
 
 
-def _epoch_and_index(item: int | tuple[int, int], length: int) -> tuple[int, int]:
+def epoch_and_index(item: int | tuple[int, int], length: int) -> tuple[int, int]:
     epoch, index = item if isinstance(item, tuple) else (0, item)
     if not -length <= index < length:
         raise IndexError(f"Item {index} of a data set of {length}.")

@@ -1,5 +1,6 @@
-"""What `hmar info` shows: the installation, the presets, a preset, a folder of weights. Everything returns a renderable
-of rich; nothing is printed here."""
+"""What `hmar info` shows: the installation, the presets, a preset, a folder of weights or of codes.
+
+Everything returns a renderable of rich; nothing is printed here."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from rich.table import Table
 from torch import nn
 
 from hmar.checkpoint import find_weights, load_pretrained, read_description
+from hmar.codes import RecordLayout, find_damage, read_index, read_index_file
 from hmar.config import PRESETS, ModelConfig, TokenizerConfig
 from hmar.model import NextScaleTransformer
 from hmar.pyramid import Pyramid
@@ -93,6 +95,26 @@ def describe_weights(folder: str | Path) -> Table:
     table = _pairs(str(find_weights(folder)))
     table.add_row("parameters", f"{_count(module):,}")
     _add_settings(table, description)
+    return table
+
+
+def describe_codes(folder: str | Path) -> Table:
+    """What a folder of codes holds; reads all of it, so that damage shows. ValueError if there are no codes."""
+    index, content = read_index(folder, incomplete=True), read_index_file(folder)
+    layout, shards = RecordLayout(index.sides, index.vocab_size), index.shards()
+    problems = find_damage(folder)
+    table = _pairs(str(folder))
+    table.add_row("samples", f"{index.num_images:,} images x {index.crops} crops, {len(index.class_names)} classes")
+    size = index.num_images * index.crops * layout.num_bytes
+    table.add_row("size", f"{layout.num_bytes} bytes a sample, {size / 1e9:.3g} GB in all")
+    table.add_row("shards", f"{len(shards) - len(problems)} of {len(shards)} whole")
+    for problem in problems[:10]:
+        table.add_row("", problem)
+    if len(problems) > 10:
+        table.add_row("", f"... and {len(problems) - 10} more")
+    table.add_row("complete", "yes" if content["complete"] else "no, the same `hmar tokenize` goes on")
+    table.add_row("broken images", f"{len(content['broken'])} replaced by others")
+    _add_settings(table, unstructure(index))
     return table
 
 

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,13 +38,13 @@ from hmar.extractors import INCEPTION, Extractor, Features, import_torch_fidelit
 from hmar.generate import SamplingConfig
 from hmar.recipe import unknown, unstructure
 from hmar.sample import ImageSet, Meter, open_image_set, to_pixels
+from hmar.shared_work import device_of, sharing_failures
 
 METRICS = ("fid", "is", "kid", "precision", "recall")
 COMPARE_FEATURES = ("kid", "precision", "recall")  # these need the reference's features, not only mean and covariance
 BUILT_IN_REFERENCES = ("digits", "photographs")
 VERSIONS = ("hmar", "torch", "torchvision", "torch-fidelity", "numpy", "scipy", "pillow")
 PIECE = 2**24  # bytes of an array that are read at a time
-LONGEST_WAIT = timedelta(days=14)  # of a process for the others
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def evaluate(
         classes=classes,
         order=spread,
         sampling=sampling,
-        device=_device_of(device, rank, world_size),
+        device=device_of(device, rank, world_size),
         precision=precision,
         attention=attention,
         console=console,
@@ -182,7 +181,7 @@ def evaluate(
     images = replace(images, settings={**images.settings, "batch_size": batch_size})
     result_path, npz_path = output / "evaluation.json", output / "samples.npz"
     prepared = None
-    with _sharing_failures(together):
+    with sharing_failures(together):
         if world_size == 1 or (together and rank == 0):
             prepared = _prepare(images, count, reference, config, save_reference)
         if rank == 0 or not together:
@@ -194,7 +193,7 @@ def evaluate(
             if overwrite:
                 result_path.unlink(missing_ok=True)
                 npz_path.unlink(missing_ok=True)
-    with _sharing_failures(together):
+    with sharing_failures(together):
         paths = images.draw(count, batch_size, rank=rank, world_size=world_size, whole_batches=True)
     if prepared is None:
         return None
@@ -256,12 +255,6 @@ def spread(classes: Sequence[int]) -> list[int]:
     bits = (len(classes) - 1).bit_length()
     positions = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits))
     return [classes[position] for position in positions if position < len(classes)]
-
-
-def join_processes(rank: int, world_size: int) -> None:
-    """Let the processes of one torchrun know each other, so that `evaluate` can wait for all of them."""
-    if world_size > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
 
 
 # --- images and references --------------------------------------------------------------------------------------------
@@ -704,33 +697,6 @@ def _npz_writer(path: Path | None, labels_N: Sequence[int], size: int) -> Iterat
             os.replace(begun, temporary)
     finally:
         begun.unlink(missing_ok=True)
-
-
-@contextmanager
-def _sharing_failures(together: bool) -> Iterator[None]:
-    """At the end of the block the processes wait for each other; if it failed in one, it fails in all."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    if together:
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, None if failure is None else str(failure))
-        failed = [rank for rank, message in enumerate(messages) if message is not None]
-        if failure is None and failed:
-            raise ValueError(f"stopped, because process {failed[0]} failed: {messages[failed[0]]}")
-    if failure is not None:
-        raise failure
-
-
-def _device_of(device: str, rank: int, world_size: int) -> str:
-    """A GPU for each process of this machine."""
-    if world_size == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
-        return device
-    local = int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count()
-    torch.cuda.set_device(local)
-    return f"cuda:{local}"
 
 
 def _version(package: str) -> str | None:

@@ -65,8 +65,11 @@ class Logs:
         return self
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"could not write {self.path}: {error}. Checkpoints written before are intact.") from error
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
 

@@ -33,12 +33,14 @@ ATTENTION = ("auto", *IMPLEMENTATIONS)
 class DataConfig:
     """Which images. `size` None means the side that the tokenizer and the pyramid ask for (last side x stride).
 
-    name      "folder" (ImageNet layout under `path`), "digits" or "photographs" (built in, no download)
-    on_error  a broken image file stops the run with its name ("raise") or is skipped and counted ("skip")
+    name      "folder" (ImageNet layout under `path`), "codes" (that `hmar tokenize` wrote to `path`), "digits" or
+              "photographs" (built in, no download)
+    on_error  a broken image file or shard of codes stops the run with its name ("raise") or is skipped and counted
+              ("skip")
     workers   loader processes; 0 loads in the training process. The result does not depend on it.
     """
 
-    name: Literal["folder", "digits", "photographs"] = "digits"
+    name: Literal["folder", "codes", "digits", "photographs"] = "digits"
     path: str | None = None
     size: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
@@ -49,7 +51,12 @@ class DataConfig:
             raise ValueError(
                 'data.path is missing: data.name "folder" needs the folder of images, as in data.path=/images'
             )
-        if self.name != "folder" and self.path:
+        if self.name == "codes" and not self.path:
+            raise ValueError(
+                'data.path is missing: data.name "codes" needs a folder that `hmar tokenize` wrote, as in '
+                "data.path=/codes"
+            )
+        if self.name in ("digits", "photographs") and self.path:
             raise ValueError(
                 f'data.path={self.path} has no effect on the built-in set "{self.name}": set data.name=folder'
             )
@@ -209,6 +216,10 @@ class TrainConfig:
         for name, value in unused:
             if value is not None:
                 raise ValueError(f"{name}={value} has no effect in stage {self.stage}: leave it out")
+        if self.data.name == "codes" and self.stage == "tokenizer":
+            raise ValueError('stage tokenizer trains on images, not on data.name "codes": give data.name=folder')
+        if self.cache_codes and self.data.name == "codes":
+            raise ValueError('cache_codes=true has no effect on data.name "codes": leave it out')
         if self.cache_codes and self.stage == "tokenizer":
             raise ValueError("cache_codes=true has no effect in stage tokenizer, which trains on images: leave it out")
         if self.cache_codes and self.data.name != "digits":

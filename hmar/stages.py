@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
+from hmar.codes import CodesFolder, read_index
 from hmar.discriminator import PatchDiscriminator
 from hmar.loss import TokenizerLoss, draw_mask, masked_loss, next_scale_loss, token_accuracy, token_weights
 from hmar.model import HMAR, DropPath, MaskedTransformer, NextScaleTransformer
@@ -178,15 +179,20 @@ class CodesStage:
         self.tokenizer = load_fitting_tokenizer(config, device)
         self.config = dataclasses.replace(config, tokenizer=self.tokenizer.config)
         self.sources = {"tokenizer_weights": checkpoint.fingerprint(config.tokenizer_weights)}
+        if config.data.name == "codes":
+            self.sources["data.path"] = read_index(config.data.path).fingerprint()
         self.class_drop = config.model.class_drop
 
     def prepare(self, dataset: Dataset, console: Console) -> Dataset:
-        """The data set to train on: with cache_codes, codes in place of images."""
+        """The data set to train on: with cache_codes, codes in place of images. ValueError for another tokenizer's."""
         if dataset.num_classes > self.config.model.num_classes:
             raise ValueError(
                 f"the data has {dataset.num_classes} classes, but model.num_classes={self.config.model.num_classes}: "
                 f"set model.num_classes={dataset.num_classes}"
             )
+        if isinstance(dataset, CodesFolder):
+            dataset.check_tokenizer(self.tokenizer)
+            self.tokenizer.to("cpu").quantizer.to(self.device)  # nothing else of it is needed
         if not self.config.cache_codes:
             return dataset
         with console.status(f"encoding {len(dataset)} images"):

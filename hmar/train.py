@@ -27,6 +27,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
-from hmar.data import BrokenImageError, EpochSampler, open_dataset
+from hmar.codes import CodesFolder
+from hmar.data import (
+    BrokenImageError,
+    EpochSampler,
+    leave_signals_to_the_main_process,
+    open_dataset,
+    to_device,
+    without_traceback,
+)
 from hmar.flops import training_flops, utilization
 from hmar.optimizer import AveragedWeights, LossScale, Optimizer, assign, finite, whole
 from hmar.parallelize import Parallel, checkpoint_activations, compile_objective
@@ -105,7 +114,12 @@ def train(
         quiet = not progress or not processes.first
         console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
         return Trainer(
-            config, processes, resume=resume, overwrite=overwrite, console=console, perceptual=perceptual
+            config,
+            resume=resume,
+            overwrite=overwrite,
+            console=console,
+            perceptual=perceptual,
+            processes=processes,
         ).run()
     except Interrupted:
         raise
@@ -122,16 +136,16 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        processes: Processes,
         *,
         resume: bool,
         overwrite: bool,
         console: Console,
         perceptual: nn.Module | None = None,
+        processes: Processes | None = None,
     ):
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other: one goes on with the run, the other deletes it")
-        self.processes = processes
+        self.processes = processes = processes or Processes()
         self.console = console
         self.folder = Path(config.output_dir)
         self.device = find_device(config.device, processes)
@@ -413,7 +427,7 @@ class Trainer:
         for name, sha256 in self.stage.sources.items():
             if sources.get(name) != sha256:
                 raise ValueError(
-                    f"cannot go on from {path}: the weights in {name}={getattr(self.config, name)} are not those that "
+                    f"cannot go on from {path}: the files in {name}={attrgetter(name)(self.config)} are not those that "
                     "the run began with"
                 )
         for difference in differences(saved, current):
@@ -534,6 +548,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 def open_images(config: TrainConfig) -> Dataset:
     """The training split that config.data describes."""
     data = config.data
+    if data.name == "codes":
+        return CodesFolder(data.path, on_error=data.on_error)
     return open_dataset(
         data.name, size=data.size, split="train", path=data.path, on_error=data.on_error, seed=config.seed
     )
@@ -551,18 +567,15 @@ def load_batches(
         sampler=EpochSampler(len(dataset), config.seed, start, **division),
         num_workers=config.data.workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=leave_signals_to_the_main_process,
         # NOTE: without a generator of its own the loader draws from the global one, and a resumed run draws once more.
         generator=torch.Generator().manual_seed(config.seed),
     )
     batches = iter(loader)
     try:
-        for batch, classes_B in batches:
-            yield batch.to(device, non_blocking=True), classes_B.to(device, non_blocking=True)
+        yield from to_device(batches, device)
     except BrokenImageError as error:
-        # From a worker comes its whole traceback as text; the last line is the message.
-        message = str(error).strip().splitlines()[-1].removeprefix("hmar.data.BrokenImageError: ")
-        raise BrokenImageError(message) from error
+        raise without_traceback(error) from error
     finally:
         # NOTE: an exception's traceback keeps the iterator alive, and with it its workers, which take no signals.
         if config.data.workers:
@@ -593,9 +606,3 @@ def make_room(folder: Path, overwrite: bool) -> None:
 def _not_finite(values: Mapping[str, float]) -> str | None:
     """The first of the named values that is inf or nan, in words."""
     return next((f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)), None)
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the workers must live on until the step is finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -19,6 +19,7 @@ from hmar.data import (
     digit_pixels,
     open_dataset,
     read_image,
+    to_device,
 )
 
 
@@ -159,7 +160,7 @@ def test_broken_files_are_skipped_and_counted_when_asked(folder, num_workers):
         images, targets = (torch.cat(parts) for parts in zip(*loader, strict=True))
         assert images.shape == (6, 3, 16, 16)
         assert targets.tolist() == [0, 0, 0, 1, 0, 0]  # the next readable file, from the start again after the last
-    assert dataset.skipped == broken
+    assert dataset.skipped == broken and dataset.broken == [4, 5]
 
 
 def test_skipping_does_not_depend_on_what_was_read_before(folder):
@@ -271,12 +272,18 @@ def test_open_dataset(folder):
     assert open_dataset("photographs", size=16, seed=3).seed == 3
     train, test = (open_dataset("folder", size=16, split=s, path=folder, on_error="skip") for s in ("train", "test"))
     assert (train.crop, test.crop, train.on_error) == ("random", "center", "skip")
+    assert (train.random_crops, test.random_crops, Digits(8).random_crops) == (True, False, False)
+    assert (Photographs(8).random_crops, Photographs(8, "test").random_crops) == (True, False)
+    centre = open_dataset("folder", size=16, path=folder, crop="center")
+    assert torch.equal(centre[2][0], test[2][0]) and not centre.random_crops
     with pytest.raises(ValueError, match=r"no data set 'cifar'. Known ones: digits, folder, photographs"):
         open_dataset("cifar", size=16)
     with pytest.raises(ValueError, match='"folder" needs a path'):
         open_dataset("folder", size=16)
     with pytest.raises(ValueError, match="built in and takes no path"):
         open_dataset("digits", size=16, path=folder)
+    with pytest.raises(ValueError, match="'photographs' has crops of its own; crop=\"center\" is for folders"):
+        open_dataset("photographs", size=16, crop="center")
 
 
 def test_a_divided_folder_gives_each_split_its_own_files(folder, tmp_path):
@@ -408,3 +415,37 @@ def test_datasets_can_be_sent_to_spawned_workers(folder):
     loader = DataLoader(dataset, batch_size=6, num_workers=1, multiprocessing_context="spawn")
     images, _ = next(iter(loader))
     assert len(images) == 6 and len(dataset.skipped) == 1
+
+
+# --- to the device ----------------------------------------------------------------------------------------------------
+
+
+def test_batches_stay_as_they_are_on_the_cpu():
+    batches = [(torch.arange(3), torch.ones(2)), (torch.zeros(1), torch.ones(1))]
+    moved = list(to_device(batches, torch.device("cpu")))
+    assert [[id(tensor) for tensor in batch] for batch in moved] == [[id(tensor) for tensor in b] for b in batches]
+
+
+@pytest.mark.gpu
+def test_batches_are_copied_while_the_caller_computes():
+    """Every batch is right though its memory is used again, and copies do not wait for kernels queued before them."""
+    device = torch.device("cuda")
+    batches = [(torch.full((1 << 22,), float(i)).pin_memory(), torch.tensor([i]).pin_memory()) for i in range(16)]
+    sums = []
+    for batch, targets in to_device(batches, device):
+        assert batch.device.type == targets.device.type == "cuda"
+        torch.cuda._sleep(2_000_000)
+        sums.append(batch.double().mean() + targets[0])
+        del batch, targets
+    assert torch.stack(sums).tolist() == [2.0 * i for i in range(16)]
+
+    torch.cuda.synchronize()
+    torch.cuda._sleep(500_000_000)  # a quarter of a second or more
+    kernels = torch.cuda.Event()
+    kernels.record()
+    copies = to_device(batches[:1], device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        batch, _ = next(copies)
+        torch.cuda.current_stream().synchronize()
+    assert not kernels.query()
+    assert batch[-1].item() == 0.0

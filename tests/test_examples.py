@@ -63,6 +63,13 @@ def test_custom_mask(tmp_path):
     assert "hidden key seen: False" in printed
 
 
+def test_codes(folder):
+    printed = run("codes", "runs/example", cwd=folder)
+    assert "1442 images x 1 crops in 3 shards" in printed and "VAR on codes: 3 steps" in printed
+    codes = json.loads(re.search(r"image 7, class \d: (\[.*\])", printed)[1])
+    assert len(codes) == 1 + 4 + 16 and max(codes) < 32
+
+
 def test_sample(folder):
     assert "10 classes with 4 schedules" in run("sample", "runs/example", "--output", "samples.png", cwd=folder)
     shown = pixels(folder / "samples.png")
