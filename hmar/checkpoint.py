@@ -73,6 +73,12 @@ def temporary_beside(path: Path, ending: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{ending}")
 
 
+def delete_temporaries(folder: Path) -> None:
+    """Delete what writes that were killed have left in a folder that nobody else writes to."""
+    for stale in folder.glob(f".*.{'?' * 16}.tmp"):
+        delete_checkpoint(stale)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, on the disk for good, if the block succeeds.
@@ -137,8 +143,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
     The state may hold tensors, dicts, lists, tuples, numbers and strings: what torch.load(weights_only=True) reads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".step-*.tmp"):
-        delete_checkpoint(stale)
+    delete_temporaries(folder)
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as temporary:
         torch.save({"format": FORMAT, "step": step, **state}, temporary)

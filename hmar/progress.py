@@ -73,9 +73,12 @@ class Logs:
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
 
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-        self.writer.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        # NOTE: what could not be written cannot be written at the end either; the first error is the one that tells.
+        with contextlib.suppress(*(() if error is None else (OSError,))):
+            self.file.close()
+        with contextlib.suppress(*(() if error is None else (OSError,))):
+            self.writer.close()
 
 
 class Display:

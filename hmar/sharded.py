@@ -32,6 +32,7 @@ from hmar.checkpoint import (
     STATE,
     delete_checkpoint,
     delete_old,
+    delete_temporaries,
     sha256_of,
     sync_folder,
     temporary_beside,
@@ -79,8 +80,7 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _make_temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(".step-*.tmp"):
-        delete_checkpoint(stale)
+    delete_temporaries(path.parent)
     temporary = temporary_beside(path)
     temporary.mkdir()
     return temporary

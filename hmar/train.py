@@ -202,6 +202,8 @@ class Trainer:
             contextlib.closing(batches),
         ):
             if processes.first:
+                checkpoint.delete_temporaries(self.folder)
+                checkpoint.delete_temporaries(self.folder / "weights")
                 with checkpoint.replacing(self.folder / "config.yaml") as temporary:
                     temporary.write_text(config_yaml(config), encoding="utf-8")
             # Last of all, so that nothing of the set-up draws from the generators of a resumed run.
