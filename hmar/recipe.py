@@ -303,6 +303,31 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def recipes() -> dict[str, Path]:
+    """The configurations that come with this package, by name: whole chains of stages, as imagenet-256-d16."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def read_stage_config(source: str | Path, stage: str) -> dict[str, Any]:
+    """What a YAML file, or the recipe of that name, says of a stage, not yet checked against TrainConfig.
+
+    The file may hold a section `stages` with keys that are for one stage only; those of `stage` win over the others.
+    """
+    path = Path(source)
+    if not path.exists() and str(source) in recipes():
+        path = recipes()[str(source)]
+    elif not path.exists():
+        raise ValueError(f"no configuration file {source}, and {unknown('recipe', source, recipes())}")
+    config = read_config(path)
+    sections = config.pop("stages", None) or {}
+    if not isinstance(sections, Mapping) or not all(isinstance(section, Mapping) for section in sections.values()):
+        raise ValueError(f"{path}: stages is {sections!r}, expected a section of keys for each stage")
+    for name in sections:
+        if name not in STAGES:
+            raise ValueError(f"{path}: {unknown('stage', name, STAGES)}")
+    return _merge(config, sections.get(stage, {}))
+
+
 def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """A copy of the mapping `config` with overrides such as "optimizer.lr=1e-3"; values are read as YAML."""
     merged = _copy(config)
@@ -390,6 +415,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
         elif before.get(name) != now[name]:
             found.append(f"{key} was {before.get(name)}, now {now[name]}")
     return found
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings in one, section by section; where both have a value, that of `above`."""
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(below.get(name), Mapping)
+        merged[name] = _merge(below[name], value) if both else value
+    return merged
 
 
 def _copy(value: Any) -> Any:
