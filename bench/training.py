@@ -2,7 +2,8 @@
 
 HMAR's stage 1 and VAR, on random codes that lie on the device, at the depths and resolutions of the published models,
 with several implementations of attention in the same model and engine: ours, FlexAttention, and SDPA with the dense
-additive mask, which is how VAR and HMAR were published. The method:
+additive mask. The last is how VAR and HMAR were published: in eager mode, with plain operators (`plain.py`); it is also
+measured with our other operators, compiled. The method:
 
 * Checked first. Loss and gradients of some parameters are compared with the model in float32 with the reference
   attention, image by image. They may be off by twice what the model in eager bf16 with the reference attention is
@@ -26,12 +27,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ from hmar_kernels import IMPLEMENTATIONS, SpanMask
 
 from . import options
 from .environment import environment
+from .plain import plain_operators
 from .results import FIXED, partial_of, rounded
 from .shapes import DTYPES
 from .timing import clock, quantile
@@ -63,6 +66,16 @@ ATTENTION = ("auto", *IMPLEMENTATIONS, "sdpa_dense")
 # (resolution, depth, batch): the targets, then larger models of the same tokens a step.
 CELLS = ((256, 16, 32), (256, 24, 16), (512, 16, 8), (512, 24, 8), (1024, 24, 2))
 MORE_CELLS = ((256, 30, 16), (512, 30, 4), (1024, 16, 4), (1024, 30, 2))
+# (attention, operators, compile) of a default run: ours, ours without a compiler, the rivals at their best, and as
+# published.
+WAYS = (
+    ("auto", "auto", "blocks"),
+    ("auto", "auto", "false"),
+    ("flex", "auto", "blocks"),
+    ("sdpa_dense", "auto", "blocks"),
+    ("sdpa_dense", "reference", "false"),
+)
+SMOKE_WAYS = (("reference", "auto", "false"), ("sdpa_dense", "reference", "false"))
 WATCHED = (
     "embedding.codes.weight",
     "blocks.0.attention.qkv.weight",
@@ -83,6 +96,7 @@ class Case:
     batch: int
     dtype: str
     attention: str
+    operators: str
     compile: str
     activation_checkpointing: str
 
@@ -103,7 +117,8 @@ class Case:
 
     def __str__(self) -> str:
         size = f"{self.model} {self.resolution} px d{self.depth} B{self.batch} {self.dtype}"
-        return f"{size} {self.attention} compile={self.compile} recompute={self.activation_checkpointing}"
+        ways = f"{self.attention} operators={self.operators} compile={self.compile}"
+        return f"{size} {ways} recompute={self.activation_checkpointing}"
 
 
 class CheckFailed(Exception):
@@ -201,11 +216,14 @@ class Oracle:
     """What loss and gradients of a cell are, in float32, and how far eager low precision is off."""
 
     def __init__(self, case: Case, device: torch.device):
-        plain = {"attention": "reference", "compile": "false", "activation_checkpointing": "blocks"}
-        self.loss, self.gradients = Step(Case(**{**asdict(case), **plain, "dtype": "float32"}), device).by_image()
-        release(device)
-        loss, gradients = Step(Case(**{**asdict(case), **plain}), device).by_image()
-        release(device)
+        plain = replace(
+            case, attention="reference", operators="reference", compile="false", activation_checkpointing="blocks"
+        )
+        with plain_operators():
+            self.loss, self.gradients = Step(replace(plain, dtype="float32"), device).by_image()
+            release(device)
+            loss, gradients = Step(plain, device).by_image()
+            release(device)
         self.limits = {"loss": 2 * abs(loss - self.loss) / self.loss + 1e-3}
         self.limits |= {name: 2 * self._error(name, gradient) + 1e-3 for name, gradient in gradients.items()}
 
@@ -242,6 +260,8 @@ def measure(case: Case, oracle: Callable[[], Oracle], device: torch.device, step
     """The numbers of a case. Raises whatever goes wrong."""
     oracle = oracle()
     with contextlib.ExitStack() as stack:
+        if case.operators == "reference":
+            stack.enter_context(plain_operators())
         if case.attention == "sdpa_dense":
             pyramid = case.config().pyramid
             stack.enter_context(dense_attention(getattr(pyramid, PATTERNS[case.model])(), device, DTYPES[case.dtype]))
@@ -457,8 +477,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     takes("--cells", type=parse_cells, help="resolution:depth:batch,...; default: those of the targets")
     takes("--full", action="store_true", help="d30, and d16 at 1024 px, as well")
     takes("--models", type=chosen_from(tuple(PATTERNS)), default=list(PATTERNS))
-    takes("--attention", type=chosen_from(ATTENTION), help="default: auto,flex,sdpa_dense")
-    takes("--compile", type=chosen_from(("false", "blocks", "model")), default=["false", "blocks"])
+    takes("--attention", type=chosen_from(ATTENTION), help="with --operators and --compile instead of the default ways")
+    takes("--operators", type=chosen_from(("auto", "reference")), help="fused or plain norms and loss")
+    takes("--compile", type=chosen_from(("false", "blocks", "model")), help="without, with regional, with whole graphs")
     takes("--activation-checkpointing", type=chosen_from(("none", "mlp", "blocks")), default=["none"])
     takes("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     takes("--ema", type=float, default=0.0, help="decay of averaged weights in whole steps; default: none")
@@ -479,14 +500,16 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(chosen.device)
     smoke = device.type == "cpu"
     cells = chosen.cells or ([(64, 3, 2)] if smoke else [*CELLS, *(MORE_CELLS if chosen.full else ())])
-    attention = chosen.attention or (["reference", "sdpa_dense"] if smoke else ["auto", "flex", "sdpa_dense"])
+    ways = SMOKE_WAYS if smoke else WAYS
+    if chosen.attention or chosen.operators or chosen.compile:
+        defaults = (["reference" if smoke else "auto"], ["auto"], ["false" if smoke else "blocks"])
+        given = (chosen.attention, chosen.operators, chosen.compile)
+        ways = itertools.product(*(names or default for names, default in zip(given, defaults, strict=True)))
     cases = [
-        Case(model, *cell, chosen.dtype, name, mode, recompute)
-        for cell in cells
-        for model in chosen.models
-        for name in attention
-        for mode in chosen.compile
-        for recompute in chosen.activation_checkpointing
+        Case(model, *cell, chosen.dtype, *way, recompute)
+        for cell, model, way, recompute in itertools.product(
+            cells, chosen.models, ways, chosen.activation_checkpointing
+        )
     ]
     method = {"clock": "device events" if device.type == "cuda" else "host clock", "warm_up_steps": 3}
     path = chosen.output and partial_of(chosen.output)

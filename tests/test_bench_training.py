@@ -8,7 +8,7 @@ import torch
 import bench.training as training
 from bench.results import partial_of
 
-CPU = ("--device", "cpu", "--compile", "false", "--steps", "2")
+CPU = ("--device", "cpu", "--steps", "2")
 
 
 def measure(tmp_path, *arguments):
@@ -19,7 +19,7 @@ def measure(tmp_path, *arguments):
 
 
 def test_every_implementation_is_checked_and_timed(tmp_path):
-    status, content = measure(tmp_path, "--attention", "reference,sdpa_dense")
+    status, content = measure(tmp_path)
     rows = content["results"]
     assert (status, content["kind"], content["version"], content["complete"]) == (0, "training", 1, True)
     assert [(row["model"], row["attention"]) for row in rows] == [
@@ -41,7 +41,11 @@ def test_every_implementation_is_checked_and_timed(tmp_path):
 
 def test_a_wrong_result_is_recorded_and_has_no_time(tmp_path, monkeypatch):
     dense = training.dense_attention
-    other = training.Case("var", 64, 3, 2, "bfloat16", "sdpa_dense", "false", "none").config().pyramid.block_causal()
+    other = (
+        training.Case("var", 64, 3, 2, "bfloat16", "sdpa_dense", "auto", "false", "none")
+        .config()
+        .pyramid.block_causal()
+    )
     monkeypatch.setattr(training, "dense_attention", lambda mask, *rest: dense(other, *rest))
     status, content = measure(tmp_path, "--models", "hmar", "--attention", "sdpa_dense,reference")
     wrong, right = sorted(content["results"], key=lambda row: row["status"])
