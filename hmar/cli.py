@@ -150,30 +150,30 @@ def tokenize(
     together take --rank and --world-size; the same command without them completes the index in the end.
     """
     from hmar.codes import read_index_file
-    from hmar.shared_work import join_processes
+    from hmar.shared_work import joined_processes
     from hmar.tokenize import Interrupted
     from hmar.tokenize import tokenize as tokenize_images
 
-    join_processes(rank, world_size)
     try:
-        index = tokenize_images(
-            tokenizer,
-            images,
-            output,
-            split=split,
-            crops=crops,
-            center_crop=center_crop,
-            seed=seed,
-            on_error=on_error,
-            shard_size=shard_size,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-            overwrite=overwrite,
-            progress=not quiet,
-        )
+        with joined_processes(rank, world_size):
+            index = tokenize_images(
+                tokenizer,
+                images,
+                output,
+                split=split,
+                crops=crops,
+                center_crop=center_crop,
+                seed=seed,
+                on_error=on_error,
+                shard_size=shard_size,
+                batch_size=batch_size,
+                workers=workers,
+                device=device,
+                rank=rank,
+                world_size=world_size,
+                overwrite=overwrite,
+                progress=not quiet,
+            )
     except Interrupted as interruption:
         typer.echo(f"{interruption}: the same command goes on with the shards that are missing", err=True)
         raise typer.Exit(128 + interruption.signal_number) from None
@@ -420,7 +420,7 @@ def evaluate(
     from hmar.evaluate import evaluate as evaluate_model
     from hmar.generate import SamplingConfig
     from hmar.sample import parse_ramp, parse_schedule
-    from hmar.shared_work import join_processes
+    from hmar.shared_work import joined_processes
 
     names = {"all": METRICS, "none": ()}.get(metrics, [name.strip() for name in metrics.split(",")])
     config = MetricsConfig(
@@ -443,28 +443,28 @@ def evaluate(
         seed=seed,
         greedy=greedy,
     )
-    join_processes(rank, world_size)
     try:
-        result = evaluate_model(
-            model,
-            output,
-            reference=reference,
-            count=count,
-            tokenizer_folder=tokenizer,
-            classes=wanted,
-            sampling=sampling,
-            config=config,
-            save_reference=save_reference,
-            npz=npz,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            attention=attention,
-            rank=rank,
-            world_size=world_size,
-            overwrite=overwrite,
-            progress=not quiet,
-        )
+        with joined_processes(rank, world_size):
+            result = evaluate_model(
+                model,
+                output,
+                reference=reference,
+                count=count,
+                tokenizer_folder=tokenizer,
+                classes=wanted,
+                sampling=sampling,
+                config=config,
+                save_reference=save_reference,
+                npz=npz,
+                batch_size=batch_size,
+                device=device,
+                precision=precision,
+                attention=attention,
+                rank=rank,
+                world_size=world_size,
+                overwrite=overwrite,
+                progress=not quiet,
+            )
     except KeyboardInterrupt:
         typer.echo("stopped: the same command goes on with the images that are missing", err=True)
         raise typer.Exit(130) from None

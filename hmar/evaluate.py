@@ -147,8 +147,8 @@ def evaluate(
         save_reference: .npz for the reference's statistics and features, to be given as `reference` next time.
         npz: whether to write samples.npz (N x H x W x 3 bytes).
         rank, world_size: of several processes this one draws its share. If torch.distributed is initialised
-            (`join_processes`) they wait for each other and process 0 measures; without, this one draws its share only,
-            and a last call with world_size=1 measures.
+            (`hmar.shared_work.joined_processes`) they wait for each other and process 0 measures; without, this one
+            draws its share only, and a last call with world_size=1 measures.
     Returns:
         What evaluation.json holds; None where this process only drew images.
     Raises:

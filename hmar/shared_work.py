@@ -17,10 +17,18 @@ import torch.distributed as dist
 LONGEST_WAIT = timedelta(days=14)  # of a process for the others
 
 
-def join_processes(rank: int, world_size: int) -> None:
-    """Let the processes of one torchrun know each other, so that they can wait for all."""
-    if world_size > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
+@contextmanager
+def joined_processes(rank: int, world_size: int) -> Iterator[None]:
+    """Within the block the processes of one torchrun know each other, so that they can wait for all."""
+    joins = world_size > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized()
+    if joins:
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
+    try:
+        yield
+    finally:
+        if joins:
+            # NOTE: a process that ends with gloo's threads running is often aborted, "without an active exception".
+            dist.destroy_process_group()
 
 
 @contextmanager

@@ -94,8 +94,8 @@ def tokenize(
             ("skip"); the index names them.
         batch_size: images encoded at once. Another size may round otherwise and change codes that are near ties.
         rank, world_size: of several processes this one makes its share. If torch.distributed is initialised
-            (hmar.shared_work.join_processes) they wait for each other; without, a last call with world_size=1 completes
-            the index.
+            (`hmar.shared_work.joined_processes`) they wait for each other; without, a last call with world_size=1
+            completes the index.
         overwrite: delete other codes in the folder first.
     Returns:
         The index of what is in the folder.
