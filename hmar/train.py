@@ -536,6 +536,11 @@ def check_division(config: TrainConfig, processes: Processes) -> None:
             f"batch_size={config.batch_size} is that of all {processes.size} processes, expected a multiple of "
             f"{parts} (processes x accumulate), such as {max(1, config.batch_size // parts) * parts}"
         )
+    if config.parallel != "ddp" and config.compile == "model":
+        raise ValueError(
+            f"compile=model and parallel={config.parallel} exclude each other: shards are gathered between blocks, "
+            "where one graph for all cannot be; use compile=blocks"
+        )
     shard = config.shard_size or processes.per_host
     if config.parallel == "hsdp" and processes.size % shard:
         raise ValueError(f"shard_size={shard} does not divide the {processes.size} processes")

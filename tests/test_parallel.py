@@ -188,8 +188,9 @@ def test_two_processes_give_the_curve_of_one(stage, options, tmp_path, runs, alo
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in alone(stage).iterdir()}
 
 
-def test_compiled_blocks_are_sharded_as_well(tmp_path, runs, alone, start):
-    options = ("parallel=fsdp", "compile=blocks", "activation_checkpointing=mlp")
+@pytest.mark.parametrize(("parallel", "mode"), [("fsdp", "blocks"), ("ddp", "model")])
+def test_compiled_graphs_are_shared_as_well(parallel, mode, tmp_path, runs, alone, start):
+    options = (f"parallel={parallel}", f"compile={mode}", "activation_checkpointing=mlp")
     config = configure("next-scale", tmp_path / "run", *options, runs=runs)
     assert start(config, backend="aot_eager") == [("finished", 6)] * 2
     assert_same_run(tmp_path / "run", alone("next-scale"))
@@ -285,6 +286,7 @@ def test_errors_of_the_first_are_raised_in_all(tmp_path, runs, start):
             "expected a multiple of 4 .processes x accumulate., such as 4",
         ),
         ("next-scale", ("parallel=hsdp", "shard_size=3"), "shard_size=3 does not divide the 2 processes"),
+        ("masked", ("parallel=fsdp", "compile=model"), "compile=model and parallel=fsdp exclude .* use compile=blocks"),
         ("next-scale", ("device=cuda:0",), "is one GPU for 2 processes: use device=cuda"),
     ],
 )
