@@ -1,7 +1,8 @@
 """Files that outlive a process: training checkpoints, and folders of weights.
 
 A checkpoint is one file with all that a run needs to go on as if it had never stopped. It is written whole or not at
-all (temporary file, fsync, rename), and a damaged one is found by its checksums, named and passed over. A folder of
+all (temporary file, fsync, rename), and a damaged one is found by its checksums, named and passed over. That of a
+sharded model is a folder (sharded.py). A folder of
 weights (model.safetensors and config.json) is what other programs load: a stage that builds on another, sampling, the
 user. `from_pretrained` reads either, and published files too. Read next: train.py, which decides what goes into a
 checkpoint and when; published.py for the files of others; convert.py.
@@ -56,9 +57,11 @@ TOKENIZER_FOLDER = "tokenizer"
 WEIGHTS = "model.safetensors"
 # Where new weights wait for the description that makes them valid, see `save_pretrained`.
 STAGED = "model.safetensors.new"
+# Of a sharded checkpoint: sizes and checksums of its files, and what it holds beside tensors.
+MANIFEST, STATE = "manifest.json", "state.pt"
 _METADATA = "hmar"
 _CHECKED = ("format", "weights_sha256")
-_STEP_FILE = re.compile(r"step-(\d{8})\.pt")
+_STEP = re.compile(r"step-(\d{8})(\.pt)?")  # a file, or the folder of a sharded one
 
 
 class DamagedCheckpointError(ValueError):
@@ -68,6 +71,12 @@ class DamagedCheckpointError(ValueError):
 def temporary_beside(path: Path, ending: str = "tmp") -> Path:
     """A hidden name beside `path` that no other thread, process or machine takes."""
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{ending}")
+
+
+def delete_temporaries(folder: Path) -> None:
+    """Delete what writes that were killed have left in a folder that nobody else writes to."""
+    for stale in folder.glob(f".*.{'?' * 16}.tmp"):
+        delete_checkpoint(stale)
 
 
 @contextlib.contextmanager
@@ -116,11 +125,16 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 def _rename(temporary: Path, path: Path) -> None:
     """Give a file on the disk its name there, for good: a power failure undoes no step before a later one."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
@@ -129,24 +143,40 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
     The state may hold tensors, dicts, lists, tuples, numbers and strings: what torch.load(weights_only=True) reads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob(".step-*.tmp"):
-        stale.unlink(missing_ok=True)
+    delete_temporaries(folder)
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as temporary:
         torch.save({"format": FORMAT, "step": step, **state}, temporary)
-    for old in checkpoints(folder)[keep:]:
-        old.unlink(missing_ok=True)
+    delete_old(folder, keep)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
-    found = [path for path in folder.glob("step-*.pt") if _STEP_FILE.fullmatch(path.name)]
-    return sorted(found, reverse=True)
+    """The checkpoints in a folder, files and folders, newest first."""
+    return sorted((path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)), reverse=True)
+
+
+def delete_old(folder: Path, keep: int) -> None:
+    """Delete all checkpoints in a folder but the newest `keep`."""
+    for old in checkpoints(folder)[keep:]:
+        delete_checkpoint(old)
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, or what is left of one; nothing if it is gone."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that save_checkpoint wrote, on the CPU. Raises DamagedCheckpointError if any byte of it is wrong."""
+    """The state that save_checkpoint wrote, on the CPU. Raises DamagedCheckpointError if any byte of it is wrong.
+
+    Of a folder that sharded.save_sharded wrote, it is what lies beside the tensors; those are verified, too.
+    """
+    if path.is_dir():
+        return _load_folder_state(path)
     try:
         with zipfile.ZipFile(path) as archive:
             # NOTE: torch.load does not compare checksums.
@@ -159,6 +189,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DamagedCheckpointError(f"{path} is not a training checkpoint of format {FORMAT}")
     return state
+
+
+def _load_folder_state(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, facts in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != facts["size"] or sha256_of(file) != facts["sha256"]:
+                raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is not as it was written")
+        return torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except DamagedCheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {first_line(error)}") from error
 
 
 def newest_checkpoint(
@@ -213,7 +257,7 @@ def save_pretrained(folder: str | Path, module: nn.Module, **notes: Any) -> Path
     try:
         with replacing(folder / STAGED) as temporary:
             save_file(tensors, temporary, metadata={_METADATA: json.dumps(description)})
-            checksum = _sha256(temporary)
+            checksum = sha256_of(temporary)
         with replacing(folder / "config.json") as temporary:
             content = {**description, "weights_sha256": checksum, **notes}
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -238,7 +282,7 @@ def _weights_file(folder: Path) -> Path:
     """The weights that config.json describes: model.safetensors, but for the last moment of a save."""
     staged = folder / STAGED
     try:
-        if staged.is_file() and _sha256(staged) == read_description(folder).get("weights_sha256"):
+        if staged.is_file() and sha256_of(staged) == read_description(folder).get("weights_sha256"):
             return staged
     except (OSError, ValueError):  # it has its own name by now, or there is no description yet
         pass
@@ -391,7 +435,7 @@ def _load_folder(folder: Path, kinds: tuple[str, ...], attention: str) -> nn.Mod
     try:
         tensors = load_file(path)
         # NOTE: in this order, so that it is not the checksum of an earlier file.
-        damaged = description.get("weights_sha256", checksum := _sha256(path)) != checksum
+        damaged = description.get("weights_sha256", checksum := sha256_of(path)) != checksum
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {folder} holds only a config.json") from None
     except (SafetensorError, OSError) as error:
@@ -451,10 +495,10 @@ def check_tensors(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 
 def fingerprint(folder: str | Path) -> str:
     """SHA-256 of the weights in a folder, to tell whether two folders hold the same ones."""
-    return _sha256(_weights_file(find_weights(folder)))
+    return sha256_of(_weights_file(find_weights(folder)))
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -66,7 +66,10 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example optimizer.lr=1e-4.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of keys; those on the command line win.")] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(help="YAML file of keys, or a recipe such as imagenet-256-d16; keys on the command line win."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the run in output_dir.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
@@ -80,19 +83,22 @@ def train(
     hmar train masked preset=digits-32 output_dir=runs/hmar tokenizer_weights=runs/tokenizer
     next_scale_weights=runs/next-scale
 
+    torchrun --nproc-per-node 8 -m hmar train next-scale --config imagenet-256-d16
+
     An unknown KEY lists the known ones. --resume without --config takes the configuration that the run began with.
     """
-    from hmar.recipe import STAGES, apply_overrides, make_config, read_config, unknown
+    from hmar.recipe import STAGES, apply_overrides, make_config, read_config, read_stage_config, unknown
 
     if stage not in STAGES:
         raise ValueError(unknown("stage", stage, STAGES))
     overrides = [f"stage={stage}", *(overrides or [])]
-    base = read_config(config) if config is not None else {}
+    base = read_stage_config(config, stage) if config is not None else {}
     if resume and config is None:
         saved = Path(str(apply_overrides({}, overrides).get("output_dir"))) / "config.yaml"
         base = read_config(saved) if saved.exists() else {}
     run = make_config(apply_overrides(base, overrides))
 
+    from hmar.processes import ProcessFailedError
     from hmar.train import Interrupted, NonFiniteError
     from hmar.train import train as train_stage
 
@@ -102,7 +108,7 @@ def train(
         to_go_on = f"To go on: hmar train {stage} --resume output_dir={run.output_dir}"
         typer.echo(f"{interruption}. {'The run is complete' if interruption.finished else to_go_on}", err=True)
         raise typer.Exit(128 + interruption.signal_number) from None
-    except NonFiniteError as error:
+    except (NonFiniteError, ProcessFailedError) as error:
         _fail(str(error), 1, error)
     typer.echo(f"{stage}: {result.step} steps done, weights in {result.weights}")
 

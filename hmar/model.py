@@ -363,17 +363,27 @@ class Head(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Leave out a residual branch for whole images with probability p in training, and scale the others up."""
+    """Leave out a residual branch for whole images with probability p in training, and scale the others up.
+
+    `factor_B`, of 0 and 1 / (1 - p), is what a caller that draws for itself has drawn for the images at hand, as the
+    trainer does; None draws here.
+    """
 
     def __init__(self, p: float):
         super().__init__()
         self.p = p
+        self.factor_B: Tensor | None = None
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        if self.p == 0 or not self.training:
+        if not self.training:
             return x_BLC
-        kept_B11 = torch.rand(x_BLC.shape[0], 1, 1, device=x_BLC.device) >= self.p
-        return x_BLC * kept_B11 / (1 - self.p)
+        # NOTE: with factors given, p is not read, so that one compiled graph serves blocks of every p.
+        factor_B = self.factor_B
+        if factor_B is None:
+            if self.p == 0:
+                return x_BLC
+            factor_B = (torch.rand(x_BLC.shape[0], device=x_BLC.device) >= self.p) / (1 - self.p)
+        return x_BLC * factor_B[:, None, None].to(x_BLC.dtype)
 
 
 class ScaleMasks:

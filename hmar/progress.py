@@ -65,14 +65,20 @@ class Logs:
         return self
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"step": step, **row}) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise OSError(f"could not write {self.path}: {error}. Checkpoints written before are intact.") from error
         for name, value in row.items():
             self.writer.add_scalar(name, value, step)
 
-    def __exit__(self, *exception: object) -> None:
-        self.file.close()
-        self.writer.close()
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        # NOTE: what could not be written cannot be written at the end either; the first error is the one that tells.
+        with contextlib.suppress(*(() if error is None else (OSError,))):
+            self.file.close()
+        with contextlib.suppress(*(() if error is None else (OSError,))):
+            self.writer.close()
 
 
 class Display:
@@ -107,6 +113,10 @@ class Display:
     def show(self, step: int, row: Mapping[str, float]) -> None:
         loss = f"loss {row['loss']:.4g}" if "loss" in row else "no finite loss"
         status = f"{loss}  {row['images_per_second']:.3g} images/s  {row['tokens_per_second']:.3g} tokens/s"
+        if "mfu" in row:
+            status += f"  MFU {row['mfu']:.1%}"
+        if "peak_memory_gb" in row:
+            status += f"  {row['peak_memory_gb']:.1f} GB"
         self.bar.update(self.task, status=status)
         now = time.monotonic()
         if not self.console.is_terminal and (now - self.last_line > SECONDS_BETWEEN_LINES or step == self.config.steps):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -124,8 +125,18 @@ class TrainConfig:
     (a run's output folder, or a folder written by hmar.checkpoint.save_pretrained): every stage but "tokenizer" needs
     tokenizer_weights, and "masked" needs next_scale_weights as well.
 
-    precision      "auto" is bf16 autocast on CUDA and fp32 on the CPU
+    steps, epochs  how long: optimisation steps (1000 if neither is given), or passes over the data
+    batch_size     images of one optimisation step, over all processes
+    accumulate     into how many micro-batches each process divides its share of them; the result does not depend on it
+    precision      "auto" is bf16 autocast on CUDA and fp32 on the CPU; fp16 scales the loss dynamically
     attention      "auto" or one of hmar_kernels.IMPLEMENTATIONS
+    compile        torch.compile: false, "blocks" (one graph for all blocks of a transformer: compiles in seconds) or
+                   "model" (model and loss in one graph); true means "model"
+    activation_checkpointing  what the backward pass computes again instead of keeping it: "none", "mlp" (the inner
+                   layers of the blocks' MLPs) or "blocks" (everything but the blocks' inputs)
+    parallel       what several processes (torchrun) share: "ddp" keeps all of the model in each, "fsdp" shards
+                   parameters, gradients and optimizer state over all, "hsdp" over groups of shard_size that are copies
+                   of each other (0: the processes of a host)
     cache_codes    encode the whole data set once and keep the codes in memory (only for data without random crops)
     ema            decay of the averaged weights that are written at the end; 0 switches averaging off
     on_nonfinite   a step whose loss or gradient is not finite stops the run ("raise") or is skipped, counted ("skip")
@@ -135,8 +146,10 @@ class TrainConfig:
     stage: Literal["tokenizer", "next-scale", "masked", "var"]
     output_dir: str
     preset: str
-    steps: int = 1000
+    steps: int | None = None
+    epochs: int | None = None
     batch_size: int = 32
+    accumulate: int = 1
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig | None = None
@@ -146,9 +159,12 @@ class TrainConfig:
     tokenizer_weights: str | None = None
     next_scale_weights: str | None = None
     device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: str = "auto"
-    compile: bool = False
+    compile: Literal[False, True, "blocks", "model"] = False
+    activation_checkpointing: Literal["none", "mlp", "blocks"] = "none"
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard_size: int = 0
     cache_codes: bool = False
     ema: float = 0.0
     on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -161,6 +177,15 @@ class TrainConfig:
             raise ValueError(unknown("stage", self.stage, STAGES))
         if self.attention not in ATTENTION:
             raise ValueError(unknown("attention", self.attention, ATTENTION))
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps={self.steps} and epochs={self.epochs} both say how long the run is: leave one out, as in "
+                f"epochs=null steps={self.steps}"
+            )
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", 1000)
+        if self.compile is True:
+            object.__setattr__(self, "compile", "model")
         tokenizer, model = find_preset(self.preset)
         object.__setattr__(self, "tokenizer", self.tokenizer or tokenizer)
         object.__setattr__(self, "model", self.model or model)
@@ -201,10 +226,39 @@ class TrainConfig:
             raise ValueError(
                 f'cache_codes=true would freeze the random crops of data.name={self.data.name}: it is for "digits" only'
             )
-        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        for name in ("steps", "epochs", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        require(
+            self.batch_size % self.accumulate == 0,
+            "batch_size",
+            self.batch_size,
+            f"a multiple of accumulate={self.accumulate}",
+        )
+        if self.stage == "tokenizer" and self.accumulate > 1:
+            raise ValueError(
+                f"accumulate={self.accumulate} has no effect in stage tokenizer, whose adversary and restarted codes "
+                "look at whole batches: leave it out"
+            )
+        if self.stage == "tokenizer" and self.activation_checkpointing != "none":
+            raise ValueError(
+                f"activation_checkpointing={self.activation_checkpointing} is for transformers' blocks and has no "
+                "effect in stage tokenizer: leave it out"
+            )
+        require(self.shard_size >= 0, "shard_size", self.shard_size, "0 (the processes of a host) or more")
+        if self.shard_size and self.parallel != "hsdp":
+            raise ValueError(
+                f"shard_size={self.shard_size} has no effect with parallel={self.parallel}: set parallel=hsdp"
+            )
         require(0 <= self.ema < 1, "ema", self.ema, "in [0, 1), 0 for none")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+
+
+def with_steps(config: TrainConfig, num_images: int) -> TrainConfig:
+    """The configuration with `epochs` passes over `num_images` images as steps; the last one may begin another pass."""
+    if config.epochs is None:
+        return config
+    steps = math.ceil(config.epochs * num_images / config.batch_size)
+    return dataclasses.replace(config, steps=steps, epochs=None)
 
 
 def find_preset(name: str) -> tuple[TokenizerConfig, ModelConfig]:
@@ -247,6 +301,31 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {content!r}, expected lines of the form `key: value`")
     return content
+
+
+def recipes() -> dict[str, Path]:
+    """The configurations that come with this package, by name: whole chains of stages, as imagenet-256-d16."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def read_stage_config(source: str | Path, stage: str) -> dict[str, Any]:
+    """What a YAML file, or the recipe of that name, says of a stage, not yet checked against TrainConfig.
+
+    The file may hold a section `stages` with keys that are for one stage only; those of `stage` win over the others.
+    """
+    path = Path(source)
+    if not path.exists() and str(source) in recipes():
+        path = recipes()[str(source)]
+    elif not path.exists():
+        raise ValueError(f"no configuration file {source}, and {unknown('recipe', source, recipes())}")
+    config = read_config(path)
+    sections = config.pop("stages", None) or {}
+    if not isinstance(sections, Mapping) or not all(isinstance(section, Mapping) for section in sections.values()):
+        raise ValueError(f"{path}: stages is {sections!r}, expected a section of keys for each stage")
+    for name in sections:
+        if name not in STAGES:
+            raise ValueError(f"{path}: {unknown('stage', name, STAGES)}")
+    return _merge(config, sections.get(stage, {}))
 
 
 def apply_overrides(config: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -338,6 +417,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], path: str = "
     return found
 
 
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both mappings in one, section by section; where both have a value, that of `above`."""
+    merged = dict(below)
+    for name, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(below.get(name), Mapping)
+        merged[name] = _merge(below[name], value) if both else value
+    return merged
+
+
 def _copy(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
@@ -415,8 +503,10 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(str, exactly("text", (str,), str))
 
     def literal(value: Any, cls: Any) -> Any:
-        if value not in get_args(cls):
-            raise ValueError(unknown("value", value, get_args(cls)))
+        known = get_args(cls)
+        if not any(type(value) is type(item) and value == item for item in known):  # NOTE: 1 == True
+            names = [str(item).lower() if isinstance(item, bool) else item for item in known]
+            raise ValueError(unknown("value", value, names))
         return value
 
     converter.register_structure_hook_func(lambda cls: get_origin(cls) is Literal, literal)

@@ -1,15 +1,19 @@
 """The stages of training: what each trains, on which inputs and with which loss.
 
-The Trainer (train.py) calls a stage in this order: `prepare` once, then for every step `loss` and, after the
-optimizer, `after_step`; at the end `write`. Its `config` is the run's with what the stage has found out, its `sources`
-are fingerprints of the weights it builds on. Read next: loss.py for the losses, model.py and tokenizer.py.
+The Trainer (train.py) calls a stage in this order: `prepare` once, then for every step `draw`, `loss` for each
+micro-batch and, after the optimizer, `after_step` if it has one; at the end `write`. Its `config` is the run's with
+what the stage has found out, its `sources` are fingerprints of the weights it builds on, its `module` is what is
+trained, and `forward` what is called for it: `objective`, the module with its loss, or what the Trainer has wrapped
+around that. Read next: loss.py for the losses, model.py and tokenizer.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,44 @@ from hmar import checkpoint
 from hmar.codes import CodesFolder, read_index
 from hmar.discriminator import PatchDiscriminator
 from hmar.loss import TokenizerLoss, draw_mask, masked_loss, next_scale_loss, token_accuracy, token_weights
-from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, drop_classes
+from hmar.model import HMAR, DropPath, MaskedTransformer, NextScaleTransformer
+from hmar.optimizer import AveragedWeights, Optimizer
 from hmar.recipe import STAGES, TrainConfig, differences, find_preset
 from hmar.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in a step of some images.
+
+    It is drawn for the whole batch of the step and then divided, so that what an image gets depends neither on
+    micro-batches nor on the number of processes.
+
+    dropped_B: bool, whose class is replaced by the null class; None if the stage has no classes.
+    drop_path_DB: float32 factors of the D drop paths, 0 or 1 / (1 - p).
+    masked_L: bool, the codes that masked prediction hides; None elsewhere.
+    generator: what is left of the step's random numbers, for `after_step`.
+    """
+
+    generator: torch.Generator
+    dropped_B: Tensor | None = None
+    drop_path_DB: Tensor | None = None
+    masked_L: Tensor | None = None
+
+    def of(self, images: slice, device: torch.device) -> Draws:
+        """The part of these images, on the device."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or device.type == "cpu":
+                return tensor
+            return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+
+        return Draws(
+            self.generator,
+            None if self.dropped_B is None else move(self.dropped_B[images]),
+            None if self.drop_path_DB is None else move(self.drop_path_DB[:, images]),
+            move(self.masked_L),
+        )
 
 
 class TokenizerStage:
@@ -33,7 +72,7 @@ class TokenizerStage:
     def __init__(self, config: TrainConfig, device: torch.device, perceptual: nn.Module | None = None):
         self.config, self.device = config, device
         self.sources: dict[str, str] = {}
-        self.module = Tokenizer(config.tokenizer, config.model.pyramid).to(device)
+        self.module = self.objective = self.forward = Tokenizer(config.tokenizer, config.model.pyramid).to(device)
         weights = config.reconstruction
         discriminator = None
         if weights.adversarial > 0:
@@ -56,10 +95,10 @@ class TokenizerStage:
     def prepare(self, dataset: Dataset, console: Console) -> Dataset:
         return dataset
 
-    def compile(self, enabled: bool) -> None:
-        self.forward = torch.compile(self.module) if enabled else self.module
+    def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
+        return Draws(generator)
 
-    def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch, classes_B, draws, step) -> tuple[Tensor, dict[str, Tensor]]:
         self.images, self.output = batch, self.forward(batch)
         if self.criterion.discriminator is not None:
             self.criterion.discriminator.requires_grad_(False)
@@ -69,23 +108,26 @@ class TokenizerStage:
         parts["codebook_use"] = self.module.quantizer.usage(self.output.codes_BL)
         return loss + self.config.reconstruction.quantizer * self.output.quantizer_loss, parts
 
-    def after_step(self, optimizer, ema, generator, step) -> dict[str, float]:
-        """Put unused codes back into use; train the adversary on the same images, and return what to log of that."""
+    def after_step(self, optimizer: Optimizer, averaged: AveragedWeights | None, draws, step) -> dict[str, float]:
+        """Put unused codes back into use; train the adversary on the same images, and return what to log of that.
+
+        Not called after a step that was skipped, for which the host has to wait for the device.
+        """
         output, self.output = self.output, None
         quantizer = self.module.quantizer
-        moved_V = quantizer.restart_unused_codes(output.latent_BEhw.detach(), output.codes_BL, generator)
+        moved_V = quantizer.restart_unused_codes(output.latent_BEhw.detach(), output.codes_BL, draws.generator)
         # The optimizer's momentum of a moved code, and its average, belong to the place where it was.
         codebook = quantizer.codebook.weight
         for name in ("exp_avg", "exp_avg_sq"):
-            optimizer.state[codebook][name].masked_fill_(moved_V[:, None], 0)
-        if ema is not None:
-            averaged = ema.module.quantizer.codebook.weight
-            averaged.data.copy_(torch.where(moved_V[:, None], codebook.data, averaged.data))
+            optimizer.adamw.state[codebook][name].masked_fill_(moved_V[:, None], 0)
+        if averaged is not None:
+            average = averaged.averages["quantizer.codebook.weight"]
+            average.copy_(torch.where(moved_V[:, None], codebook.detach(), average))
         if self.criterion.discriminator is None or step < self.criterion.adversarial_start:
             return {}
-        return self._train_discriminator(output.reconstruction.detach().float(), optimizer, step)
+        return self._train_discriminator(output.reconstruction.detach().float(), optimizer.lr, step)
 
-    def _train_discriminator(self, reconstruction: Tensor, optimizer, step: int) -> dict[str, float]:
+    def _train_discriminator(self, reconstruction: Tensor, lr: float, step: int) -> dict[str, float]:
         """A step of the adversary, unless its loss or gradient is not finite; clipped like the tokenizer's."""
         discriminator = self.criterion.discriminator.requires_grad_(True)
         loss = self.criterion.discriminator_loss(reconstruction, self.images, step)
@@ -94,7 +136,7 @@ class TokenizerStage:
         values = torch.stack([loss.detach().float(), norm.float()]).tolist()
         if all(map(math.isfinite, values)):
             for group in self.discriminator_optimizer.param_groups:
-                group["lr"] = optimizer.param_groups[0]["lr"]
+                group["lr"] = lr
             self.discriminator_optimizer.step()
         self.discriminator_optimizer.zero_grad(set_to_none=True)
         return dict(zip(("discriminator_loss", "discriminator_grad_norm"), values, strict=True))
@@ -118,7 +160,10 @@ class TokenizerStage:
             self.criterion.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
 
-    def write(self, folder: Path, module: nn.Module, **notes: Any) -> Path:
+    def write(self, folder: Path, state: Mapping[str, Tensor], **notes: Any) -> Path:
+        with torch.device("meta"):
+            module = Tokenizer(self.config.tokenizer, self.config.model.pyramid)
+        module.load_state_dict(state, assign=True)
         return checkpoint.save_pretrained(folder, module, **notes)
 
 
@@ -126,6 +171,8 @@ class CodesStage:
     """What next-scale prediction, masked prediction and VAR share: codes of a frozen tokenizer, dropped labels."""
 
     module: nn.Module
+    objective: nn.Module
+    after_step = None
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.device = device
@@ -151,8 +198,26 @@ class CodesStage:
         with console.status(f"encoding {len(dataset)} images"):
             return CachedCodes(dataset, self.encode, self.config.batch_size, self.device)
 
-    def compile(self, enabled: bool) -> None:
-        self.forward = torch.compile(self.module) if enabled else self.module
+    def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
+        """The draws of a step: CPU tensors for all images of its batch, in an order that is part of the format of
+        checkpoints."""
+        dropped_B = torch.rand(batch_size, generator=generator) < self.class_drop
+        masked_L = self.draw_mask(generator)
+        p_D = torch.tensor([module.p for module in self.drop_paths])
+        kept_DB = torch.rand(len(p_D), batch_size, generator=generator) >= p_D[:, None]
+        return Draws(generator, dropped_B, kept_DB / (1 - p_D[:, None]), masked_L)
+
+    def draw_mask(self, generator: torch.Generator) -> Tensor | None:
+        return None
+
+    def apply_drop_paths(self, drop_path_DB: Tensor) -> None:
+        for module, factor_B in zip(self.drop_paths, drop_path_DB, strict=True):
+            module.factor_B = factor_B
+
+    @functools.cached_property
+    def drop_paths(self) -> list[DropPath]:
+        """Those that drop anything in training."""
+        return [m for m in self.module.modules() if isinstance(m, DropPath) and m.p > 0 and m.training]
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
@@ -160,17 +225,14 @@ class CodesStage:
         with torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.encode(images_B3HW)
 
-    def inputs(self, batch: Tensor, classes_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def inputs(self, batch: Tensor, classes_B: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [B, L], classes [B] with some dropped, and teacher-forced inputs [B, L - n_1^2, E]."""
         codes_BL = batch if batch.ndim == 2 else self.encode(batch)
-        classes_B = drop_classes(classes_B, self.class_drop, self.config.model.null_class, generator)
+        classes_B = torch.where(draws.dropped_B, self.config.model.null_class, classes_B)
+        self.apply_drop_paths(draws.drop_path_DB)
         with torch.no_grad():
             inputs_BLE = self.tokenizer.quantizer.next_scale_inputs(codes_BL)
         return codes_BL, classes_B, inputs_BLE
-
-    def after_step(self, optimizer, ema, generator, step) -> dict[str, float]:
-        """Nothing beside the optimizer's step."""
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -178,8 +240,19 @@ class CodesStage:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert not state
 
-    def write(self, folder: Path, module: nn.Module, **notes: Any) -> Path:
-        return checkpoint.save_pretrained(folder, module, **self._provenance(), **notes)
+    def write(self, folder: Path, state: Mapping[str, Tensor], **notes: Any) -> Path:
+        """Weights of the trained module, whose whole state dict is `state`, with what they were made of."""
+        with torch.device("meta"):
+            module = self.make_module()
+        module.load_state_dict(state, assign=True)
+        return checkpoint.save_pretrained(folder, self.assemble(module), **self._provenance(), **notes)
+
+    def make_module(self) -> nn.Module:
+        raise NotImplementedError
+
+    def assemble(self, module: nn.Module) -> nn.Module:
+        """What is written in place of the trained module."""
+        return module
 
     def _provenance(self) -> dict[str, str]:
         return {
@@ -193,16 +266,18 @@ class NextScaleStage(CodesStage):
 
     def __init__(self, config: TrainConfig, device: torch.device):
         super().__init__(config, device)
-        hmar = config.stage == "next-scale"
-        pattern = "block_diagonal" if hmar else "block_causal"
-        self.module = NextScaleTransformer(config.model, pattern=pattern, attention=config.attention).to(device)
-        self.weights_L = token_weights(config.model.pyramid).to(device) if hmar else None
+        self.module = self.make_module().to(device)
+        weights_L = token_weights(config.model.pyramid) if config.stage == "next-scale" else None
+        self.objective = self.forward = NextScaleObjective(self.module, weights_L).to(device)
 
-    def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
-        codes_BL, classes_B, inputs_BLE = self.inputs(batch, classes_B, generator)
-        logits_BLV = self.forward(classes_B, inputs_BLE)
-        loss = next_scale_loss(logits_BLV, codes_BL, self.weights_L)
-        return loss, {"accuracy": token_accuracy(logits_BLV.detach(), codes_BL)}
+    def make_module(self) -> NextScaleTransformer:
+        pattern = "block_diagonal" if self.config.stage == "next-scale" else "block_causal"
+        return NextScaleTransformer(self.config.model, pattern=pattern, attention=self.config.attention)
+
+    def loss(self, batch, classes_B, draws, step) -> tuple[Tensor, dict[str, Tensor]]:
+        codes_BL, classes_B, inputs_BLE = self.inputs(batch, classes_B, draws)
+        loss, accuracy = self.forward(classes_B, inputs_BLE, codes_BL)
+        return loss, {"accuracy": accuracy}
 
 
 class MaskedStage(CodesStage):
@@ -213,20 +288,57 @@ class MaskedStage(CodesStage):
         self.sources["next_scale_weights"] = checkpoint.fingerprint(config.next_scale_weights)
         self.next_scale = load_stage_one(config)
         self.module = MaskedTransformer.from_next_scale(self.next_scale, attention=config.attention).to(device)
+        self.objective = self.forward = MaskedObjective(self.module)
 
-    def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
-        codes_BL, classes_B, inputs_BLE = self.inputs(batch, classes_B, generator)
+    def make_module(self) -> MaskedTransformer:
+        return MaskedTransformer(self.config.model, attention=self.config.attention)
+
+    def draw_mask(self, generator: torch.Generator) -> Tensor:
+        return draw_mask(self.config.model.pyramid, generator=generator)
+
+    def loss(self, batch, classes_B, draws, step) -> tuple[Tensor, dict[str, Tensor]]:
+        codes_BL, classes_B, inputs_BLE = self.inputs(batch, classes_B, draws)
         with torch.no_grad():
             residuals_BLE = self.tokenizer.quantizer.own_residuals(codes_BL)
-        masked_L = draw_mask(self.config.model.pyramid, generator=generator).to(self.device)
-        logits_BLV = self.forward(classes_B, inputs_BLE, residuals_BLE, masked_L)
-        loss = masked_loss(logits_BLV, codes_BL, masked_L)
-        return loss, {"accuracy": token_accuracy(logits_BLV.detach(), codes_BL, masked_L)}
+        loss, accuracy = self.forward(classes_B, inputs_BLE, residuals_BLE, draws.masked_L, codes_BL)
+        return loss, {"accuracy": accuracy}
 
-    def write(self, folder: Path, module: nn.Module, **notes: Any) -> Path:
-        """The assembled HMAR: trunk, next-scale blocks of stage 1 and the mask blocks trained here."""
-        hmar = HMAR.from_stages(self.next_scale, module.cpu())
-        return checkpoint.save_pretrained(folder, hmar, **self._provenance(), **notes)
+    def assemble(self, module: MaskedTransformer) -> HMAR:
+        """The whole HMAR: trunk, next-scale blocks of stage 1 and the mask blocks trained here."""
+        return HMAR.from_stages(self.next_scale, module)
+
+
+class NextScaleObjective(nn.Module):
+    """A NextScaleTransformer and its loss as one module, so that what is wrapped around a module takes in both.
+
+    weights_L: float32 weights of the tokens, None for equal ones (see `next_scale_loss`).
+    """
+
+    def __init__(self, model: NextScaleTransformer, weights_L: Tensor | None):
+        super().__init__()
+        self.model = model
+        self.register_buffer("weights_L", weights_L, persistent=False)
+
+    def forward(self, class_B: Tensor, inputs_BLE: Tensor, codes_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and token accuracy: scalars. Arguments as of the model, and the codes to predict, int64 [B, L]."""
+        logits_BLV = self.model(class_B, inputs_BLE)
+        loss = next_scale_loss(logits_BLV, codes_BL, self.weights_L)
+        return loss, token_accuracy(logits_BLV.detach(), codes_BL)
+
+
+class MaskedObjective(nn.Module):
+    """A MaskedTransformer and its loss as one module."""
+
+    def __init__(self, model: MaskedTransformer):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, class_B: Tensor, inputs_BLE: Tensor, residuals_BLE: Tensor, masked_L: Tensor, codes_BL: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy over the hidden tokens: scalars. Arguments as of the model, and the codes, int64 [B, L]."""
+        logits_BLV = self.model(class_B, inputs_BLE, residuals_BLE, masked_L)
+        return masked_loss(logits_BLV, codes_BL, masked_L), token_accuracy(logits_BLV.detach(), codes_BL, masked_L)
 
 
 def make_stage(

@@ -1,12 +1,18 @@
-"""The training engine: one loop for the tokenizer, HMAR's two stages and VAR.
+"""The training engine: one loop for the tokenizer, HMAR's two stages and VAR, in one process or in many.
 
 A Stage (stages.py) says what is trained and with which loss; the Trainer owns everything else: data order, precision,
-optimizer, schedule, averaged weights, checkpoints, signals, logs. All that is random in a step (dropped labels, masks,
-restarted codes, crops) follows from the seed and the step or the image, or from generators that the checkpoint holds,
-so a run that was interrupted goes on to the same weights, bit for bit on one device with deterministic operators.
+optimizer, schedule, averaged weights, checkpoints, signals, logs. All that is random in a step (dropped labels, drop
+paths, masks, restarted codes, crops) follows from the seed and the step or the image, or from generators that the
+checkpoint holds, so a run that was interrupted goes on to the same weights, bit for bit on one device with
+deterministic operators, and the number of processes changes rounding only.
+
+The host never waits for the device within a step: figures are read when a row of the log is due, every 100 steps and
+before a checkpoint. Steps that are not finite have changed nothing by then (optimizer.py); only the tokenizer's host
+has to know at once, because it moves codes after a step.
 
 An output folder holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/ and, once finished, weights/.
-Read next: stages.py for what is trained, checkpoint.py for the files, recipe.py for the configuration.
+Read next: stages.py for what is trained, optimizer.py for the end of a step, parallelize.py and processes.py for what
+is put around the model, checkpoint.py for the files, recipe.py for the configuration.
 """
 
 from __future__ import annotations
@@ -29,7 +35,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
@@ -42,12 +47,18 @@ from hmar.data import (
     to_device,
     without_traceback,
 )
+from hmar.flops import training_flops, utilization
+from hmar.optimizer import AveragedWeights, LossScale, Optimizer, assign, finite, whole
+from hmar.parallelize import Parallel, checkpoint_activations, compile_objective
+from hmar.processes import Processes
 from hmar.progress import Display, Logs, StopSignals
-from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown
+from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown, with_steps
+from hmar.sharded import load_tensors, save_sharded
 from hmar.stages import make_stage, parameter_groups
 
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SKIPPED_IN_A_ROW = 20
+MAX_STEPS_UNREAD = 100
 
 # A resumed run may differ from its checkpoint in anything but these.
 FIXED_ON_RESUME = ("stage", "seed", "tokenizer", "model", "reconstruction", "ema")
@@ -92,11 +103,31 @@ def train(
     moved to the run's device, frozen and put into eval mode. It is the caller's and no part of the checkpoint: a
     resumed run has to be given the same one again, and is refused without any.
 
+    Under torchrun this is one of several processes that share the run: see config.parallel. All of them return, or
+    raise.
+
     Raises ValueError for bad input, NonFiniteError, Interrupted after SIGINT or SIGTERM, OSError if nothing can be
     written.
     """
-    console = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
-    return Trainer(config, resume=resume, overwrite=overwrite, console=console, perceptual=perceptual).run()
+    processes = Processes.join()
+    try:
+        quiet = not progress or not processes.first
+        console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+        return Trainer(
+            config,
+            resume=resume,
+            overwrite=overwrite,
+            console=console,
+            perceptual=perceptual,
+            processes=processes,
+        ).run()
+    except Interrupted:
+        raise
+    except BaseException as error:
+        processes.fail(error)
+        raise
+    finally:
+        processes.close()
 
 
 class Trainer:
@@ -110,42 +141,48 @@ class Trainer:
         overwrite: bool,
         console: Console,
         perceptual: nn.Module | None = None,
+        processes: Processes | None = None,
     ):
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other: one goes on with the run, the other deletes it")
-        self.config = config
+        self.processes = processes = processes or Processes()
         self.console = console
         self.folder = Path(config.output_dir)
-        self.device = find_device(config.device)
-        dtype = find_precision(config.precision, self.device)
+        self.device = find_device(config.device, processes)
+        check_division(config, processes)
+        dtype = find_training_precision(config.precision, self.device)
+        self.dtype = dtype
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
         if perceptual is not None and config.stage != "tokenizer":
             raise ValueError(f"a perceptual module has no effect in stage {config.stage}, only in stage tokenizer")
         if not resume:
-            make_room(self.folder, overwrite)
+            processes.first_does(lambda: make_room(self.folder, overwrite))
 
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
         self.dataset = open_images(config)
-        self.stage = make_stage(config, self.device, perceptual)
+        self.stage = make_stage(with_steps(config, len(self.dataset)), self.device, perceptual)
         self.config = config = self.stage.config
         self.stage.module.train()
-        self.optimizer = torch.optim.AdamW(
+        self.flops = None if config.stage == "tokenizer" else training_flops(self.stage.module)
+        checkpoint_activations(self.stage.objective, config.activation_checkpointing)
+        compile_objective(self.stage.objective, config.compile)
+        self.parallel = Parallel(self.stage.objective, config.parallel, config.shard_size, processes, dtype)
+        self.stage.forward = self.parallel.forward
+        self.loss_scale = LossScale(dtype == torch.float16, self.device)
+        self.optimizer = Optimizer(
             parameter_groups(self.stage.module, config.optimizer.weight_decay),
-            lr=config.optimizer.lr,
-            betas=config.optimizer.betas,
-            eps=config.optimizer.eps,
-            fused=self.device.type == "cuda",
+            config.optimizer,
+            self.loss_scale,
+            self.parallel.total_norm,
         )
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.ema = None
-        if config.ema:
-            self.ema = AveragedModel(self.stage.module, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.averaged = AveragedWeights(self.stage.module, config.ema) if config.ema else None
         self.step = 0
         self.samples = 0
         self.skipped = 0
         self.skipped_in_a_row = 0
+        self.unread: list[tuple[int, tuple[str, ...], Tensor, Mapping[str, float]]] = []
         self.interval = Interval()
         self.last_row: dict[str, float] = {}
         self.rng: dict[str, Any] | None = None
@@ -154,43 +191,47 @@ class Trainer:
 
     def run(self) -> TrainResult:
         """Train from where the run stands to its last step."""
-        config = self.config
+        config, processes = self.config, self.processes
         dataset = self.stage.prepare(self.dataset, self.console)
-        batches = load_batches(dataset, config, self.samples, self.device)
-        self.stage.compile(config.compile)
+        batches = load_batches(dataset, config, self.samples, self.device, processes)
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
             StopSignals() as stop,
-            Logs(self.folder, self.step) as logs,
+            Logs(self.folder, self.step) if processes.first else contextlib.nullcontext() as logs,
             Display(self.console, config, self.step) as display,
             contextlib.closing(batches),
         ):
-            with checkpoint.replacing(self.folder / "config.yaml") as temporary:
-                temporary.write_text(config_yaml(config), encoding="utf-8")
+            if processes.first:
+                checkpoint.delete_temporaries(self.folder)
+                checkpoint.delete_temporaries(self.folder / "weights")
+                with checkpoint.replacing(self.folder / "config.yaml") as temporary:
+                    temporary.write_text(config_yaml(config), encoding="utf-8")
             # Last of all, so that nothing of the set-up draws from the generators of a resumed run.
             if self.rng is not None:
                 checkpoint.set_rng_state(self.rng)
-            self.interval.started = time.perf_counter()
+            self.interval.start(self.device)
             while self.step < config.steps:
                 self._advance(*next(batches))
                 at_end = self.step == config.steps
                 if self.step % config.log_every == 0 or at_end:
                     self.last_row = self._row()
-                    logs.write(self.step, self.last_row)
+                    if logs is not None:
+                        logs.write(self.step, self.last_row)
                     display.show(self.step, self.last_row)
                 display.advance(self.step)
-                if self.step % config.checkpoint_every == 0 or at_end or stop.received:
+                signal_number = processes.agree(stop.received)
+                if self.step % config.checkpoint_every == 0 or at_end or signal_number:
                     path = self._save()
-                if stop.received and not at_end:
-                    raise Interrupted(stop.received, self.step, path)
+                if signal_number and not at_end:
+                    raise Interrupted(signal_number, self.step, path)
             weights = self._write_weights()
-            if stop.received:  # the caller may have more to run, and must not
-                raise Interrupted(stop.received, self.step, weights, finished=True)
+            if signal_number := processes.agree_now(stop.received):  # the caller may have more to run, and must not
+                raise Interrupted(signal_number, self.step, weights, finished=True)
         return TrainResult(self.step, weights, self.last_row)
 
     def _advance(self, batch: Tensor, classes_B: Tensor) -> None:
-        """One optimisation step on images [B, 3, H, W] or codes [B, L] and their classes [B]."""
-        config, optimizer = self.config, self.optimizer
+        """One optimisation step on images [B, 3, H, W] or codes [B, L] and their classes [B]: this process's share."""
+        config, stage = self.config, self.stage
         lr = learning_rate(
             self.step,
             steps=config.steps,
@@ -200,95 +241,160 @@ class Trainer:
             start_ratio=config.optimizer.start_ratio,
             final_ratio=config.optimizer.final_ratio,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        generator = step_generator(config.seed, self.step)
-        with self.autocast():
-            loss, parts = self.stage.loss(batch, classes_B, generator, self.step)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, config.optimizer.clip or math.inf)
-        loss_value, norm_value, *part_values = torch.stack(
-            [value.detach().float() for value in (loss, norm, *parts.values())]
-        ).tolist()
-        problem = _not_finite({"the loss": loss_value, "the gradient's norm": norm_value})
-        if problem is None:
-            optimizer.step()
+        draws = stage.draw(step_generator(config.seed, self.step), config.batch_size)
+        own = self.processes.share(config.batch_size)
+        size = len(classes_B) // config.accumulate
+        figures = []
+        for i in range(config.accumulate):
+            images = slice(i * size, (i + 1) * size)
+            micro_draws = draws.of(slice(own.start + images.start, own.start + images.stop), self.device)
+            with self.parallel.synchronizing(i == config.accumulate - 1):
+                with self.autocast():
+                    loss, parts = stage.loss(batch[images], classes_B[images], micro_draws, self.step)
+                (loss * (self.loss_scale.value / config.accumulate)).backward()
+            figures.append(torch.stack([value.detach().float() for value in (loss, *parts.values())]))
+        figures = self.processes.mean(torch.stack(figures).mean(0))
+        norm, found_inf = self.optimizer.step(figures[0], lr)
+        after = {}
+        if stage.after_step is not None and not found_inf.item():
             with self.autocast():
-                after = self.stage.after_step(optimizer, self.ema, generator, self.step)
-            if self.ema is not None:
-                self.ema.update_parameters(self.stage.module)
-            row = {"loss": loss_value, "grad_norm": norm_value, **dict(zip(parts, part_values, strict=True))}
-            problem = _not_finite({f"the {name.replace('_', ' ')}": value for name, value in after.items()})
-            self.interval.add({**row, **after} if problem is None else row)
-        if problem is None:
-            self.skipped_in_a_row = 0
-        else:
-            self._skip(problem)
-        optimizer.zero_grad(set_to_none=True)
+                after = stage.after_step(self.optimizer, self.averaged, draws, self.step)
+        if self.averaged is not None:
+            self.averaged.update(found_inf)
+        self.unread.append((self.step, ("loss", *parts, "grad_norm"), torch.cat([figures, norm[None]]), after))
         self.interval.lr = lr
-        self.interval.images += len(classes_B)
-        self.samples += len(classes_B)
+        self.interval.images += config.batch_size
+        self.samples += config.batch_size
         self.step += 1
+        if len(self.unread) == MAX_STEPS_UNREAD:
+            self._read()
 
-    def _skip(self, what: str) -> None:
+    def _read(self) -> None:
+        """Wait for the device and take over the figures of the steps since the last time; NonFiniteError by them."""
+        unread, self.unread = self.unread, []
+        if not unread:
+            return
+        values = iter(torch.cat([figures for _, _, figures, _ in unread]).tolist())
+        for step, names, _, after in unread:
+            row = {name: next(values) for name in names}
+            problem = _not_finite({"the loss": row["loss"], "the gradient's norm": row["grad_norm"]})
+            if problem is None:
+                problem = _not_finite({f"the {name.replace('_', ' ')}": value for name, value in after.items()})
+                self.interval.add({**row, **after} if problem is None else row)
+            if problem is None:
+                self.skipped_in_a_row = 0
+            else:
+                # A gradient too large for fp16 only tells that the loss was scaled too much.
+                self._skip(problem, step, overflow=self.loss_scale.enabled and math.isfinite(row["loss"]))
+
+    def _skip(self, what: str, step: int, overflow: bool) -> None:
         self.skipped += 1
         self.skipped_in_a_row += 1
-        if self.config.on_nonfinite == "raise":
+        if self.config.on_nonfinite == "raise" and not overflow:
             raise NonFiniteError(
-                f"{what} at step {self.step}: the run stops here; checkpoints before it are in "
+                f"{what} at step {step}: the run stops here; checkpoints before it are in "
                 f"{self.folder / 'checkpoints'}. A lower optimizer.lr or precision=fp32 may help; on_nonfinite=skip "
                 "leaves such steps out"
             )
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"{what} at step {self.step}, the {MAX_SKIPPED_IN_A_ROW}th in a row: the run stops here"
-            )
+            raise NonFiniteError(f"{what} at step {step}, the {MAX_SKIPPED_IN_A_ROW}th in a row: the run stops here")
 
     def _row(self) -> dict[str, float]:
         """The averages since the last row; starts a new interval."""
+        self._read()
         row = self.interval.averages()
         row["tokens_per_second"] = row["images_per_second"] * self.config.model.pyramid.length
+        if self.flops is not None:
+            flops_per_second = row["images_per_second"] * self.flops / self.processes.size
+            row["model_tflops_per_second"] = flops_per_second / 1e12
+            mfu = utilization(flops_per_second, self.device, self.dtype)
+            if mfu is not None:
+                row["mfu"] = mfu
+        if self.device.type == "cuda":
+            row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        if self.loss_scale.enabled:
+            row["loss_scale"] = self.loss_scale.value.item()
         row["skipped_steps"] = self.skipped
         if self.config.data.on_error == "skip":
             row["skipped_images"] = len(getattr(self.dataset, "skipped", ()))
         self.interval = Interval()
+        self.interval.start(self.device)
         return row
 
     def _save(self) -> Path:
+        self._read()
+        if self.processes.mean(finite(self.optimizer.parameters).float()).item() != 1:
+            raise NonFiniteError(
+                f"a weight is not finite after step {self.step}: the run stops here; checkpoints before it are in "
+                f"{self.folder / 'checkpoints'}"
+            )
+        folder = self.folder / "checkpoints"
         state = {
             "config": json.dumps(config_mapping(self.config)),
             "samples": self.samples,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "sources": self.stage.sources,
-            "model": self.stage.module.state_dict(),
             "stage": self.stage.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
             "interval": self.interval.state(),
             "last_row": self.last_row,
             "rng": checkpoint.rng_state(),
         }
-        return checkpoint.save_checkpoint(self.folder / "checkpoints", state, self.step, self.config.keep)
+        if self.parallel.sharded:
+            return save_sharded(folder, self._tensors(), state, self.step, self.config.keep, self.processes)
+        model = self.stage.module.state_dict()
+        state |= {"model": model, "optimizer": self.optimizer.adamw.state_dict(), "ema": None}
+        state["loss_scale"] = self.loss_scale.state_dict()
+        if self.averaged is not None:
+            # In the names of torch's AveragedModel, with the frozen weights as their own average.
+            averages = self.averaged.averages
+            state["ema"] = {f"module.{name}": averages.get(name, tensor) for name, tensor in model.items()}
+            state["ema"]["n_averaged"] = self.averaged.num_averaged
+        return self.processes.first_does(lambda: checkpoint.save_checkpoint(folder, state, self.step, self.config.keep))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All tensors of the run where they lie, by the names that they have in a sharded checkpoint."""
+        module = self.stage.module
+        tensors = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
+        for name, parameter in module.named_parameters():
+            for entry, tensor in self.optimizer.adamw.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{entry}"] = tensor
+        tensors |= {f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state_dict().items()}
+        if self.averaged is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.averaged.averages.items()}
+            tensors["ema.n_averaged"] = self.averaged.num_averaged
+        return tensors
 
     def _restore(self) -> None:
         folder = self.folder / "checkpoints"
-        damaged = []
-        found = checkpoint.newest_checkpoint(folder, damaged.append)
+        states: dict[Path, dict[str, Any]] = {}
+
+        def find() -> tuple[Path | None, list[str]]:
+            damaged: list[str] = []
+            found = checkpoint.newest_checkpoint(folder, lambda error: damaged.append(str(error)))
+            if found is None:
+                return None, damaged
+            path, states[path] = found
+            return path, damaged
+
+        path, damaged = self.processes.first_does(find)
         for error in damaged:
             self.console.print(f"{error}; passed over", style="yellow")
-        if found is None and damaged:
+        if path is None and damaged:
             raise ValueError(f"no checkpoint in {folder} is whole: start again with --overwrite (overwrite=True)")
-        if found is None:
+        if path is None:
             self.console.print(f"no checkpoint in {folder}: starting from the beginning")
             return
-        path, state = found
+        is_sharded = path.is_dir()
+        if path not in states:
+            states[path] = checkpoint.load_checkpoint(path)
+        state = states.pop(path)
         self._compare(path, json.loads(state["config"]), state["sources"])
-        self.stage.module.load_state_dict(state["model"])
         self.stage.load_state_dict(state["stage"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        if is_sharded:
+            load_tensors(path, self._tensors())
+        else:
+            self._load_whole(state)
         self.step, self.samples = state["step"], state["samples"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         self.interval.load_state(state["interval"])
@@ -296,6 +402,16 @@ class Trainer:
         self.rng = state["rng"]
         going_on = "the run is complete" if self.step >= self.config.steps else "going on"
         self.console.print(f"{going_on}: {path} holds the state after step {self.step}")
+
+    def _load_whole(self, state: Mapping[str, Any]) -> None:
+        """The tensors of a checkpoint of one file."""
+        for name, tensor in self.stage.module.state_dict().items():
+            assign(tensor, state["model"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if "loss_scale" in state:
+            self.loss_scale.load_state_dict(state["loss_scale"])
+        if self.averaged is not None:
+            self.averaged.load(state["ema"])
 
     def _compare(self, path: Path, saved: Mapping[str, Any], sources: Mapping[str, str]) -> None:
         """Refuse to go on as another run; name what else differs."""
@@ -320,9 +436,14 @@ class Trainer:
             self.console.print(f"this part of the run differs from the part before: {difference}", style="yellow")
 
     def _write_weights(self) -> Path:
-        module = self.stage.module if self.ema is None else self.ema.module
+        state = self.stage.module.state_dict()
+        if self.averaged is not None:
+            state |= self.averaged.averages
+        state = {name: whole(tensor).cpu() for name, tensor in state.items()}
         class_names = list(self.dataset.class_names)
-        return self.stage.write(self.folder / "weights", module, steps=self.step, class_names=class_names)
+        return self.processes.first_does(
+            lambda: self.stage.write(self.folder / "weights", state, steps=self.step, class_names=class_names)
+        )
 
 
 class Interval:
@@ -334,6 +455,12 @@ class Interval:
         self.images = 0
         self.lr = 0.0
         self.started = time.perf_counter()
+
+    def start(self, device: torch.device) -> None:
+        """Start the clock, and the watch over the device's memory."""
+        self.started = time.perf_counter()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
 
     def add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -353,16 +480,25 @@ class Interval:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
 
-def find_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu", "cuda" or "cuda:N"; ValueError if it is not there."""
+def find_device(name: str, processes: Processes | None = None) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N"; ValueError if it is not there.
+
+    "auto" and "cuda" give each of several processes of a host a GPU of its own.
+    """
+    local_rank = processes.local_rank if processes is not None and processes.size > 1 else None
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f'device="{name}" is not a device: expected auto, cpu, cuda or cuda:N') from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f'device="{name}" is not supported: expected auto, cpu, cuda or cuda:N')
+    if device.type == "cuda" and local_rank is not None:
+        if device.index is not None:
+            raise ValueError(f'device="{name}" is one GPU for {processes.size} processes: use device=cuda')
+        device = torch.device("cuda", local_rank)
+        name = str(device)
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f'device="{name}" is not there: torch finds {torch.cuda.device_count()} GPUs; use device=cpu')
     return device
@@ -378,6 +514,36 @@ def find_precision(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16}[name]
+
+
+def find_training_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """`find_precision`, and "fp16", whose loss has to be scaled."""
+    return torch.float16 if name == "fp16" else find_precision(name, device)
+
+
+def check_division(config: TrainConfig, processes: Processes) -> None:
+    """ValueError unless the processes can share a batch equally, in micro-batches, and the stage can be shared."""
+    if processes.size == 1:
+        return
+    if config.stage == "tokenizer":
+        raise ValueError(
+            f"stage tokenizer trains in one process, not in {processes.size}: its adversary and restarted codes look "
+            "at whole batches"
+        )
+    parts = processes.size * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} is that of all {processes.size} processes, expected a multiple of "
+            f"{parts} (processes x accumulate), such as {max(1, config.batch_size // parts) * parts}"
+        )
+    if config.parallel != "ddp" and config.compile == "model":
+        raise ValueError(
+            f"compile=model and parallel={config.parallel} exclude each other: shards are gathered between blocks, "
+            "where one graph for all cannot be; use compile=blocks"
+        )
+    shard = config.shard_size or processes.per_host
+    if config.parallel == "hsdp" and processes.size % shard:
+        raise ValueError(f"shard_size={shard} does not divide the {processes.size} processes")
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -397,13 +563,15 @@ def open_images(config: TrainConfig) -> Dataset:
 
 
 def load_batches(
-    dataset: Dataset, config: TrainConfig, start: int, device: torch.device
+    dataset: Dataset, config: TrainConfig, start: int, device: torch.device, processes: Processes
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches without end from the start-th sample of the run on; the same ones for any number of workers."""
+    """Batches without end from the start-th sample of the run on, this process's share of each; the same ones for any
+    number of workers."""
+    division = {"rank": processes.rank, "world_size": processes.size, "batch_size": config.batch_size}
     loader = DataLoader(
         dataset,
-        config.batch_size,
-        sampler=EpochSampler(len(dataset), config.seed, start),
+        config.batch_size // processes.size,
+        sampler=EpochSampler(len(dataset), config.seed, start, **division),
         num_workers=config.data.workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=leave_signals_to_the_main_process,

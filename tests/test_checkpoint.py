@@ -283,7 +283,7 @@ def rewritten(folder, **changes):
     tensors = {name: changes.get(name.replace(".", "_"), tensor) for name, tensor in load_file(path).items()}
     own = {name: value for name, value in description.items() if name != "weights_sha256"}
     save_file(tensors, path, {"hmar": json.dumps(own)})
-    (folder / "config.json").write_text(json.dumps({**own, "weights_sha256": checkpoint._sha256(path)}))
+    (folder / "config.json").write_text(json.dumps({**own, "weights_sha256": checkpoint.sha256_of(path)}))
 
 
 @pytest.mark.parametrize("kind", ["var", "tokenizer"])

@@ -15,6 +15,7 @@ from hmar.recipe import (
     learning_rate,
     make_config,
     read_config,
+    with_steps,
 )
 
 BASE = ["stage=var", "preset=tiny", "output_dir=runs/x", "tokenizer_weights=runs/tokenizer"]
@@ -31,10 +32,19 @@ def test_a_preset_fills_in_sizes_and_the_image_side():
 
 
 def test_overrides_reach_every_section_with_their_types():
-    config = configure("optimizer.lr=1e-3", "optimizer.betas=[0.8, 0.9]", "model.depth=4", "steps=7", "compile=true")
+    config = configure("optimizer.lr=1e-3", "optimizer.betas=[0.8, 0.9]", "model.depth=4", "compile=true")
     assert config.optimizer.lr == 1e-3
     assert config.optimizer.betas == (0.8, 0.9)
-    assert (config.model.depth, config.steps, config.compile) == (4, 7, True)
+    assert (config.model.depth, config.steps, config.compile) == (4, 1000, "model")
+
+
+def test_epochs_become_steps():
+    config = configure("epochs=3", "batch_size=8")
+    assert config.steps is None
+    assert (with_steps(config, 20).steps, with_steps(config, 20).epochs) == (8, None)
+    assert with_steps(configure("steps=5"), 20).steps == 5
+    with pytest.raises(ValueError, match="steps=7 and epochs=3 both say how long the run is: leave one out"):
+        configure("epochs=3", "steps=7")
 
 
 def test_what_the_preset_derived_is_derived_anew_and_what_it_chose_is_kept():
@@ -76,8 +86,12 @@ def test_a_file_and_overrides_meet_and_the_override_wins(tmp_path):
         ("steps=true", "steps: expected a whole number, got True"),
         ("steps=0", "steps is 0, expected at least 1"),
         ("steps.more=1", "steps: expected a whole number"),
-        ("compile=1", "compile: expected true or false, got 1"),
-        ("precision=fp8", 'precision: unknown value "fp8": .*known: auto, fp32, bf16'),
+        ("compile=1", 'compile: unknown value "1": known: false, true, blocks, model'),
+        ("compile=block", 'compile: unknown value "block": did you mean blocks'),
+        ("precision=fp8", 'precision: unknown value "fp8": .*known: auto, fp32, bf16, fp16'),
+        ("accumulate=5", "batch_size is 32, expected a multiple of accumulate=5"),
+        ("parallel=dp", 'parallel: unknown value "dp": did you mean ddp'),
+        ("shard_size=2", "shard_size=2 has no effect with parallel=ddp: set parallel=hsdp"),
         ("attention=fast", 'unknown attention "fast": .*known: auto, reference, triton'),
         ("model.sides=4", r"model.sides: expected a list such as \[1, 2\], got 4"),
         ("model.sides=[1,a]", "model.sides: expected a whole number, got 'a'"),

@@ -361,3 +361,77 @@ def test_the_script_runs_alone_and_explains_missing_data(data, tmp_path):
     failed = run(tmp_path / "nowhere")
     assert failed.returncode == 1
     assert "no attention results" in failed.stderr and "pytest bench" in failed.stderr
+
+
+def step(model, attention, compiled, ms, resolution=256, recompute="none", operators="auto"):
+    status = "ok" if ms else "out of memory"
+    found = {"ms": ms, "forward_ms": ms and 0.3 * ms, "step_ms": ms and 1.1 * ms, "mfu": ms and 30 / ms}
+    memory = {"peak_bytes": ms and int(1e8 * ms), "step_peak_bytes": ms and int(2e8 * ms)}
+    size = {"resolution": resolution, "depth": 16, "batch": 32, "dtype": "bfloat16", "commit": "0123456789abcdef"}
+    ways = {"attention": attention, "operators": operators, "compile": compiled, "activation_checkpointing": recompute}
+    reason = None if ms else "OutOfMemoryError: no room"
+    shares = {"optimizer_share": ms and 0.05}
+    return {"model": model, **size, **ways, "status": status, "reason": reason, **found, **memory, **shares}
+
+
+@pytest.fixture
+def with_steps(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "attention.json").write_text(json.dumps(content()))
+    rows = [
+        step("var", "sdpa_dense", "false", 200.0, operators="reference"),
+        step("var", "sdpa_dense", "blocks", 150.0),
+        step("var", "auto", "blocks", 90.0),
+        step("hmar", "sdpa_dense", "false", None, resolution=512),
+        step("hmar", "flex", "blocks", 100.0),
+        step("hmar", "auto", "false", 80.0),
+        step("hmar", "auto", "blocks", 64.0),
+        step("hmar", "auto", "model", None),
+        step("hmar", "auto", "blocks", 50.0, recompute="mlp"),
+    ]
+    file = {"kind": "training", "version": 1, "environment": {"gpu": "NVIDIA H100"}, "results": rows}
+    (data / "training_test.json").write_text(json.dumps(file))
+    return data
+
+
+def test_training_steps_have_a_table_with_the_fastest_of_each(with_steps, tmp_path):
+    written = build.build(with_steps, tmp_path / "tables", tmp_path / "plots")
+    assert {"training.csv", "training.md", "training_test_steps.png"} <= {path.name for path in written}
+    table = pd.read_csv(tmp_path / "tables" / "training.csv")
+    assert list(table.columns) == build.TRAINING_COLUMNS
+    rows = list(table[["model", "resolution", "attention", "ms", "peak_gb", "mfu"]].itertuples(index=False, name=None))
+    assert rows[:5] == [
+        ("hmar", 256, "auto", 64.0, 6.4, pytest.approx(30 / 64, rel=1e-5)),  # of three ways to compile; none recomputed
+        ("hmar", 256, "flex", 100.0, 10.0, 0.3),
+        ("var", 256, "auto", 90.0, 9.0, pytest.approx(1 / 3, rel=1e-5)),
+        ("var", 256, "sdpa_dense", 150.0, 15.0, 0.2),
+        ("var", 256, "published", 200.0, 20.0, 0.15),
+    ]
+    assert rows[5][:3] == ("hmar", 512, "sdpa_dense") and all(map(pd.isna, rows[5][3:]))
+    assert imread(tmp_path / "plots" / "training_test_steps.png").std() > 0.05
+
+
+def test_the_page_of_training_steps_has_all_ways_targets_and_reasons(with_steps):
+    (rows,) = build.load_training(with_steps).values()
+    page = build.training_markdown(rows)
+    assert "| HMAR stage 1 | ours | fused | blocks | none | 64.0 (65) | 19.2 | 6.40 (12) | 5 % | 12.8 | 47 % |" in page
+    assert "| HMAR stage 1 | ours | fused | blocks | mlp | 50.0 (65) |" in page
+    assert "| HMAR stage 1 | ours | fused | model | none | out of memory |" in page
+    assert "SDPA, dense mask, compile false: OutOfMemoryError: no room" in page
+
+
+def test_bars_are_the_numbers(with_steps):
+    (rows,) = build.load_training(with_steps).values()
+    figure = build.draw_steps(rows)
+    heights = sorted(bar.get_height() for bar in figure.axes[0].patches)
+    assert heights == [64.0, 90.0, 100.0, 150.0, 200.0]
+    assert [text.get_text().strip() for text in figure.axes[0].texts] == ["no memory"]
+    plt.close(figure)
+
+
+def test_training_data_of_another_version_is_refused(with_steps):
+    file = with_steps / "training_test.json"
+    file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(ValueError, match="is of version 9; this script reads version 1"):
+        build.load_training(with_steps)

@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+import hmar.train
 from hmar import checkpoint
 from hmar.checkpoint import load_model, load_tokenizer, read_description
 from hmar.config import PRESETS
+from hmar.flops import training_flops
 from hmar.model import HMAR, NextScaleTransformer
+from hmar.optimizer import LossScale
 from hmar.progress import read_metrics
 from hmar.recipe import apply_overrides, make_config, read_config
-from hmar.stages import NextScaleStage, parameter_groups
+from hmar.stages import MaskedStage, NextScaleStage, parameter_groups
 from hmar.tokenizer import Tokenizer
 from hmar.train import (
     Interrupted,
@@ -27,6 +30,7 @@ from hmar.train import (
     Trainer,
     find_device,
     find_precision,
+    open_images,
     step_generator,
     train,
 )
@@ -120,7 +124,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(stage, tmp_path, runs, st
     assert_same_bits(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
     def curve(folder):
-        timings = ("images_per_second", "tokens_per_second")
+        timings = ("images_per_second", "tokens_per_second", "model_tflops_per_second")
         return [{k: v for k, v in row.items() if k not in timings} for row in read_metrics(folder / "metrics.jsonl")]
 
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
@@ -392,7 +396,7 @@ def norms(monkeypatch):
 
     def record(self, *arguments, **options):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norms.append(nn.utils.get_total_norm(gradients).item())
+        norms.append(nn.utils.get_total_norm(gradients).item() / float(getattr(self, "grad_scale", 1)))
         return step(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", record)
@@ -570,7 +574,7 @@ def test_restarted_codes_begin_without_momentum(tmp_path, monkeypatch):
 
     def look(self, *arguments):
         advance(self, *arguments)
-        momenta.append(self.optimizer.state[self.stage.module.quantizer.codebook.weight]["exp_avg_sq"].clone())
+        momenta.append(self.optimizer.adamw.state[self.stage.module.quantizer.codebook.weight]["exp_avg_sq"].clone())
 
     monkeypatch.setattr(MultiScaleQuantizer, "restart_unused_codes", record)
     monkeypatch.setattr(Trainer, "_advance", look)
@@ -580,6 +584,218 @@ def test_restarted_codes_begin_without_momentum(tmp_path, monkeypatch):
         assert (momentum_VE[mask_V] == 0).all()
     assert (momenta[-1] != 0).any()
     assert isinstance(load_tokenizer(tmp_path), Tokenizer)
+
+
+def grown(tmp_path, stage, name, *overrides, runs):
+    """Weights after a few steps with everything random switched on."""
+    options = ("model.drop_path=0.3", "model.depth=4", "model.mask_depth=2", "model.class_drop=0.5", "steps=4")
+    run(configure(stage, tmp_path / name, *options, "optimizer.lr=1e-2", *overrides, runs=runs))
+    return weights(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def deep_runs(tmp_path_factory, runs):
+    """The same with a stage 1 of four blocks."""
+    folder = tmp_path_factory.mktemp("deep")
+    (folder / "tokenizer").symlink_to(runs / "tokenizer")
+    run(configure("next-scale", folder / "next-scale", "model.depth=4", "steps=2", runs=folder))
+    return folder
+
+
+@pytest.mark.parametrize("stage", CODE_STAGES)
+def test_micro_batches_do_not_change_the_result(stage, tmp_path, deep_runs):
+    whole = grown(tmp_path, stage, "whole", runs=deep_runs)
+    divided = grown(tmp_path, stage, "divided", "accumulate=4", runs=deep_runs)
+    other = grown(tmp_path, stage, "other", "seed=1", runs=deep_runs)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(divided[name], tensor, rtol=1e-3, atol=1e-4)
+    head = "mask_head.linear.weight" if stage == "masked" else "head.linear.weight"
+    assert not torch.allclose(other[head], whole[head], atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["mlp", "blocks"])
+@pytest.mark.parametrize("stage", CODE_STAGES)
+def test_activation_checkpointing_keeps_less_and_changes_nothing(stage, mode, tmp_path, deep_runs, monkeypatch):
+    kept = []
+    saved = {"bytes": 0}
+
+    def pack(tensor):
+        saved["bytes"] += tensor.nbytes
+        return tensor
+
+    kind = MaskedStage if stage == "masked" else NextScaleStage
+    loss = kind.loss
+
+    def measured(self, *arguments):
+        saved["bytes"] = 0
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = loss(self, *arguments)
+        kept.append(saved["bytes"])
+        return result
+
+    monkeypatch.setattr(kind, "loss", measured)
+    plain = grown(tmp_path, stage, "plain", runs=deep_runs)
+    without = kept[0]
+    kept.clear()
+    recomputed = grown(tmp_path, stage, "recomputed", f"activation_checkpointing={mode}", runs=deep_runs)
+    assert_same_bits(recomputed, plain)
+    assert kept[0] < (0.85 if mode == "mlp" else 0.5) * without
+
+
+@pytest.mark.parametrize(
+    ("stage", "recompute", "mode"),
+    [
+        ("next-scale", "none", "model"),
+        ("next-scale", "mlp", "blocks"),
+        ("masked", "blocks", "model"),
+        ("masked", "none", "blocks"),
+        ("var", "mlp", "model"),
+        ("var", "blocks", "blocks"),
+    ],
+)
+def test_stages_compile_in_whole_graphs(stage, recompute, mode, tmp_path, deep_runs, monkeypatch):
+    options = (f"activation_checkpointing={recompute}", "steps=2")
+    eager = grown(tmp_path, stage, "eager", *options, runs=deep_runs)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_objective = hmar.train.compile_objective
+    monkeypatch.setattr(
+        hmar.train, "compile_objective", lambda objective, mode: compile_objective(objective, mode, "aot_eager")
+    )
+    compiled = grown(tmp_path, stage, "compiled", *options, f"compile={mode}", runs=deep_runs)
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
+    # The first block drops no path, as the trunk of stage 2, and has a graph of its own.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if mode == "model" else 2)
+
+
+def test_a_step_never_waits_for_the_device(tmp_path, runs, monkeypatch):
+    """No value is read from a tensor between two rows of the log; on a GPU that would wait."""
+    read = []
+    advance = Trainer._advance
+
+    class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), options=None):
+            if operator in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                read.append(operator)
+            return operator(*arguments, **(options or {}))
+
+    def watched(self, *arguments):
+        with Reads():
+            advance(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_advance", watched)
+    options = ("model.drop_path=0.2", "ema=0.9", "optimizer.clip=0.1", "cache_codes=true", "precision=bf16")
+    run(configure("next-scale", tmp_path / "run", *options, runs=runs))
+    assert read == []
+    with Reads():
+        torch.ones(2).sum().item()
+    assert len(read) == 1
+
+
+def test_fp16_scales_the_loss_and_finds_the_largest_scale_that_fits(tmp_path, runs, monkeypatch):
+    monkeypatch.setattr(LossScale, "START", 2.0**24)
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 8)
+    options = ("precision=fp16", "steps=60", "batch_size=16", "optimizer.lr=3e-3", "log_every=10")
+    run(configure("var", tmp_path / "whole", *options, runs=runs))
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert 1 < rows[-1]["loss_scale"] < 2.0**24
+    assert 0 < rows[-1]["skipped_steps"] < 40
+    assert all(math.isfinite(row["grad_norm"]) for row in rows)
+
+
+def test_a_resumed_fp16_run_goes_on_with_its_loss_scale(tmp_path, runs, stop_after, monkeypatch):
+    monkeypatch.setattr(LossScale, "START", 2.0**30)
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 3)
+    options = ("precision=fp16", "steps=30", "ema=0.9")
+    run(configure("var", tmp_path / "whole", *options, runs=runs))
+    stop_after(17)
+    with pytest.raises(Interrupted):
+        run(configure("var", tmp_path / "parts", *options, runs=runs))
+    monkeypatch.undo()
+    monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 3)
+    run(configure("var", tmp_path / "parts", *options, runs=runs), resume=True)
+    assert_same_bits(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_skipped_steps_leave_weights_moments_and_averages_alone(tmp_path, runs, monkeypatch):
+    states = []
+    advance = Trainer._advance
+
+    def record(self, *arguments):
+        advance(self, *arguments)
+        moments = [value.clone() for state in self.optimizer.adamw.state.values() for value in state.values()]
+        module = [p.detach().clone() for p in self.stage.module.parameters()]
+        states.append((module, moments, [a.clone() for a in self.averaged.averages.values()]))
+
+    monkeypatch.setattr(Trainer, "_advance", record)
+    poison(monkeypatch, {0, 3})
+    run(configure("var", tmp_path, "on_nonfinite=skip", "ema=0.5", "optimizer.lr=1e-2", runs=runs))
+    for parts in zip(states[2], states[3], strict=True):
+        assert all(map(torch.equal, *parts))
+    for before, after in zip(states[3], states[4], strict=True):
+        assert not all(map(torch.equal, before, after))
+    # The first average is that of the first step that counts.
+    assert all(map(torch.equal, states[1][2], states[1][0]))
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path, runs, monkeypatch):
+    advance = Trainer._advance
+
+    def spoil(self, *arguments):
+        advance(self, *arguments)
+        if self.step == 4:
+            self.stage.module.head.linear.bias.data[3] = math.inf
+
+    monkeypatch.setattr(Trainer, "_advance", spoil)
+    with pytest.raises(NonFiniteError, match="a weight is not finite after step 4"):
+        run(configure("var", tmp_path, "checkpoint_every=2", "log_every=4", runs=runs))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step-00000002.pt"]
+
+
+def test_a_loss_that_is_not_finite_is_read_before_a_checkpoint(tmp_path, runs, monkeypatch):
+    poison(monkeypatch, {3})
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 3"):
+        run(configure("var", tmp_path, "checkpoint_every=2", "log_every=1000", runs=runs))
+    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step-00000002.pt"]
+
+
+def test_a_log_of_work_done(tmp_path, runs):
+    config = configure("next-scale", tmp_path, runs=runs)
+    row = run(config).metrics
+    flops = training_flops(NextScaleTransformer(config.model))
+    assert row["model_tflops_per_second"] == pytest.approx(row["images_per_second"] * flops / 1e12)
+    assert row["tokens_per_second"] == pytest.approx(21 * row["images_per_second"])
+    assert "mfu" not in row  # of a CPU nobody knows the peak
+
+
+def test_epochs_are_passes_over_the_data(tmp_path, runs):
+    result = run(configure("var", tmp_path, "steps=null", "epochs=2", "batch_size=1000", runs=runs))
+    config = read_config(tmp_path / "config.yaml")
+    images = len(open_images(configure("var", tmp_path, runs=runs)))
+    assert result.step == config["steps"] == math.ceil(2 * images / 1000)
+    assert config["epochs"] is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", ["false", "blocks", "model"])
+@pytest.mark.parametrize("stage", CODE_STAGES)
+def test_steps_on_a_gpu_without_a_synchronisation(stage, compiled, tmp_path, runs, monkeypatch):
+    advance = Trainer._advance
+
+    def strict(self, *arguments):
+        if self.step >= 2:  # compiled, with its buffers
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            advance(self, *arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Trainer, "_advance", strict)
+    options = ("device=cuda", "model.drop_path=0.2", "ema=0.9", "cache_codes=true", f"compile={compiled}")
+    row = run(configure(stage, tmp_path, *options, runs=runs)).metrics
+    assert math.isfinite(row["loss"]) and row["peak_memory_gb"] > 0
 
 
 # NOTE: compiling takes a minute a stage; masked and var run the same blocks as next-scale

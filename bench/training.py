@@ -1,0 +1,536 @@
+"""Training steps from end to end: `python -m bench.training --output reports/data/training_h100.json`.
+
+HMAR's stage 1 and VAR, on random codes that lie on the device, at the depths and resolutions of the published models,
+with several implementations of attention in the same model and engine: ours, FlexAttention, and SDPA with the dense
+additive mask. The last is how VAR and HMAR were published: in eager mode, with plain operators (`plain.py`); it is also
+measured with our other operators, compiled. The method:
+
+* Checked first. Loss and gradients of some parameters are compared with the model in float32 with the reference
+  attention, image by image. They may be off by twice what the model in eager bf16 with the reference attention is
+  (`Oracle`). What fails is recorded and has no time. Gates and logits are made as large as a trained model's
+  beforehand: at the published initialisation attention hardly reaches the loss.
+* `ms` is forward + backward of model and loss, from inputs to the gradients of all weights: median over steps that
+  follow each other without a pause, between device events, host included. `forward_ms` is its first part.
+* `optimizer_ms` is clipping and AdamW (and the averaged weights with --ema) within whole steps, `step_ms` such a step;
+  `optimizer_share` is optimizer_ms / ms.
+* `peak_bytes` is the largest allocation of forward + backward, weights and gradients included, before the optimizer has
+  any state; `step_peak_bytes` is that of whole steps.
+* `flops` are model FLOPs (hmar.flops), `mfu` those per second of `ms` over the data sheet's peak.
+
+Nothing that one measurement does ends the run: what raises or runs out of memory is recorded with the reason. Results
+are in the file as soon as they are known; after Ctrl-C, a crash or --minutes the same command with --continue goes on.
+reports/build.py makes tables/training.csv and the plots. Read next: hmar/train.py, whose parts are measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import hmar.model
+from hmar.config import ModelConfig
+from hmar.flops import training_flops, utilization
+from hmar.loss import token_weights
+from hmar.model import DropPath, NextScaleTransformer, ScaleMasks
+from hmar.optimizer import AveragedWeights, LossScale, Optimizer
+from hmar.parallelize import checkpoint_activations, compile_objective
+from hmar.pyramid import Pyramid
+from hmar.recipe import OptimizerConfig
+from hmar.stages import NextScaleObjective, parameter_groups
+from hmar_kernels import IMPLEMENTATIONS, SpanMask
+
+from . import options
+from .environment import environment
+from .plain import plain_operators
+from .results import FIXED, partial_of, rounded
+from .shapes import DTYPES
+from .timing import clock, quantile
+
+KIND, VERSION = "training", 1
+PATTERNS = {"hmar": "block_diagonal", "var": "block_causal"}
+ATTENTION = ("auto", *IMPLEMENTATIONS, "sdpa_dense")
+# (resolution, depth, batch): the targets, then larger models of the same tokens a step.
+CELLS = ((256, 16, 32), (256, 24, 16), (512, 16, 8), (512, 24, 8), (1024, 24, 2))
+MORE_CELLS = ((256, 30, 16), (512, 30, 4), (1024, 16, 4), (1024, 30, 2))
+# (attention, operators, compile) of a default run: ours, ours without a compiler, the rivals at their best, and as
+# published.
+WAYS = (
+    ("auto", "auto", "blocks"),
+    ("auto", "auto", "false"),
+    ("flex", "auto", "blocks"),
+    ("sdpa_dense", "auto", "blocks"),
+    ("sdpa_dense", "reference", "false"),
+)
+SMOKE_WAYS = (("reference", "auto", "false"), ("sdpa_dense", "reference", "false"))
+WATCHED = (
+    "embedding.codes.weight",
+    "blocks.0.attention.qkv.weight",
+    "blocks.0.attention.log_scale_H",
+    "blocks.1.mlp.fc1.weight",
+    "blocks.1.modulation.linear.weight",
+    "head.linear.weight",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: which model, at which size, run in which way."""
+
+    model: str
+    resolution: int
+    depth: int
+    batch: int
+    dtype: str
+    attention: str
+    operators: str
+    compile: str
+    activation_checkpointing: str
+
+    @property
+    def cell(self) -> tuple:
+        """What cases have in common that compute the same."""
+        return self.model, self.resolution, self.depth, self.batch, self.dtype
+
+    @property
+    def key(self) -> tuple:
+        return tuple(asdict(self).values())
+
+    def config(self) -> ModelConfig:
+        if self.resolution < 256:  # tries the benchmark on a CPU
+            sides = tuple(range(1, self.resolution // 16 + 1))
+            return ModelConfig(depth=self.depth, width=64, num_heads=2, vocab_size=128, code_dim=8, sides=sides)
+        return ModelConfig(depth=self.depth, sides=Pyramid.for_resolution(self.resolution).sides)
+
+    def __str__(self) -> str:
+        size = f"{self.model} {self.resolution} px d{self.depth} B{self.batch} {self.dtype}"
+        ways = f"{self.attention} operators={self.operators} compile={self.compile}"
+        return f"{size} {ways} recompute={self.activation_checkpointing}"
+
+
+class CheckFailed(Exception):
+    """Loss or gradients are wrong; the message says by how much."""
+
+
+class Step:
+    """Model, loss and fixed inputs of a case on a device; the same numbers for all cases of a cell."""
+
+    def __init__(self, case: Case, device: torch.device, seed: int = 0):
+        self.case, self.device = case, device
+        dtype = DTYPES[case.dtype]
+        self.dtype = None if dtype == torch.float32 else dtype
+        config = case.config()
+        torch.manual_seed(seed)
+        with device:
+            named = case.attention if case.attention != "sdpa_dense" else "reference"
+            self.model = NextScaleTransformer(config, PATTERNS[case.model], named)
+        # NOTE: the masks' own numbers stay on the CPU.
+        self.model.masks = ScaleMasks(config.pyramid, PATTERNS[case.model])
+        _make_lively(self.model)
+        weights_L = token_weights(config.pyramid) if case.model == "hmar" else None
+        self.objective = NextScaleObjective(self.model.train(), weights_L).to(device)
+        checkpoint_activations(self.objective, case.activation_checkpointing)
+        compile_objective(self.objective, False if case.compile == "false" else case.compile)
+
+        generator = torch.Generator().manual_seed(seed)
+        num_inputs = config.pyramid.length - config.pyramid.sizes[0]
+        self.arguments = (
+            torch.randint(config.num_classes, (case.batch,), generator=generator).to(device),
+            torch.randn(case.batch, num_inputs, config.code_dim, generator=generator).to(device),
+            torch.randint(config.vocab_size, (case.batch, config.pyramid.length), generator=generator).to(device),
+        )
+        self.drop_paths = [m for m in self.model.modules() if isinstance(m, DropPath) and m.p > 0]
+        kept_DB = torch.rand(len(self.drop_paths), case.batch, generator=generator)
+        self.factors_DB = [
+            ((kept_B >= module.p) / (1 - module.p)).to(device)
+            for module, kept_B in zip(self.drop_paths, kept_DB, strict=True)
+        ]
+
+    def forward(self, images: slice = slice(None)) -> Tensor:
+        for module, factor_B in zip(self.drop_paths, self.factors_DB, strict=True):
+            module.factor_B = factor_B[images]
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.objective(*(argument[images] for argument in self.arguments))[0]
+
+    def forward_backward(self) -> Tensor:
+        self.model.zero_grad(set_to_none=True)
+        loss = self.forward()
+        loss.backward()
+        return loss.detach()
+
+    def by_image(self) -> tuple[float, dict[str, Tensor]]:
+        """Loss and watched gradients of the batch, computed image by image."""
+        self.model.zero_grad(set_to_none=True)
+        batch, loss = self.case.batch, 0.0
+        for image in range(batch):
+            part = self.forward(slice(image, image + 1)) / batch
+            part.backward()
+            loss += part.item()
+        return loss, self.watched()
+
+    def watched(self) -> dict[str, Tensor]:
+        """The gradients to compare, float64 on the CPU."""
+        parameters = dict(self.model.named_parameters())
+        return {name: parameters[name].grad.double().cpu() for name in WATCHED if name in parameters}
+
+
+def _make_lively(model: NextScaleTransformer) -> None:
+    """Give gates and logits the size that they have in a trained model."""
+    config = model.config
+    for block in model.blocks:
+        rows = block.modulation.linear.weight
+        rows.data[: 2 * config.width].mul_(0.5 / config.gate_init)
+    model.head.linear.weight.data.mul_(50)
+
+
+@contextlib.contextmanager
+def dense_attention(mask: SpanMask, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """SDPA with an additive mask [L, L] of 0 and -inf in place of the model's attention, as it was published."""
+    visible = mask.to_dense(device)
+    bias = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: SpanMask, *, scale: float, **_: Any) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+    own, hmar.model.masked_attention = hmar.model.masked_attention, attend
+    try:
+        yield
+    finally:
+        hmar.model.masked_attention = own
+
+
+class Oracle:
+    """What loss and gradients of a cell are, in float32, and how far eager low precision is off."""
+
+    def __init__(self, case: Case, device: torch.device):
+        plain = replace(
+            case, attention="reference", operators="reference", compile="false", activation_checkpointing="blocks"
+        )
+        with plain_operators():
+            self.loss, self.gradients = Step(replace(plain, dtype="float32"), device).by_image()
+            release(device)
+            loss, gradients = Step(plain, device).by_image()
+            release(device)
+        self.limits = {"loss": 2 * abs(loss - self.loss) / self.loss + 1e-3}
+        self.limits |= {name: 2 * self._error(name, gradient) + 1e-3 for name, gradient in gradients.items()}
+
+    def _error(self, name: str, gradient: Tensor) -> float:
+        return float((gradient - self.gradients[name]).norm() / self.gradients[name].norm())
+
+    def compare(self, loss: float, gradients: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Relative error and limit of the loss and of each gradient; CheckFailed where one is over."""
+        errors = {"loss": abs(loss - self.loss) / self.loss}
+        errors |= {name: self._error(name, gradient) for name, gradient in gradients.items()}
+        for name, error in errors.items():
+            if not error <= self.limits[name]:
+                raise CheckFailed(f"{name} is off by {error:.3g}, at most {self.limits[name]:.3g} is tolerated")
+        return {name: {"error": error, "limit": self.limits[name]} for name, error in errors.items()}
+
+
+class Marks:
+    """Instants of a device that are read after all work is queued."""
+
+    def __init__(self, device: torch.device):
+        self.now = clock(device)
+        self.instants: list = []
+
+    def mark(self) -> None:
+        self.instants.append(self.now())
+
+    def milliseconds(self, parts: int) -> list[list[float]]:
+        """Times between marks, `parts` of them a step that begins where the one before ends."""
+        times = [1e3 * (later - earlier) for earlier, later in zip(self.instants, self.instants[1:], strict=False)]
+        return [times[part::parts] for part in range(parts)]
+
+
+def measure(case: Case, oracle: Callable[[], Oracle], device: torch.device, steps: int, ema: float) -> dict:
+    """The numbers of a case. Raises whatever goes wrong."""
+    oracle = oracle()
+    with contextlib.ExitStack() as stack:
+        if case.operators == "reference":
+            stack.enter_context(plain_operators())
+        if case.attention == "sdpa_dense":
+            pyramid = case.config().pyramid
+            stack.enter_context(dense_attention(getattr(pyramid, PATTERNS[case.model])(), device, DTYPES[case.dtype]))
+        started = time.perf_counter()
+        step = Step(case, device)
+        loss = step.forward_backward().item()
+        found = {
+            "first_step_s": time.perf_counter() - started,
+            "loss": loss,
+            "flops": case.batch * training_flops(step.model),
+        }
+        found["check"] = oracle.compare(loss, step.watched())
+        found |= _time_forward_backward(step, steps)
+        found["mfu"] = utilization(found["flops"] / found["ms"] * 1e3, device, step.dtype)
+        found |= _time_steps(step, steps, ema)
+    return found
+
+
+def _warm_up(call: Callable[[], object], device: torch.device, calls: int = 3) -> None:
+    for _ in range(calls):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _time_forward_backward(step: Step, steps: int) -> dict:
+    _warm_up(step.forward_backward, step.device)
+    marks = Marks(step.device)
+    marks.mark()
+    for _ in range(steps):
+        step.model.zero_grad(set_to_none=True)
+        loss = step.forward()
+        marks.mark()
+        loss.backward()
+        marks.mark()
+    forward, backward = marks.milliseconds(2)
+    both = [a + b for a, b in zip(forward, backward, strict=True)]
+    return {
+        "ms": quantile(both, 0.5),
+        "p10_ms": quantile(both, 0.1),
+        "p90_ms": quantile(both, 0.9),
+        "steps": steps,
+        "forward_ms": quantile(forward, 0.5),
+        "peak_bytes": _peak(step.device),
+    }
+
+
+def _time_steps(step: Step, steps: int, ema: float) -> dict:
+    optimizer = Optimizer(
+        parameter_groups(step.model, 0.05), OptimizerConfig(), LossScale(step.dtype == torch.float16, step.device)
+    )
+    averaged = AveragedWeights(step.model, ema) if ema else None
+
+    def finish(loss: Tensor) -> None:
+        _, found_inf = optimizer.step(loss, 1e-6)
+        if averaged is not None:
+            averaged.update(found_inf)
+
+    _warm_up(lambda: finish(step.forward_backward()), step.device)
+    marks = Marks(step.device)
+    marks.mark()
+    for _ in range(steps):
+        loss = step.forward()
+        loss.backward()
+        marks.mark()
+        finish(loss.detach())
+        marks.mark()
+    computing, finishing = marks.milliseconds(2)
+    milliseconds = quantile(finishing, 0.5)
+    return {
+        "step_ms": quantile([a + b for a, b in zip(computing, finishing, strict=True)], 0.5),
+        "optimizer_ms": milliseconds,
+        "optimizer_share": milliseconds / quantile(computing, 0.5),
+        "ema": ema,
+        "step_peak_bytes": _peak(step.device),
+    }
+
+
+def release(device: torch.device) -> None:
+    """Forget compiled graphs and free what the last case has left."""
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+NUMBERS = (
+    *("ms", "p10_ms", "p90_ms", "steps", "forward_ms", "peak_bytes", "step_ms", "optimizer_ms", "optimizer_share"),
+    *("ema", "step_peak_bytes", "flops", "mfu", "loss", "first_step_s", "check"),
+)
+
+
+class Results:
+    """Rows by case in a JSON file that is rewritten after each; `running` is the case at work."""
+
+    def __init__(self, path: Path | None, facts: dict, method: dict):
+        self.path, self.head = path, {"environment": facts, "method": method}
+        self.rows: dict[tuple, dict] = {}
+
+    def take_over(self, source: Path) -> None:
+        """The measured rows of an earlier run on the same machine and commit; ValueError if it is of another kind."""
+        try:
+            content = json.loads(source.read_text())
+            kind, version = content["kind"], content["version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{source} cannot be continued: {type(error).__name__}: {error}") from error
+        if (kind, version) != (KIND, VERSION):
+            raise ValueError(f"{source} holds {kind!r} version {version}; only {KIND!r} version {VERSION} is continued")
+        for name in FIXED:
+            then, now = content["environment"].get(name), self.head["environment"].get(name)
+            if then != now:
+                raise ValueError(f"{source} cannot be continued: it was measured with {name} {then}, here it is {now}")
+        commit = self.head["environment"]["commit"]
+        rows = [row for row in content["results"] if row["status"] == "ok" and row["commit"] == commit]
+        if content["running"] is not None:
+            rows.append({**content["running"], "status": "crashed", "reason": "the process did not survive it"})
+        self.rows = {row_key(row): row for row in rows}
+
+    def add(self, row: dict) -> None:
+        self.rows[row_key(row)] = rounded(row)
+        self.write(running=None, complete=False)
+
+    def write(self, running: dict | None, complete: bool) -> None:
+        if self.path is None:
+            return
+        head = {"kind": KIND, "version": VERSION, **self.head, "complete": complete, "running": running}
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
+        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows.values())
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(self.path.name + ".new")
+        beside.write_text("{\n" + "\n".join(lines) + '\n  "results": [\n' + rows + "\n  ]\n}\n")
+        os.replace(beside, self.path)
+
+    def finish(self, path: Path) -> None:
+        partial, self.path = self.path, path
+        self.write(running=None, complete=True)
+        if partial is not None and partial != path:
+            partial.unlink(missing_ok=True)
+
+
+def row_key(row: dict) -> tuple:
+    return tuple(row[name] for name in Case.__dataclass_fields__)
+
+
+def run(cases: list[Case], results: Results, device: torch.device, steps: int, ema: float, minutes: float) -> bool:
+    """Measure what is not in the results yet; whether nothing is left."""
+    deadline = time.monotonic() + 60 * minutes
+    oracles: dict[tuple, Oracle] = {}
+    commit = results.head["environment"]["commit"]
+    for case in cases:
+        if case.key in results.rows:
+            continue
+        if time.monotonic() > deadline:
+            return False
+        row = {**asdict(case), "commit": commit, "status": "ok", "reason": None, **dict.fromkeys(NUMBERS)}
+        results.write(running=row, complete=False)
+
+        def oracle(case: Case = case) -> Oracle:
+            if case.cell not in oracles:
+                oracles.clear()
+                oracles[case.cell] = Oracle(case, device)
+            return oracles[case.cell]
+
+        try:
+            row |= measure(case, oracle, device, steps, ema)
+        except Exception as error:
+            row["status"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+            message = str(error).strip().splitlines() or [""]
+            row["reason"] = f"{type(error).__name__}: {message[0]}"[:300]
+        release(device)
+        results.add(row)
+        print(describe(case, row), flush=True)
+    return True
+
+
+def describe(case: Case, row: dict) -> str:
+    if row["status"] != "ok":
+        return f"{case}  {row['status']}: {row['reason']}"
+    line = f"{case}  {row['ms']:.2f} ms (forward {row['forward_ms']:.2f}), optimizer {row['optimizer_share']:.1%}"
+    if row["peak_bytes"] is not None:
+        line += f", {row['peak_bytes'] / 1e9:.2f} GB (whole step {row['step_peak_bytes'] / 1e9:.2f})"
+    return line + (f", MFU {row['mfu']:.1%}" if row["mfu"] is not None else "")
+
+
+def parse_cells(text: str) -> list[tuple[int, int, int]]:
+    try:
+        cells = [tuple(int(number) for number in part.split(":")) for part in options.names(text)]
+    except ValueError:
+        cells = [()]
+    if not all(len(cell) == 3 for cell in cells):
+        raise argparse.ArgumentTypeError(f"expected resolution:depth:batch, such as 256:16:32,512:24:8; got {text!r}")
+    return cells
+
+
+def chosen_from(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        for name in (found := options.names(text)):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown {name!r}; known are {', '.join(known)}")
+        return found
+
+    return parse
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
+    takes = parser.add_argument
+    takes("--cells", type=parse_cells, help="resolution:depth:batch,...; default: those of the targets")
+    takes("--full", action="store_true", help="d30, and d16 at 1024 px, as well")
+    takes("--models", type=chosen_from(tuple(PATTERNS)), default=list(PATTERNS))
+    takes("--attention", type=chosen_from(ATTENTION), help="with --operators and --compile instead of the default ways")
+    takes("--operators", type=chosen_from(("auto", "reference")), help="fused or plain norms and loss")
+    takes("--compile", type=chosen_from(("false", "blocks", "model")), help="without, with regional, with whole graphs")
+    takes("--activation-checkpointing", type=chosen_from(("none", "mlp", "blocks")), default=["none"])
+    takes("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    takes("--ema", type=float, default=0.0, help="decay of averaged weights in whole steps; default: none")
+    takes("--steps", type=int, default=20, help="measured steps (20)")
+    takes("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the benchmark on a tiny model")
+    takes("--minutes", type=float, default=math.inf, help="begin nothing new after so long; --continue goes on")
+    takes("--continue", dest="go_on", action="store_true", help="keep what the file, or the partial one, holds")
+    takes("--commit", help="commit to record where git cannot be asked")
+    takes("--output", type=Path, metavar="FILE", help="raw results")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parse_arguments(arguments)
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device; --device cpu tries the benchmark on a tiny model")
+        return 2
+    device = torch.device(chosen.device)
+    smoke = device.type == "cpu"
+    cells = chosen.cells or ([(64, 3, 2)] if smoke else [*CELLS, *(MORE_CELLS if chosen.full else ())])
+    ways = SMOKE_WAYS if smoke else WAYS
+    if chosen.attention or chosen.operators or chosen.compile:
+        defaults = (["reference" if smoke else "auto"], ["auto"], ["false" if smoke else "blocks"])
+        given = (chosen.attention, chosen.operators, chosen.compile)
+        ways = itertools.product(*(names or default for names, default in zip(given, defaults, strict=True)))
+    cases = [
+        Case(model, *cell, chosen.dtype, *way, recompute)
+        for cell, model, way, recompute in itertools.product(
+            cells, chosen.models, ways, chosen.activation_checkpointing
+        )
+    ]
+    method = {"clock": "device events" if device.type == "cuda" else "host clock", "warm_up_steps": 3}
+    path = chosen.output and partial_of(chosen.output)
+    results = Results(path, environment(device, chosen.commit), method)
+    if chosen.go_on:
+        sources = [source for source in (path, chosen.output) if source is not None and source.is_file()]
+        if not sources:
+            print(f"--continue: neither {path} nor the file of --output is there to go on from")
+            return 2
+        results.take_over(sources[0])
+    results.write(running=None, complete=False)
+    try:
+        complete = run(cases, results, device, chosen.steps, chosen.ema, chosen.minutes)
+    except KeyboardInterrupt:
+        complete = False
+    if chosen.output and complete:
+        results.finish(chosen.output)
+    where = chosen.output if complete else f"incomplete: {path}; the same command with --continue goes on"
+    print(f"raw results: {where}" if chosen.output else "raw results not kept; --output FILE keeps them")
+    return int(any(row["status"] in ("failed", "crashed") for row in results.rows.values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

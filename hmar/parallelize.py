@@ -1,0 +1,139 @@
+"""What is applied to a model from outside: activation checkpointing, torch.compile, DDP and FSDP2, in this order.
+
+The model knows nothing of them, and no name of its state dict changes. A stage's objective (stages.py), the model with
+its loss, is what is compiled and wrapped; its transformer's blocks are the units of recomputation, of regional
+compilation and of sharding. Read next: processes.py for the processes that share a run, train.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from hmar.model import Block, MaskedTransformer, NextScaleTransformer
+from hmar.processes import Processes
+
+
+def blocks(objective: nn.Module) -> Iterator[Block]:
+    """The transformer blocks in it, in order; none in a tokenizer."""
+    return (module for module in objective.modules() if isinstance(module, Block))
+
+
+def checkpoint_activations(objective: nn.Module, mode: str) -> None:
+    """Keep less for the backward pass and compute it again (Chen et al., arXiv 1604.06174).
+
+    "mlp": the hidden layer of every block's MLP, 8 C of about 34 C values a token, for a sixth more forward work.
+    "blocks": everything but the inputs of blocks, for one more forward pass. "none": nothing.
+    """
+    for block in blocks(objective):
+        if mode == "mlp":
+            _recompute(block.mlp)
+        elif mode == "blocks":
+            _recompute(block)
+
+
+def _recompute(module: nn.Module) -> None:
+    module.__class__ = _recomputing(type(module))
+
+
+@functools.cache
+def _recomputing(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose forward keeps its arguments only.
+
+    NOTE: a class and not a new `forward` in the instance, for which torch.compile would make a graph a block.
+    """
+
+    def forward(self: nn.Module, *arguments: Any) -> Any:
+        # NOTE: blocks draw nothing at random (the stage draws their drop paths), so no generator has to be put back.
+        return checkpoint(
+            functools.partial(cls.forward, self), *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__doc__": cls.__doc__})
+
+
+def compile_objective(objective: nn.Module, mode: bool | str, backend: str = "inductor") -> None:
+    """torch.compile in place, in whole graphs: a graph break is an error.
+
+    "model": model and loss as one graph. "blocks": each block; they share a graph (the first, which drops no path, has
+    its own), so that compile time does not depend on depth, and gradients can be reduced as soon as their block is
+    done; the rest is as without. A module without blocks, the tokenizer, is compiled as a whole in both. False:
+    nothing.
+    """
+    if not mode:
+        return
+    for module in objective.modules():
+        if isinstance(module, (NextScaleTransformer, MaskedTransformer)):
+            # NOTE: what a mask keeps when it is first asked would change under the compiler, which then begins again.
+            module.masks[None].intervals(module.head.linear.weight.device)
+    parts = list(blocks(objective)) if mode == "blocks" else []
+    for part in parts or [objective]:
+        part.compile(fullgraph=True, dynamic=False, backend=backend)
+
+
+class Parallel:
+    """How several processes share the training of an objective; alone, nothing.
+
+    kind: "ddp", "fsdp" or "hsdp" (see TrainConfig). dtype: of the forward pass, None for float32. The objective's
+    parameters are what to optimise afterwards: sharded ones are DTensors.
+    """
+
+    def __init__(
+        self, objective: nn.Module, kind: str, shard_size: int, processes: Processes, dtype: torch.dtype | None
+    ):
+        self.kind = kind if processes.size > 1 else None
+        self.forward = objective
+        self.shards: dist.ProcessGroup | None = None
+        if self.kind == "ddp":
+            # NOTE: no buffers to broadcast: all processes begin with the same ones, and none changes them.
+            self.forward = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        elif self.kind is not None:
+            self._shard(objective, shard_size or processes.per_host, processes, dtype)
+
+    def _shard(self, objective: nn.Module, shard_size: int, processes: Processes, dtype: torch.dtype | None) -> None:
+        device_type = next(objective.parameters()).device.type
+        if self.kind == "fsdp":
+            mesh = init_device_mesh(device_type, (processes.size,), mesh_dim_names=("shard",))
+        else:
+            shape = (processes.size // shard_size, shard_size)
+            mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+        self.shards = mesh.get_group("shard")
+        # Blocks compute in `dtype` whatever autocast does; the rest, where the residual stream begins, stays float32.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for block in blocks(objective):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(objective, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are DTensors, of which a part lies here."""
+        return self.shards is not None
+
+    @contextlib.contextmanager
+    def synchronizing(self, last: bool) -> Iterator[None]:
+        """For the forward and backward of a micro-batch: gradients are averaged over the processes in the last one."""
+        if self.kind == "ddp" and not last:
+            with self.forward.no_sync():
+                yield
+            return
+        if self.sharded:
+            self.forward.set_requires_gradient_sync(last)
+        yield
+
+    def total_norm(self, norm: Tensor) -> Tensor:
+        """The norm of all gradients, given that of the part that lies here."""
+        if not self.sharded:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=self.shards)
+        return square.sqrt()

@@ -1,0 +1,132 @@
+"""The benchmark of training steps on a tiny model: it measures, refuses wrong results, and goes on where it stopped."""
+
+import json
+
+import pytest
+import torch
+
+import bench.training as training
+from bench.results import partial_of
+
+CPU = ("--device", "cpu", "--steps", "2")
+
+
+def measure(tmp_path, *arguments):
+    file = tmp_path / "training.json"
+    status = training.main([*CPU, "--output", str(file), *arguments])
+    path = file if file.exists() else partial_of(file)
+    return status, json.loads(path.read_text())
+
+
+def test_every_implementation_is_checked_and_timed(tmp_path):
+    status, content = measure(tmp_path)
+    rows = content["results"]
+    assert (status, content["kind"], content["version"], content["complete"]) == (0, "training", 1, True)
+    assert [(row["model"], row["attention"]) for row in rows] == [
+        ("hmar", "reference"),
+        ("hmar", "sdpa_dense"),
+        ("var", "reference"),
+        ("var", "sdpa_dense"),
+    ]
+    for row in rows:
+        assert row["status"] == "ok"
+        assert 0 < row["forward_ms"] < row["ms"] and row["p10_ms"] <= row["ms"] <= row["p90_ms"]
+        assert 0 < row["optimizer_ms"] < row["step_ms"]
+        assert set(row["check"]) == {"loss", *training.WATCHED}
+        assert all(found["error"] <= found["limit"] for found in row["check"].values())
+        # Two patterns: the published attention of one must not pass for the other's.
+        assert row["loss"] == pytest.approx(next(r["loss"] for r in rows if r["model"] == row["model"]), rel=1e-3)
+    assert rows[0]["flops"] < rows[2]["flops"]
+
+
+def test_a_wrong_result_is_recorded_and_has_no_time(tmp_path, monkeypatch):
+    dense = training.dense_attention
+    other = (
+        training.Case("var", 64, 3, 2, "bfloat16", "sdpa_dense", "auto", "false", "none")
+        .config()
+        .pyramid.block_causal()
+    )
+    monkeypatch.setattr(training, "dense_attention", lambda mask, *rest: dense(other, *rest))
+    status, content = measure(tmp_path, "--models", "hmar", "--attention", "sdpa_dense,reference")
+    wrong, right = sorted(content["results"], key=lambda row: row["status"])
+    assert status == 1
+    assert wrong["status"] == "failed" and wrong["ms"] is None
+    assert "CheckFailed" in wrong["reason"] and "is tolerated" in wrong["reason"]
+    assert (right["attention"], right["status"]) == ("reference", "ok")
+
+
+@pytest.mark.parametrize("attention", ["reference", "sdpa_dense"])
+@pytest.mark.parametrize("recompute", ["mlp", "blocks"])
+def test_variants_pass_the_same_check(attention, recompute, tmp_path):
+    arguments = ("--attention", attention, "--activation-checkpointing", recompute, "--models", "var", "--ema", "0.9")
+    status, content = measure(tmp_path, *arguments)
+    assert (status, content["results"][0]["status"], content["results"][0]["ema"]) == (0, "ok", 0.9)
+
+
+def test_a_run_goes_on_where_its_minutes_ended(tmp_path, monkeypatch, capsys):
+    status, content = measure(tmp_path, "--attention", "reference", "--minutes", "0")
+    assert (status, content["complete"], content["results"]) == (0, False, [])
+    _, content = measure(tmp_path, "--attention", "reference", "--models", "hmar", "--minutes", "0", "--commit", "x")
+    measure(tmp_path, "--attention", "reference", "--models", "hmar", "--commit", "x")
+    measured = []
+    take = training.measure
+    monkeypatch.setattr(training, "measure", lambda case, *rest: measured.append(case.model) or take(case, *rest))
+    _, content = measure(tmp_path, "--attention", "reference", "--commit", "x", "--continue")
+    assert measured == ["var"] and content["complete"] and len(content["results"]) == 2
+    assert not partial_of(tmp_path / "training.json").exists()
+    measured.clear()
+    measure(tmp_path, "--attention", "reference", "--commit", "y", "--continue")  # other code: all again
+    assert measured == ["hmar", "var"]
+
+
+def test_what_a_case_did_to_the_process_is_remembered(tmp_path, monkeypatch):
+    def die(*arguments):
+        raise SystemExit(3)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(training, "measure", die)
+        with pytest.raises(SystemExit):
+            measure(tmp_path, "--attention", "reference", "--models", "hmar", "--commit", "x")
+    status, content = measure(tmp_path, "--attention", "reference", "--models", "hmar", "--commit", "x", "--continue")
+    assert status == 1
+    assert (content["results"][0]["status"], content["results"][0]["ms"]) == ("crashed", None)
+
+
+def test_errors_of_one_case_do_not_end_the_run(tmp_path, monkeypatch):
+    take = training.measure
+
+    def refuse(case, *rest):
+        if case.attention == "reference":
+            raise torch.OutOfMemoryError("no room\nat all")
+        return take(case, *rest)
+
+    monkeypatch.setattr(training, "measure", refuse)
+    _, content = measure(tmp_path, "--models", "hmar", "--attention", "reference,sdpa_dense")
+    assert [(row["status"], row["reason"]) for row in content["results"]] == [
+        ("out of memory", "OutOfMemoryError: no room"),
+        ("ok", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cells", "256:16"), "expected resolution:depth:batch"),
+        (("--attention", "fast"), "unknown 'fast'; known are auto"),
+        (("--compile", "yes"), "unknown 'yes'; known are false, blocks, model"),
+    ],
+)
+def test_wrong_arguments_say_what_is_known(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        training.main([*CPU, *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["auto", "flex", "sdpa_dense"])
+def test_a_compiled_case_on_a_gpu(attention, tmp_path):
+    file = tmp_path / "training.json"
+    arguments = ("--cells", "256:3:2", "--attention", attention, "--compile", "blocks", "--steps", "3")
+    assert training.main([*arguments, "--output", str(file)]) == 0
+    for row in json.loads(file.read_text())["results"]:
+        assert row["status"] == "ok" and row["step_peak_bytes"] > row["peak_bytes"] > 0
