@@ -33,7 +33,7 @@ from ..triton_device import on_device
 CHUNK_BYTES = 64 << 20
 # Chunks are multiples of it, for whole tiles of matrix products.
 ROW_MULTIPLE = 128
-BLOCK_COLUMNS = 4096
+BLOCK_COLUMNS, WARPS = 4096, 8
 SIGN_AND_EXPONENT = -(1 << 23)  # all bits of a float32 but those of its mantissa
 
 
@@ -129,7 +129,7 @@ def forward(
                 V=vocabulary,
                 BLOCK_V=min(BLOCK_COLUMNS, triton.next_power_of_2(vocabulary)),
                 HAS_GRADIENT=any(wanted),
-                num_warps=8,
+                num_warps=WARPS,
             )
         if wants_hidden:
             torch.mm(z, matrix, out=d_hidden[chunk])

@@ -41,7 +41,7 @@ def qk_norm(
         ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
     """
     check_inputs(qkv, q_bias, v_bias, log_scale)
-    if math.isnan(max_log_scale):
+    if not max_log_scale <= math.inf:
         raise ValueError("max_log_scale must be a number, or math.inf for no limit, got nan")
     dtypes = (qkv.dtype, q_bias.dtype, v_bias.dtype, log_scale.dtype)
     if select(impl, qkv.device, *dtypes) == "reference":
