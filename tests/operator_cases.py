@@ -94,9 +94,12 @@ def run_loss(inputs, impl):
 
 
 def gradients(outputs, leaves):
-    """d_NAME of every leaf, for random gradients of the outputs; these lose their graph."""
+    """d_NAME of every leaf, for random gradients of the outputs; these lose their graph.
+
+    The gradients lean towards the outputs, so that sums over tokens do not all but cancel.
+    """
     draw = Draw("cpu", seed=1)
-    seeds = [draw(*x.shape).to(x.device, x.dtype) for x in outputs.values()]
+    seeds = [(draw(*x.shape).to(x.device) + x.detach().sign()).to(x.dtype) for x in outputs.values()]
     found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), seeds)
     for name in outputs:
         outputs[name] = outputs[name].detach()
@@ -109,8 +112,9 @@ def in_float64(inputs):
     }
 
 
-def assert_within_limits(actual, exact, eager):
-    """The rule of hmar_kernels.accuracy. exact: the reference in float64; eager: in the dtypes of the inputs."""
+def assert_within_limits(actual, exact, eager, dtype):
+    """The rule of hmar_kernels.accuracy. exact: the reference in float64; eager: in the inputs' dtypes, of which
+    `dtype` has the fewest bits."""
     assert actual.keys() == exact.keys() == eager.keys()
     for name, a in actual.items():
         e, x = eager[name], exact[name]
@@ -119,7 +123,7 @@ def assert_within_limits(actual, exact, eager):
             continue
         assert a.isfinite().all(), f"{name} has non-finite values"
         a, e, x = (t.reshape(1, -1) if t.ndim < 2 else t for t in (a, e, x))
-        error, limit = row_group_norms(a.double() - x), limits(x, e)
+        error, limit = row_group_norms(a.double() - x), limits(x, e, dtype)
         worst = (error / limit).argmax()
         error, limit = error.flatten()[worst], limit.flatten()[worst]
         assert error <= limit, f"{name}: error norm {error:.3g} over some 64 rows, at most {limit:.3g} allowed"
@@ -129,8 +133,9 @@ def assert_accurate(run, inputs, *options):
     """run(inputs, "triton", *options) obeys the rule in outputs and gradients."""
     eager = run(inputs, "reference", *options)
     exact = run(in_float64(inputs), "reference", *[None for _ in options])
-    assert_within_limits(run(inputs, "triton", *options), exact, eager)
-    return eager
+    dtypes = [x.dtype for x in inputs.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    lowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    assert_within_limits(run(inputs, "triton", *options), exact, eager, lowest)
 
 
 def assert_correct_agrees(inputs):
