@@ -5,6 +5,7 @@ import torch
 
 from hmar_kernels import modulated_norm, residual_modulated_norm
 from hmar_kernels.modulated_norm import api, choose
+from hmar_kernels.triton_device import PARTIALS_TILE
 from operator_cases import Draw, assert_accurate, norm_inputs, run_norm
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_modulated_norm_gpu.py runs them")
@@ -51,9 +52,18 @@ def test_triton_under_the_interpreter(shape, x_dtype, dtype, keep, poisoned_memo
 
 @interpreted
 def test_triton_needs_more_rows_than_one_program_owns_and_wide_ones(poisoned_memory):
-    """Partial sums of several programs, and channels beyond the largest power of two of a table."""
-    assert_accurate(run_norm, norm_inputs(1, 2 * api.triton.BACKWARD_ROWS + 1, 20, x_dtype=FP32, dtype=FP32), None)
+    """More partial sums than one step of their sum takes, and channels beyond the table."""
+    length = (PARTIALS_TILE + 1) * api.triton.LEAST_ROWS - 3
+    assert_accurate(run_norm, norm_inputs(1, length, 20, x_dtype=FP32, dtype=FP32), None)
     assert_accurate(run_norm, norm_inputs(1, 2, 4100, x_dtype=FP32, dtype=FP32), None)
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "rows"),
+    [(32, 680, 21), (16, 680, 11), (8, 2240, 17), (2, 9451, 18), (1, 1, 8), (2000, 680, 680)],
+)
+def test_programs_of_the_backward_fill_the_gpu(batch, length, rows):
+    assert api.triton.backward_rows(batch, length, torch.device("cpu")) == rows
 
 
 @interpreted

@@ -58,7 +58,7 @@ for module, name, pointers, constants, warps in jobs:
     })
 print(json.dumps(report))
 """
-SHARED_PER_BLOCK = 48 << 10
+SHARED_PER_BLOCK = 80 << 10  # two blocks a multiprocessor of sm_80
 MOST_REGISTERS = 128  # four blocks of four warps a multiprocessor, at least
 FLOAT32_STREAM = {
     "default": "bf16",
@@ -74,11 +74,11 @@ def jobs_of_modulated_norm():
     def jobs(width, pointers, **flags):
         block = triton._padded(width)
         constants = {"C": width, "BLOCK_C": block, "HAS_KEEP": True, "HAS_BRANCH": True} | flags
-        forward = constants | {"ROWS": triton._entry(triton.FORWARD_ROWS, block)}
-        backward = constants | {"ROWS": triton.BACKWARD_ROWS, "HAS_DY": True}
+        forward, backward = triton.select_tiles(block)
         module = "modulated_norm.triton"
-        yield module, "_forward_kernel", pointers, forward, triton._entry(triton.FORWARD_WARPS, block)
-        yield module, "_backward_kernel", pointers, backward, triton._entry(triton.BACKWARD_WARPS, block)
+        yield module, "_forward_kernel", pointers, constants | {"ROWS": forward.rows_or_stages}, forward.warps
+        constants |= {"STAGES": backward.rows_or_stages, "HAS_DY": True}
+        yield module, "_backward_kernel", pointers, constants, backward.warps
 
     for width in (1024, 1536, 2304):
         yield from jobs(width, FLOAT32_STREAM)

@@ -7,7 +7,7 @@
 
 Grid: (groups of an image's rows, images); a program owns whole rows [C], so every input is read once and every output
 written once. Statistics, sums and all arithmetic are float32. Sums over an image's rows are in two stages, partial sums
-of BACKWARD_ROWS rows and `sum_partials`: no atomics, results are bit-equal from run to run. `statistics` are the mean
+of a program's rows and `sum_partials`: no atomics, results are bit-equal from run to run. `statistics` are the mean
 and the reciprocal standard deviation, float32 [2, B, L], of y as it was rounded to its dtype.
 
 The equations are stated in reference.py; autograd and argument checks live in api.py.
@@ -15,19 +15,33 @@ The equations are stated in reference.py; autograd and argument checks live in a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..triton_device import on_device, sum_partials
 
-# Channels padded to a power of two -> rows a program of the forward owns, warps of forward and backward: as many as
-# fit in registers without spills on sm_80 and sm_90. More channels take the last entry.
-FORWARD_ROWS = {512: 8, 1024: 4, 2048: 2, 4096: 1}
-FORWARD_WARPS = {512: 4, 1024: 4, 2048: 4, 4096: 4}
-BACKWARD_WARPS = {512: 4, 1024: 4, 2048: 8, 4096: 16}
-# Enough programs to fill the GPU at every training shape; partial sums are 3 / 32 of a float32 residual stream.
-BACKWARD_ROWS = 32
+
+class Tile(NamedTuple):
+    """Of a program of the forward: rows it owns, warps. Of the backward, which goes row by row: stages, warps."""
+
+    rows_or_stages: int
+    warps: int
+
+
+# Channels padded to a power of two -> tiles of forward and backward. All compile for sm_80 and sm_90 without spills;
+# `python -m bench.tune_operators` prints what is fastest. More channels take the last row.
+TILES: dict[int, tuple[Tile, Tile]] = {
+    512: (Tile(8, 4), Tile(3, 4)),
+    1024: (Tile(4, 4), Tile(3, 8)),
+    2048: (Tile(2, 4), Tile(3, 16)),
+    4096: (Tile(1, 4), Tile(2, 16)),
+}
+# The backward divides the rows of a batch among so many programs, but gives each at least LEAST_ROWS: more programs
+# fill the GPU more evenly, fewer write fewer partial sums (a tenth of a float32 residual stream at training shapes).
+PROGRAMS_PER_SM, LEAST_ROWS = 8, 8
 
 
 @triton.jit
@@ -102,16 +116,17 @@ def _backward_kernel(
     gate_stride,
     scale_stride,
     length,
+    rows,
     HAS_DY: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     b = tl.program_id(1).to(tl.int64)
-    row_begin = tl.program_id(0) * ROWS
-    row_end = tl.minimum(row_begin + ROWS, length)
+    row_begin = tl.program_id(0) * rows
+    row_end = tl.minimum(row_begin + rows, length)
     offs_c = tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     num_vectors: tl.constexpr = 3 if HAS_BRANCH else 2
@@ -124,7 +139,7 @@ def _backward_kernel(
     dscale = tl.zeros([BLOCK_C], tl.float32)
     dshift = tl.zeros([BLOCK_C], tl.float32)
     dgate = tl.zeros([BLOCK_C], tl.float32)
-    for l in range(row_begin, row_end):
+    for l in tl.range(row_begin, row_end, num_stages=STAGES):
         row = b * length + l
         offs = row * C + offs_c
         y = tl.load(y_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
@@ -169,10 +184,10 @@ def forward(
     h = torch.empty_like(x, dtype=dtype)
     statistics = torch.empty(2, b, length, dtype=torch.float32, device=x.device)
     gate, scale, shift = _vectors(gate, scale, shift)
-    rows = _entry(FORWARD_ROWS, block_c)
+    tile, _ = select_tiles(block_c)
     if x.numel():
         with on_device(x):
-            _forward_kernel[(triton.cdiv(length, rows), b)](
+            _forward_kernel[(triton.cdiv(length, tile.rows_or_stages), b)](
                 x_ptr=x,
                 branch_ptr=x if branch is None else branch.contiguous(),
                 gate_ptr=scale if gate is None else gate,
@@ -192,8 +207,8 @@ def forward(
                 HAS_KEEP=keep is not None,
                 C=c,
                 BLOCK_C=block_c,
-                ROWS=rows,
-                num_warps=_entry(FORWARD_WARPS, block_c),
+                ROWS=tile.rows_or_stages,
+                num_warps=tile.warps,
             )
     return y, h, statistics
 
@@ -216,7 +231,9 @@ def backward(
     b, length, c = y.shape
     y, dh, block_c = y.contiguous(), dh.contiguous(), _padded(c)
     has_branch, num_vectors = branch is not None, 2 if branch is None else 3
-    num_partials = triton.cdiv(length, BACKWARD_ROWS)
+    rows = backward_rows(b, length, y.device)
+    num_partials = triton.cdiv(length, rows)
+    _, tile = select_tiles(block_c)
     dx = torch.empty_like(y, dtype=dtype)
     d_branch = torch.empty_like(branch, memory_format=torch.contiguous_format) if has_branch else y.new_empty(0)
     partials = torch.empty(b, num_partials, num_vectors * c, dtype=torch.float32, device=y.device)
@@ -239,13 +256,14 @@ def backward(
                 gate_stride=gate.stride(0) if has_branch else 0,
                 scale_stride=vector_scale.stride(0),
                 length=length,
+                rows=rows,
                 HAS_DY=dy is not None,
                 HAS_BRANCH=has_branch,
                 HAS_KEEP=keep is not None,
                 C=c,
                 BLOCK_C=block_c,
-                ROWS=BACKWARD_ROWS,
-                num_warps=_entry(BACKWARD_WARPS, block_c),
+                STAGES=tile.rows_or_stages,
+                num_warps=tile.warps,
             )
     return dx, d_branch, sum_partials(partials, scale.dtype).view(b, num_vectors, c)
 
@@ -259,5 +277,14 @@ def _padded(channels: int) -> int:
     return max(16, triton.next_power_of_2(channels))
 
 
-def _entry(table: dict[int, int], block_c: int) -> int:
-    return next((table[c] for c in table if block_c <= c), table[max(table)])
+def select_tiles(block_c: int) -> tuple[Tile, Tile]:
+    """The row of the table for so many channels. A pure function of its argument."""
+    return next((TILES[channels] for channels in TILES if block_c <= channels), TILES[max(TILES)])
+
+
+def backward_rows(batch: int, length: int, device: torch.device) -> int:
+    """Rows of one image that a program of the backward owns."""
+    # NOTE: the interpreter on a CPU stands for an H100.
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    programs = triton.cdiv(PROGRAMS_PER_SM * num_sms, max(1, batch))
+    return max(LEAST_ROWS, triton.cdiv(length, programs))
