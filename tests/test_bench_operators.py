@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from bench import operator_rivals as rivals
-from bench import operators
+from bench import operators, tune_operators
 from bench.check import CheckFailed
 from bench.timing import Stopwatch
 from hmar.pyramid import Pyramid
+from hmar_kernels.linear_cross_entropy import triton as loss_kernels
+from hmar_kernels.modulated_norm import triton as norm_kernels
+from hmar_kernels.qk_norm import triton as qk_kernels
 
 CPU = torch.device("cpu")
 
@@ -101,6 +104,32 @@ def test_what_an_implementation_raises_is_recorded():
 
     rows = examined(case_of("qk_norm"), exhausted)
     assert {(row["status"], row["reason"]) for row in rows} == {("out of memory", "OutOfMemoryError: no room")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the kernels run under the interpreter")
+def test_tiles_are_tried_checked_and_put_back(tmp_path, capsys):
+    output, before = tmp_path / "tiles.json", (qk_kernels.TILE_ROWS, qk_kernels.BACKWARD_ROWS)
+    tune_operators.main(["--device", "cpu", "--tables", "qk_norm", "--rounds", "1", "--output", str(output)])
+    content = json.loads(output.read_text())
+    rows = content["results"]
+    assert (content["kind"], len(rows)) == ("operator_tiles", 4)
+    assert all(row["reason"] is None and row["ms"] > 0 for row in rows)
+    assert [row["ms"] for row in rows] == sorted(row["ms"] for row in rows)
+    assert before == (qk_kernels.TILE_ROWS, qk_kernels.BACKWARD_ROWS)
+    assert capsys.readouterr().out.count("qk_norm") == 4
+
+
+@pytest.mark.parametrize("table", tune_operators.TABLES)
+def test_candidates_include_what_is_in_use(table):
+    found = [name for name, _ in tune_operators.TABLES[table][1]()]
+    assert len(found) == len(set(found)) >= 4
+    norm = norm_kernels.TILES[1024][table.endswith("backward")]
+    in_use = {
+        "residual_modulated_norm": f"{norm} programs {norm_kernels.PROGRAMS_PER_SM}",
+        "qk_norm": f"rows {qk_kernels.TILE_ROWS} of {qk_kernels.BACKWARD_ROWS}",
+        "linear_cross_entropy": f"{loss_kernels.CHUNK_BYTES >> 20} MB, {loss_kernels.WARPS} warps",
+    }
+    assert in_use[table.split()[0]] in found
 
 
 @pytest.mark.parametrize(
