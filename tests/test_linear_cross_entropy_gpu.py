@@ -54,7 +54,7 @@ def test_bit_equal_twice(dtype):
 
 def test_memory_is_that_of_a_chunk():
     """Beside gradients and inputs: one chunk of logits and a few numbers a token."""
-    tokens, width, vocabulary = 32 * 680, 1024, 4096
+    tokens, width, vocabulary, workspace = 64 * 680, 1024, 4096, 40 << 20  # that of cuBLAS
     inputs = loss_inputs(tokens, width, vocabulary, dtype=torch.bfloat16, device="cuda")
     leaves = {name: inputs[name].requires_grad_() for name in ("hidden", "weight", "bias")}
     linear_cross_entropy(**(inputs | leaves), impl="triton")
@@ -64,7 +64,7 @@ def test_memory_is_that_of_a_chunk():
     loss, _ = linear_cross_entropy(**(inputs | leaves), impl="triton")
     extra = torch.cuda.max_memory_allocated() - held
     gradients = 2 * tokens * width + (4 + 2) * vocabulary * (width + 1)
-    assert extra <= triton.CHUNK_BYTES + gradients + 32 * tokens + (4 << 20)
+    assert extra <= triton.CHUNK_BYTES + gradients + 32 * tokens + workspace
     assert extra < 0.8 * 2 * tokens * vocabulary  # the logits alone
     assert loss.isfinite()
 
