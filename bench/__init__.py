@@ -24,5 +24,5 @@ two densities in between, and slow rivals everywhere. A rival of your own is a f
 
 Read `shapes.py` (what is measured), `rivals.py` (who takes part), `test_attention.py` (how), `conftest.py` (options),
 `results.py` (the raw JSON that `reports/build.py` turns into tables and plots), `compare.py` (one commit against
-another).
+another). `operators.py` and `operator_rivals.py` are the same for the operators beside attention.
 """

@@ -16,8 +16,8 @@ OPERATORS = ("modulated_norm", "residual_modulated_norm", "qk_norm", "linear_cro
 
 @contextlib.contextmanager
 def plain_operators() -> Iterator[None]:
-    """Within it hmar.model calls the reference version of the operators it has of OPERATORS."""
-    fused = {name: getattr(hmar.model, name) for name in OPERATORS if hasattr(hmar.model, name)}
+    """Within it hmar.model calls the reference version of OPERATORS."""
+    fused = {name: getattr(hmar.model, name) for name in OPERATORS}
     try:
         for name, operator in fused.items():
             setattr(hmar.model, name, functools.partial(operator, impl="reference"))

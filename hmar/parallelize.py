@@ -65,10 +65,10 @@ def _recomputing(cls: type[nn.Module]) -> type[nn.Module]:
 def compile_objective(objective: nn.Module, mode: bool | str, backend: str = "inductor") -> None:
     """torch.compile in place, in whole graphs: a graph break is an error.
 
-    "model": model and loss as one graph. "blocks": each block; they share a graph (the first, which drops no path, has
-    its own), so that compile time does not depend on depth, and gradients can be reduced as soon as their block is
-    done; the rest is as without. A module without blocks, the tokenizer, is compiled as a whole in both. False:
-    nothing.
+    "model": model and loss as one graph. "blocks": each block; they share a graph (but for the first two, and stage 2's
+    first trained ones), so that compile time does not depend on depth, and gradients can be reduced as soon as their
+    block is done; the rest is as without. A module without blocks, the tokenizer, is compiled as a whole in both.
+    False: nothing.
     """
     if not mode:
         return

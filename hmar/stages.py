@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from hmar import checkpoint
 from hmar.codes import CodesFolder, read_index
 from hmar.discriminator import PatchDiscriminator
-from hmar.loss import TokenizerLoss, draw_mask, masked_loss, next_scale_loss, token_accuracy, token_weights
+from hmar.loss import TokenizerLoss, draw_mask, masked_targets, next_scale_targets, share, token_weights
 from hmar.model import HMAR, DropPath, MaskedTransformer, NextScaleTransformer
 from hmar.optimizer import AveragedWeights, Optimizer
 from hmar.recipe import STAGES, TrainConfig, differences, find_preset
@@ -321,9 +321,8 @@ class NextScaleObjective(nn.Module):
 
     def forward(self, class_B: Tensor, inputs_BLE: Tensor, codes_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and token accuracy: scalars. Arguments as of the model, and the codes to predict, int64 [B, L]."""
-        logits_BLV = self.model(class_B, inputs_BLE)
-        loss = next_scale_loss(logits_BLV, codes_BL, self.weights_L)
-        return loss, token_accuracy(logits_BLV.detach(), codes_BL)
+        loss, correct_BL = self.model(class_B, inputs_BLE, targets=next_scale_targets(codes_BL, self.weights_L))
+        return loss, share(correct_BL)
 
 
 class MaskedObjective(nn.Module):
@@ -337,8 +336,9 @@ class MaskedObjective(nn.Module):
         self, class_B: Tensor, inputs_BLE: Tensor, residuals_BLE: Tensor, masked_L: Tensor, codes_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss and accuracy over the hidden tokens: scalars. Arguments as of the model, and the codes, int64 [B, L]."""
-        logits_BLV = self.model(class_B, inputs_BLE, residuals_BLE, masked_L)
-        return masked_loss(logits_BLV, codes_BL, masked_L), token_accuracy(logits_BLV.detach(), codes_BL, masked_L)
+        targets = masked_targets(codes_BL, masked_L)
+        loss, correct_BL = self.model(class_B, inputs_BLE, residuals_BLE, masked_L, targets=targets)
+        return loss, share(correct_BL, masked_L)
 
 
 def make_stage(

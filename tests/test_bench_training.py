@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import bench.training as training
+import hmar.model
+from bench.plain import OPERATORS
 from bench.results import partial_of
 
 CPU = ("--device", "cpu", "--steps", "2")
@@ -53,6 +55,30 @@ def test_a_wrong_result_is_recorded_and_has_no_time(tmp_path, monkeypatch):
     assert wrong["status"] == "failed" and wrong["ms"] is None
     assert "CheckFailed" in wrong["reason"] and "is tolerated" in wrong["reason"]
     assert (right["attention"], right["status"]) == ("reference", "ok")
+
+
+@pytest.mark.parametrize("operators", ["auto", "reference"])
+def test_plain_operators_are_used_where_asked_for(operators, tmp_path, monkeypatch):
+    used = []
+
+    def record(name, operator):
+        return lambda *inputs, **options: used.append((name, options.get("impl"))) or operator(*inputs, **options)
+
+    for name in OPERATORS:
+        monkeypatch.setattr(hmar.model, name, record(name, getattr(hmar.model, name)))
+    timed = training._time_forward_backward
+    during = []
+
+    def watched(*arguments):
+        used.clear()
+        result = timed(*arguments)
+        during.extend(used)
+        return result
+
+    monkeypatch.setattr(training, "_time_forward_backward", watched)
+    measure(tmp_path, "--models", "hmar", "--attention", "reference", "--operators", operators)
+    impl = "reference" if operators == "reference" else None
+    assert set(during) == {(name, impl) for name in OPERATORS}
 
 
 @pytest.mark.parametrize("attention", ["reference", "sdpa_dense"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hmar.config import PRESETS, ModelConfig
-from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, ScaleMasks, drop_classes
+from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, ScaleMasks
 from hmar.published import load_published, to_published
 
 TINY = PRESETS["tiny"][1]
@@ -241,17 +241,6 @@ def test_gradients_against_finite_differences():
 
     tensors = [parameters[name].detach().clone().requires_grad_() for name in names]
     assert torch.autograd.gradcheck(call, (inputs_BLE.requires_grad_(), *tensors))
-
-
-def test_drop_classes():
-    classes = torch.arange(5).repeat(4000)
-    generator = torch.Generator().manual_seed(0)
-    dropped = drop_classes(classes, 0.1, 99, generator)
-    gone = dropped == 99
-    assert gone.float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert torch.equal(dropped[~gone], classes[~gone])
-    assert torch.equal(dropped, drop_classes(classes, 0.1, 99, torch.Generator().manual_seed(0)))
-    assert torch.equal(drop_classes(classes, 0.0, 99), classes)
 
 
 @pytest.mark.parametrize("config", [TINY, SHARED_MODULATION])

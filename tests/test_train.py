@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path, runs):
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_not_in_the_way(tmp_path, runs, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(NextScaleTransformer, "forward", lambda *inputs: 1 / 0)
+        broken.setattr(NextScaleTransformer, "forward", lambda *inputs, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(configure("var", tmp_path / "run", "seed=3", runs=runs))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard"}
@@ -547,6 +548,25 @@ def test_precision_reaches_the_model(tmp_path, runs):
     assert not torch.equal(bf16["head.linear.weight"], fp32["head.linear.weight"])
 
 
+def test_labels_and_paths_are_dropped_with_their_probability(tmp_path, runs):
+    config = configure("masked", tmp_path, "model.class_drop=0.1", "model.drop_path=0.3", runs=runs)
+    stage = MaskedStage(config, torch.device("cpu"))
+    draws = stage.draw(step_generator(0, 0), 20000)
+    assert draws.dropped_B.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert draws.drop_path_DB.shape == (1, 20000)  # the trunk, in evaluation mode, drops none
+    torch.testing.assert_close(draws.drop_path_DB.unique(), torch.tensor([0, 1 / 0.7]))
+    assert draws.drop_path_DB.mean().item() == pytest.approx(1, abs=0.02)
+    part = draws.of(slice(5, 9), torch.device("cpu"))
+    assert torch.equal(part.dropped_B, draws.dropped_B[5:9])
+    assert torch.equal(part.drop_path_DB, draws.drop_path_DB[:, 5:9])
+    assert torch.equal(part.masked_L, draws.masked_L)
+    codes_BL = torch.zeros(4, config.model.pyramid.length, dtype=torch.long)
+    _, classes_B, _ = stage.inputs(codes_BL, torch.arange(4), part)
+    assert torch.equal(classes_B == config.model.null_class, part.dropped_B)
+    certain = MaskedStage(configure("masked", tmp_path, "model.class_drop=0", runs=runs), torch.device("cpu"))
+    assert not certain.draw(step_generator(0, 0), 100).dropped_B.any()
+
+
 def test_the_draws_of_a_step_depend_on_seed_and_step_alone():
     draws = {(seed, step): torch.rand(4, generator=step_generator(seed, step)) for seed in (0, 1) for step in (0, 1)}
     assert torch.equal(draws[0, 1], torch.rand(4, generator=step_generator(0, 1)))
@@ -665,8 +685,9 @@ def test_stages_compile_in_whole_graphs(stage, recompute, mode, tmp_path, deep_r
     compiled = grown(tmp_path, stage, "compiled", *options, f"compile={mode}", runs=deep_runs)
     for name, tensor in eager.items():
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-5)
-    # The first block drops no path, as the trunk of stage 2, and has a graph of its own.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if mode == "model" else 2)
+    # The first block adds nothing to the residual stream, the second what no path was dropped from; in stage 2 those of
+    # the trunk have no gradients. All others share one.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= (1 if mode == "model" else 4)
 
 
 def test_a_step_never_waits_for_the_device(tmp_path, runs, monkeypatch):
@@ -685,6 +706,8 @@ def test_a_step_never_waits_for_the_device(tmp_path, runs, monkeypatch):
             advance(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_advance", watched)
+    # Only on the CPU does it look at the targets.
+    monkeypatch.setattr(sys.modules["hmar_kernels.linear_cross_entropy.api"], "check_inputs", lambda *inputs: None)
     options = ("model.drop_path=0.2", "ema=0.9", "optimizer.clip=0.1", "cache_codes=true", "precision=bf16")
     run(configure("next-scale", tmp_path / "run", *options, runs=runs))
     assert read == []

@@ -28,13 +28,15 @@ def row_group_norms(x: torch.Tensor) -> torch.Tensor:
     return sums.sqrt()
 
 
-def limits(exact: torch.Tensor, eager: torch.Tensor) -> torch.Tensor:
+def limits(exact: torch.Tensor, eager: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Largest tolerated error norm of each group of rows, float64 [..., groups].
 
     Args:
         exact: float64 [..., L, D], the reference.
         eager: the reference run in the dtype under test, same shape.
+        dtype: whose unit in the last place counts, by default eager's. A float32 sum over what was rounded to a lower
+            dtype is no better known than that.
     """
-    ulp = torch.finfo(eager.dtype).eps
+    ulp = torch.finfo(dtype or eager.dtype).eps
     floor = FLOAT32_ULPS * torch.finfo(torch.float32).eps * row_group_norms(torch.ones_like(exact))
     return EAGER_FACTOR * row_group_norms(eager.double() - exact) + ULPS * ulp * row_group_norms(exact) + floor

@@ -10,8 +10,8 @@ import operator
 from dataclasses import astuple, replace
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..custom_op import is_traced
 from ..mask import SpanMask
 from . import cuda, flex, hopper, reference, triton, varlen
 from .plan import TilePlan
@@ -377,7 +377,7 @@ class _HopperAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dlse):
         # Where the gradient is to have one of its own the operator says that there is none.
-        seen = torch.is_grad_enabled() or _is_traced(*(x for x in (do, dlse) if x is not None))
+        seen = torch.is_grad_enabled() or is_traced(*(x for x in (do, dlse) if x is not None))
         return _hopper_backward(ctx, do, dlse, _attention_hopper_backward if seen else _hopper_backward_kernels)
 
 
@@ -387,19 +387,8 @@ def _hopper_backward_kernels(do, dlse, q, k, v, out, lse, key_start, key_end, dq
 
 def _attend_hopper(q, k, v, key_start, key_end, forward_jobs, dq_jobs, key_jobs, tiles, scale, bound, head_bounds):
     plan = (key_start, key_end, forward_jobs, dq_jobs, key_jobs, tiles)
-    if _is_traced(q, k, v):
+    if is_traced(q, k, v):
         return _attention_hopper(q, k, v, *plan, scale, bound, head_bounds)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _HopperAttention.apply(q, k, v, *plan, scale, bound, head_bounds)
     return hopper.forward(q, k, v, key_start, key_end, forward_jobs, tiles[0], scale, bound, head_bounds)
-
-
-def _is_traced(*tensors: torch.Tensor) -> bool:
-    """Whether someone looks on who must see an operator: a compiler, a mode (fake tensors, selective checkpointing,
-    counters of operations), a transform of functions (vmap), or tensors that are not plain ones."""
-    return (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or torch._C._are_functorch_transforms_active()
-        or any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors)
-    )
