@@ -15,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmar.model import Targets
 from hmar.pyramid import Pyramid
 
 
@@ -54,13 +55,30 @@ def masked_loss(logits_BLV: Tensor, codes_BL: Tensor, masked: Tensor) -> Tensor:
     return torch.where(hidden_BL, losses_BL, 0).sum() / hidden_BL.sum().clamp_min(1)
 
 
+def next_scale_targets(codes_BL: Tensor, token_weights_L: Tensor | None = None) -> Targets:
+    """What makes `Head.loss` the `next_scale_loss` of its logits."""
+    if token_weights_L is None:
+        token_weights_L = torch.full(codes_BL.shape[1:], 1 / codes_BL.shape[1], device=codes_BL.device)
+    return Targets(codes_BL, (token_weights_L / len(codes_BL)).expand_as(codes_BL))
+
+
+def masked_targets(codes_BL: Tensor, masked: Tensor) -> Targets:
+    """What makes `Head.loss` the `masked_loss` of its logits."""
+    hidden_BL = masked.expand_as(codes_BL)
+    return Targets(codes_BL, hidden_BL / hidden_BL.sum().clamp_min(1))
+
+
 def token_accuracy(logits_BLV: Tensor, codes_BL: Tensor, masked: Tensor | None = None) -> Tensor:
     """Share of tokens, or of hidden tokens, whose most likely code is the true one: a scalar."""
-    right_BL = (logits_BLV.argmax(-1) == codes_BL).float()
+    return share(logits_BLV.argmax(-1) == codes_BL, masked)
+
+
+def share(correct_BL: Tensor, masked: Tensor | None = None) -> Tensor:
+    """Share of tokens, or of hidden tokens, of which something is true: a scalar."""
     if masked is None:
-        return right_BL.mean()
-    hidden_BL = masked.expand_as(right_BL)
-    return (right_BL * hidden_BL).sum() / hidden_BL.sum().clamp_min(1)
+        return correct_BL.float().mean()
+    hidden_BL = masked.expand_as(correct_BL)
+    return (correct_BL & hidden_BL).sum() / hidden_BL.sum().clamp_min(1)
 
 
 def draw_mask(pyramid: Pyramid, ratio: float | None = None, generator: torch.Generator | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from hmar.config import ModelConfig
 from hmar.pyramid import Pyramid
+from hmar_kernels import SpanMask, linear_cross_entropy, modulated_norm, qk_norm, residual_modulated_norm
 from hmar_kernels import attention as masked_attention
-from hmar_kernels.mask import SpanMask
 
 PATTERNS = ("block_diagonal", "block_causal")
 Scales = tuple[int, int]
@@ -35,6 +35,13 @@ class LayerCache(Protocol):
     """Keys and values that one block has seen in earlier scales; `hmar.generate.LayerKeysValues` is one."""
 
     def append(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class Targets(NamedTuple):
+    """What a pass is to predict: codes, int64 [B, L], and weights of the tokens' cross-entropies, float32 [B, L]."""
+
+    codes_BL: Tensor
+    weights_BL: Tensor
 
 
 class NextScaleTransformer(nn.Module):
@@ -62,15 +69,16 @@ class NextScaleTransformer(nn.Module):
         inputs_BLE: Tensor,
         scales: Scales | None = None,
         caches: Sequence[LayerCache] | None = None,
-    ) -> Tensor:
-        """Logits [B, L, V].
+        targets: Targets | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, L, V]; with targets, which saves storing them, what `Head.loss` returns.
 
         class_B: int64 class indices, `config.null_class` for none. inputs_BLE: `MultiScaleQuantizer.next_scale_inputs`.
         A block-causal model that starts after scale 1 needs `caches`, one a block, that hold all scales before.
         """
         cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales)
-        x_BLC = run(self.blocks, x_BLC, self.shared_modulation(cond_BC), self.masks[scales], caches)
-        return self.head(x_BLC, cond_BC)
+        stream = run(self.blocks, Residual(x_BLC), self.shared_modulation(cond_BC), self.masks[scales], caches)
+        return self.head(stream, cond_BC) if targets is None else self.head.loss(stream, cond_BC, targets)
 
 
 class MaskedTransformer(nn.Module):
@@ -123,8 +131,9 @@ class MaskedTransformer(nn.Module):
         residuals_BLE: Tensor,
         masked: Tensor,
         scales: Scales | None = None,
-    ) -> Tensor:
-        """Logits [B, L, V]; they mean something where `masked` is True.
+        targets: Targets | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, L, V], which mean something where `masked` is True; with targets, what `Head.loss` returns.
 
         residuals_BLE: `MultiScaleQuantizer.own_residuals`, of the shape of inputs_BLE. masked: bool [L] or [B, L], True
         where a code is hidden. Scale 1 is never masked; its entries are ignored.
@@ -132,9 +141,9 @@ class MaskedTransformer(nn.Module):
         known_BLC = known_codes(self.embedding, residuals_BLE, masked, self.mask_embedding_C)
         cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known_BLC)
         modulation, mask = self.shared_modulation(cond_BC), self.masks[scales]
-        x_BLC = run(self.trunk, x_BLC, modulation, mask)
-        x_BLC = run(self.blocks, x_BLC, modulation, mask)
-        return self.head(x_BLC, cond_BC)
+        stream = run(self.trunk, Residual(x_BLC), modulation, mask)
+        stream = run(self.blocks, stream, modulation, mask)
+        return self.head(stream, cond_BC) if targets is None else self.head.loss(stream, cond_BC, targets)
 
 
 class HMAR(nn.Module):
@@ -181,9 +190,9 @@ class HMAR(nn.Module):
         """Logits [B, L, V] of the next-scale branch."""
         cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales)
         modulation, mask = self.shared_modulation(cond_BC), self.masks[scales]
-        x_BLC = run(self.trunk, x_BLC, modulation, mask)
-        x_BLC = run(self.next_scale_blocks, x_BLC, modulation, mask)
-        return self.next_scale_head(x_BLC, cond_BC)
+        stream = run(self.trunk, Residual(x_BLC), modulation, mask)
+        stream = run(self.next_scale_blocks, stream, modulation, mask)
+        return self.next_scale_head(stream, cond_BC)
 
     def masked(
         self,
@@ -197,9 +206,9 @@ class HMAR(nn.Module):
         known_BLC = known_codes(self.embedding, residuals_BLE, masked, self.mask_embedding_C)
         cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known_BLC)
         modulation, mask = self.shared_modulation(cond_BC), self.masks[scales]
-        x_BLC = run(self.trunk, x_BLC, modulation, mask)
-        x_BLC = run(self.mask_blocks, x_BLC, modulation, mask)
-        return self.mask_head(x_BLC, cond_BC)
+        stream = run(self.trunk, Residual(x_BLC), modulation, mask)
+        stream = run(self.mask_blocks, stream, modulation, mask)
+        return self.mask_head(stream, cond_BC)
 
 
 class TokenEmbedding(nn.Module):
@@ -247,6 +256,25 @@ class TokenEmbedding(nn.Module):
             )
 
 
+class Residual(NamedTuple):
+    """The tokens between blocks: x + gate branch, not added yet, because the next layer norm does that in one pass.
+
+    Attributes:
+        x_BLC: the residual stream.
+        branch_BLC, gate_B1C: what is added to it; None for nothing.
+    """
+
+    x_BLC: Tensor
+    branch_BLC: Tensor | None = None
+    gate_B1C: Tensor | None = None
+
+    def norm(self, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+        """y = x + gate branch, and LN(y) (1 + scale) + shift."""
+        if self.branch_BLC is None:
+            return self.x_BLC, modulated_norm(self.x_BLC, scale_B1C, shift_B1C)
+        return residual_modulated_norm(self.x_BLC, self.branch_BLC, self.gate_B1C, scale_B1C, shift_B1C)
+
+
 class Block(nn.Module):
     """Attention and MLP, each normalised, shifted, scaled and gated by the class (adaptive layer norm)."""
 
@@ -257,11 +285,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop_path = DropPath(config.drop_path * index / max(1, config.depth - 1))
 
-    def forward(self, x_BLC: Tensor, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
-        attended = self.attention(layer_norm(x_BLC) * (1 + scale_attn) + shift_attn, mask, cache)
-        x_BLC = x_BLC + self.drop_path(gate_attn * attended)
-        return x_BLC + self.drop_path(gate_mlp * self.mlp(layer_norm(x_BLC) * (1 + scale_mlp) + shift_mlp))
+        # NOTE: a branch is dropped by its gate, which is small and is multiplied anyway.
+        x_BLC, h_BLC = stream.norm(scale_attn, shift_attn)
+        stream = Residual(x_BLC, self.attention(h_BLC, mask, cache), self.drop_path(gate_attn))
+        x_BLC, h_BLC = stream.norm(scale_mlp, shift_mlp)
+        return Residual(x_BLC, self.mlp(h_BLC), self.drop_path(gate_mlp))
 
 
 class BlockModulation(nn.Module):
@@ -308,7 +338,6 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, impl: str):
         super().__init__()
-        self.num_heads = config.num_heads
         self.impl = impl
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.q_bias_C = nn.Parameter(torch.zeros(config.width))
@@ -320,15 +349,13 @@ class Attention(nn.Module):
         scale_residual(self.proj, config)
 
     def forward(self, x_BLC: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Tensor:
-        bias_3C = torch.cat([self.q_bias_C, torch.zeros_like(self.q_bias_C), self.v_bias_C])
-        qkv_BLC = F.linear(x_BLC, self.qkv.weight, bias_3C)
-        q_BHLD, k_BHLD, v_BHLD = qkv_BLC.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        scale_H11 = self.log_scale_H.clamp_max(self.MAX_LOG_SCALE).exp()[:, None, None]
-        q_BHLD = (F.normalize(q_BHLD, dim=-1) * scale_H11).to(v_BHLD.dtype)
-        k_BHLD = F.normalize(k_BHLD, dim=-1).to(v_BHLD.dtype)
+        q_BHLD, k_BHLD, v_BHLD = qk_norm(
+            self.qkv(x_BLC), self.q_bias_C, self.v_bias_C, self.log_scale_H, max_log_scale=self.MAX_LOG_SCALE
+        )
         if cache is not None:
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
-        bound_H = scale_H11.detach().float().flatten()  # of unit vectors' products, scaled
+        # of unit vectors' products, scaled
+        bound_H = self.log_scale_H.detach().clamp_max(self.MAX_LOG_SCALE).exp().float()
         out_BHLD = masked_attention(q_BHLD, k_BHLD, v_BHLD, mask, scale=1.0, logit_bound=bound_H, impl=self.impl)
         return self.proj(out_BHLD.transpose(1, 2).flatten(2))
 
@@ -357,9 +384,21 @@ class Head(nn.Module):
             init_linear(linear, config)
             linear.weight.data.mul_(factor)
 
-    def forward(self, x_BLC: Tensor, cond_BC: Tensor) -> Tensor:
-        scale_B1C, shift_B1C = self.modulation(F.silu(cond_BC))[:, None].chunk(2, dim=-1)
-        return self.linear(layer_norm(x_BLC) * (1 + scale_B1C) + shift_B1C)
+    def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
+        return self.linear(self._norm(stream, cond_BC))
+
+    def loss(self, stream: Residual, cond_BC: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Weighted sum of the tokens' cross-entropies, a scalar, and whether the most likely code is the true one, bool
+        [B, L]. The logits of all tokens are never stored."""
+        h_BLC, (codes_BL, weights_BL) = self._norm(stream, cond_BC), targets
+        loss, correct = linear_cross_entropy(
+            h_BLC.flatten(0, 1), self.linear.weight, self.linear.bias, codes_BL.flatten(), weights_BL.flatten()
+        )
+        return loss, correct.view_as(codes_BL)
+
+    def _norm(self, stream: Residual, cond_BC: Tensor) -> Tensor:
+        _, h_BLC = stream.norm(*self.modulation(F.silu(cond_BC))[:, None].chunk(2, dim=-1))
+        return h_BLC
 
 
 class DropPath(nn.Module):
@@ -405,11 +444,11 @@ class ScaleMasks:
 
 
 def run(
-    blocks: nn.ModuleList, x_BLC: Tensor, cond: Tensor, mask: SpanMask, caches: Sequence[LayerCache] | None = None
-) -> Tensor:
+    blocks: nn.ModuleList, stream: Residual, cond: Tensor, mask: SpanMask, caches: Sequence[LayerCache] | None = None
+) -> Residual:
     for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-        x_BLC = block(x_BLC, cond, mask, cache)
-    return x_BLC
+        stream = block(stream, cond, mask, cache)
+    return stream
 
 
 def known_codes(embedding: TokenEmbedding, residuals_BLE: Tensor, masked: Tensor, mask_embedding_C: Tensor) -> Tensor:
@@ -424,10 +463,6 @@ def drop_classes(class_B: Tensor, prob: float, null_class: int, generator: torch
     device = generator.device if generator is not None else class_B.device
     dropped_B = torch.rand(class_B.shape, generator=generator, device=device) < prob
     return torch.where(dropped_B.to(class_B.device), null_class, class_B)
-
-
-def layer_norm(x_BLC: Tensor) -> Tensor:
-    return F.layer_norm(x_BLC, x_BLC.shape[-1:], eps=1e-6)
 
 
 def split_blocks(state: dict[str, Tensor], split: int) -> dict[str, Tensor]:

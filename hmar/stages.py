@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
 from hmar.discriminator import PatchDiscriminator
-from hmar.loss import TokenizerLoss, draw_mask, masked_loss, next_scale_loss, token_accuracy, token_weights
+from hmar.loss import TokenizerLoss, draw_mask, masked_targets, next_scale_targets, share, token_weights
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer, drop_classes
 from hmar.recipe import STAGES, TrainConfig, differences, find_preset
 from hmar.tokenizer import Tokenizer
@@ -194,9 +194,9 @@ class NextScaleStage(CodesStage):
 
     def loss(self, batch, classes_B, generator, step) -> tuple[Tensor, dict[str, Tensor]]:
         codes_BL, classes_B, inputs_BLE = self.inputs(batch, classes_B, generator)
-        logits_BLV = self.forward(classes_B, inputs_BLE)
-        loss = next_scale_loss(logits_BLV, codes_BL, self.weights_L)
-        return loss, {"accuracy": token_accuracy(logits_BLV.detach(), codes_BL)}
+        targets = next_scale_targets(codes_BL, self.weights_L)
+        loss, correct_BL = self.forward(classes_B, inputs_BLE, targets=targets)
+        return loss, {"accuracy": share(correct_BL)}
 
 
 class MaskedStage(CodesStage):
@@ -213,9 +213,9 @@ class MaskedStage(CodesStage):
         with torch.no_grad():
             residuals_BLE = self.tokenizer.quantizer.own_residuals(codes_BL)
         masked_L = draw_mask(self.config.model.pyramid, generator=generator).to(self.device)
-        logits_BLV = self.forward(classes_B, inputs_BLE, residuals_BLE, masked_L)
-        loss = masked_loss(logits_BLV, codes_BL, masked_L)
-        return loss, {"accuracy": token_accuracy(logits_BLV.detach(), codes_BL, masked_L)}
+        targets = masked_targets(codes_BL, masked_L)
+        loss, correct_BL = self.forward(classes_B, inputs_BLE, residuals_BLE, masked_L, targets=targets)
+        return loss, {"accuracy": share(correct_BL, masked_L)}
 
     def write(self, folder: Path, module: nn.Module, **notes: Any) -> Path:
         """The assembled HMAR: trunk, next-scale blocks of stage 1 and the mask blocks trained here."""

@@ -215,7 +215,7 @@ def test_an_earlier_run_is_not_overwritten_by_accident(tmp_path, runs):
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_not_in_the_way(tmp_path, runs, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(NextScaleTransformer, "forward", lambda *inputs: 1 / 0)
+        broken.setattr(NextScaleTransformer, "forward", lambda *inputs, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(configure("var", tmp_path / "run", "seed=3", runs=runs))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.yaml", "metrics.jsonl", "tensorboard"}
