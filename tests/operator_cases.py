@@ -37,7 +37,7 @@ def norm_inputs(batch, length, width, *, x_dtype, dtype, device="cpu", keep=True
     return inputs
 
 
-def run_norm(inputs, impl, dtype=None):
+def run_norm(inputs, impl, dtype=None, lean=None):
     """Both operators, one after the other, as in a block."""
     x, branch, modulation = (inputs[name].detach().requires_grad_() for name in ("x", "branch", "modulation"))
     gate, _, scale, scale_after, shift, shift_after = modulation[:, None].chunk(6, dim=-1)
@@ -46,7 +46,7 @@ def run_norm(inputs, impl, dtype=None):
         x, branch, gate, scale_after, shift_after, keep=inputs["keep"], dtype=dtype, impl=impl
     )
     outputs = {"h": h, "y": y, "h_after": h_after}
-    return outputs | gradients(outputs, {"x": x, "branch": branch, "modulation": modulation})
+    return outputs | gradients(outputs, {"x": x, "branch": branch, "modulation": modulation}, lean)
 
 
 def qkv_inputs(batch, length, heads, head_dim, *, dtype, device="cpu"):
@@ -61,10 +61,10 @@ def qkv_inputs(batch, length, heads, head_dim, *, dtype, device="cpu"):
     }
 
 
-def run_qk_norm(inputs, impl):
+def run_qk_norm(inputs, impl, lean=None):
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     outputs = dict(zip("qkv", qk_norm(**leaves, max_log_scale=MAX_LOG_SCALE, impl=impl), strict=True))
-    return outputs | gradients(outputs, leaves)
+    return outputs | gradients(outputs, leaves, lean)
 
 
 def loss_inputs(tokens, width, vocabulary, *, dtype, device="cpu", weighted=True, bias=True):
@@ -82,7 +82,7 @@ def loss_inputs(tokens, width, vocabulary, *, dtype, device="cpu", weighted=True
     return inputs
 
 
-def run_loss(inputs, impl):
+def run_loss(inputs, impl, lean=None):
     leaves = {
         name: x.detach().requires_grad_() if x is not None and name in ("hidden", "weight", "bias") else x
         for name, x in inputs.items()
@@ -93,13 +93,15 @@ def run_loss(inputs, impl):
     return {"loss": loss.detach(), "correct": correct} | {f"d_{name}": x for name, x in zip(names, found, strict=True)}
 
 
-def gradients(outputs, leaves):
+def gradients(outputs, leaves, lean=None):
     """d_NAME of every leaf, for random gradients of the outputs; these lose their graph.
 
-    The gradients lean towards the outputs, so that sums over tokens do not all but cancel.
+    lean: outputs to whose signs the gradients lean, so that sums over tokens do not all but cancel.
     """
-    draw = Draw("cpu", seed=1)
-    seeds = [(draw(*x.shape).to(x.device) + x.detach().sign()).to(x.dtype) for x in outputs.values()]
+    draw, seeds = Draw("cpu", seed=1), []
+    for name, x in outputs.items():
+        seed = draw(*x.shape).to(x.device)
+        seeds.append((seed if lean is None else seed + lean[name].sign()).to(x.dtype))
     found = torch.autograd.grad(list(outputs.values()), list(leaves.values()), seeds)
     for name in outputs:
         outputs[name] = outputs[name].detach()
@@ -131,11 +133,12 @@ def assert_within_limits(actual, exact, eager, dtype):
 
 def assert_accurate(run, inputs, *options):
     """run(inputs, "triton", *options) obeys the rule in outputs and gradients."""
-    eager = run(inputs, "reference", *options)
-    exact = run(in_float64(inputs), "reference", *[None for _ in options])
+    exact_inputs, nothing = in_float64(inputs), [None for _ in options]
+    lean = run(exact_inputs, "reference", *nothing)
+    exact = run(exact_inputs, "reference", *nothing, lean=lean)
+    eager, actual = (run(inputs, impl, *options, lean=lean) for impl in ("reference", "triton"))
     dtypes = [x.dtype for x in inputs.values() if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    lowest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    assert_within_limits(run(inputs, "triton", *options), exact, eager, lowest)
+    assert_within_limits(actual, exact, eager, max(dtypes, key=lambda dtype: torch.finfo(dtype).eps))
 
 
 def assert_correct_agrees(inputs):

@@ -1,7 +1,7 @@
 """Head split with normalised q and k, forward and backward in Triton.
 
     forward    r_q = 1 / max(|q' + b_q|, EPS);  q = s r_q (q' + b_q);  v = v' + b_v;  r_k, k as r_q, q without b_q, s
-    backward   qhat = q / s;  dq' = s r_q (dq - qhat <qhat, dq>);  dk' = r_k (dk - k <k, dk>);  dv' = dv
+    backward   dq' = s r_q (dq - q <q, dq> / <q, q>);  dk' = r_k (dk - k <k, dk> / <k, k>);  dv' = dv
                db_q = sum dq';  db_v = sum dv;  dlog_scale = sum <q, dq>
 
 Where a norm is below EPS the projection is absent. Grid: (heads, groups of an image's rows, images); a program owns its
@@ -78,12 +78,14 @@ def _load_tile(ptr, b, h, offs_l, offs_d, strides, mask):
 
 
 @triton.jit
-def _through_norm(gradient, unit, reciprocal_norm):
-    """Gradient of x from that of x / max(|x|, EPS), and their product <unit, gradient>."""
-    inner = tl.sum(unit * gradient, 1)
-    # NOTE: not 1, since the reciprocal of EPS is rounded.
-    radial = tl.where(reciprocal_norm * EPS < 0.999, inner, 0.0)
-    return (gradient - unit * radial[:, None]) * reciprocal_norm[:, None], inner
+def _through_norm(gradient, result, reciprocal_norm):
+    """Gradient of x, but for the scale, from that of result = scale x / max(|x|, EPS); and <result, gradient>."""
+    inner, square = tl.sum(result * gradient, 1), tl.sum(result * result, 1)
+    # NOTE: <result, result> is no longer the square of the scale once the result is rounded, and with that square the
+    # gradient would keep a part along the result. 0.999, since the reciprocal of EPS is rounded too.
+    has_radius = (square > 0.0) & (reciprocal_norm * EPS < 0.999)
+    radial = tl.where(has_radius, inner / tl.where(has_radius, square, 1.0), 0.0)
+    return (gradient - result * radial[:, None]) * reciprocal_norm[:, None], inner
 
 
 @triton.jit
@@ -132,15 +134,16 @@ def _backward_kernel(
         offs = (b * length + offs_l)[:, None] * (3 * H * D) + h * D + offs_d[None, :]
 
         dq = _load_tile(dq_ptr, b, h, offs_l, offs_d, dq_strides, mask)
-        unit = _load_tile(q_ptr, b, h, offs_l, offs_d, q_strides, mask) / scale
-        dq, inner = _through_norm(dq * scale, unit, tl.load(q_norms_ptr + offs_l, mask=mask_l, other=0.0))
+        q = _load_tile(q_ptr, b, h, offs_l, offs_d, q_strides, mask)
+        dq, inner = _through_norm(dq, q, tl.load(q_norms_ptr + offs_l, mask=mask_l, other=0.0))
+        dq *= scale
         tl.store(d_qkv_ptr + offs, dq.to(d_qkv_ptr.dtype.element_ty), mask=mask)
         d_q_bias += tl.sum(dq, 0)
         d_scale += inner
 
         dk = _load_tile(dk_ptr, b, h, offs_l, offs_d, dk_strides, mask)
-        unit = _load_tile(k_ptr, b, h, offs_l, offs_d, k_strides, mask)
-        dk, _ = _through_norm(dk, unit, tl.load(k_norms_ptr + offs_l, mask=mask_l, other=0.0))
+        k = _load_tile(k_ptr, b, h, offs_l, offs_d, k_strides, mask)
+        dk, _ = _through_norm(dk, k, tl.load(k_norms_ptr + offs_l, mask=mask_l, other=0.0))
         tl.store(d_qkv_ptr + H * D + offs, dk.to(d_qkv_ptr.dtype.element_ty), mask=mask)
 
         dv = _load_tile(dv_ptr, b, h, offs_l, offs_d, dv_strides, mask)
