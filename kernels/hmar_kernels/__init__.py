@@ -1,9 +1,19 @@
-"""Block-sparse attention over pyramids of image tokens.
+"""Block-sparse attention over pyramids of image tokens, and the operators around it.
 
-Read `mask.py` first (which tokens see which), then `attention/api.py` (the operator).
+Read `mask.py` first (which tokens see which), then `attention/api.py` and `sampling/api.py` (the operators).
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
 from .mask import SpanMask
+from .sampling import SampledCodes, sample_codes
 
-__all__ = ["IMPLEMENTATIONS", "SpanMask", "attention", "choose", "explain", "unavailable"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "SampledCodes",
+    "SpanMask",
+    "attention",
+    "choose",
+    "explain",
+    "sample_codes",
+    "unavailable",
+]
