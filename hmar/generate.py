@@ -132,20 +132,23 @@ def generate_hmar(
     sampling = sampling or SamplingConfig()
     pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
     schedule = resolve_schedule(pyramid, sampling.schedule)
-    guidance_S = _guidance(sampling, pyramid)
-    class_B = _check(model.config, tokenizer, class_B)
+    guidance_S = guidance_of_scales(sampling, pyramid)
+    check_pair(model.config, tokenizer)
+    class_B = checked_classes(model.config, class_B, quantizer.codebook.weight.device)
     batch = len(class_B)
     seeds_B = image_seeds(sampling, batch, first_image, seeds_B).to(class_B.device)
+    positions_L = torch.arange(pyramid.length, device=class_B.device)
     f_hat_BEhw = quantizer.empty_f_hat(batch)
     all_codes, nonfinite = [], []
     with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
             scale = (k, k + 1)
-            inputs_BnE = _inputs(model, tokenizer, f_hat_BEhw, k)
+            inputs_BnE = scale_inputs(model, tokenizer, f_hat_BEhw, k)
 
-            classes, (inputs,) = _with_null(guidance_S[k] != 0, class_B, model.config, inputs_BnE)
+            classes, (inputs,) = with_null(guidance_S[k] != 0, class_B, model.config, inputs_BnE)
             logits_BnV = model.next_scale(classes, inputs, scale)
-            codes_Bn, confidence_Bn, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, pyramid.offsets[k])
+            positions_n = positions_L[pyramid.slice(k)]
+            codes_Bn, confidence_Bn, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, positions_n)
             nonfinite.append((k, bad_Bn))
 
             hidden_Bn = torch.ones_like(codes_Bn, dtype=torch.bool)
@@ -165,12 +168,12 @@ def generate_hmar(
                 hidden_Bn = torch.where(active_B1, fewer_Bn, hidden_Bn)
                 # NOTE: the map holds the last draw for hidden codes too: resizing mixes it into the visible ones.
                 residuals_BnE = quantizer.own_residual(codes_Bn, k).to(inputs_BnE.dtype)
-                classes, (inputs, residuals, hidden) = _with_null(
+                classes, (inputs, residuals, hidden) = with_null(
                     guidance != 0, class_B, model.config, inputs_BnE, residuals_BnE, hidden_Bn
                 )
                 logits_BnV = model.masked(classes, inputs, residuals, hidden, scale)
                 drawn_Bn, drawn_confidence_Bn, bad_Bn = draw(
-                    logits_BnV, sampling, guidance, seeds_B, pyramid.offsets[k], step=i + 1
+                    logits_BnV, sampling, guidance, seeds_B, positions_n, masked_step(i)
                 )
                 nonfinite.append((k, bad_Bn))
                 codes_Bn = torch.where(hidden_Bn & active_B1, drawn_Bn, codes_Bn)
@@ -205,17 +208,19 @@ def generate_var(
     """
     sampling = sampling or SamplingConfig()
     pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
-    guidance_S = _guidance(sampling, pyramid)
-    class_B = _check(model.config, tokenizer, class_B)
+    guidance_S = guidance_of_scales(sampling, pyramid)
+    check_pair(model.config, tokenizer)
+    class_B = checked_classes(model.config, class_B, quantizer.codebook.weight.device)
     batch = len(class_B)
     seeds_B = image_seeds(sampling, batch, first_image, seeds_B).to(class_B.device)
+    positions_L = torch.arange(pyramid.length, device=class_B.device)
     causal = model.pattern == "block_causal"
     caches = [LayerKeysValues(pyramid.length) for _ in model.blocks] if causal and use_cache else None
     f_hat_BEhw = quantizer.empty_f_hat(batch)
     all_codes, all_inputs, nonfinite = [], [], []
     with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
-            inputs_BLE = _inputs(model, tokenizer, f_hat_BEhw, k)
+            inputs_BLE = scale_inputs(model, tokenizer, f_hat_BEhw, k)
             scales = (k, k + 1)
             if causal and not use_cache:
                 all_inputs.append(inputs_BLE)
@@ -223,9 +228,9 @@ def generate_var(
                 scales = (0, k + 1)
 
             # NOTE: a scale may have no guidance, but the unconditional half must enter the cache all the same.
-            classes, (inputs,) = _with_null(any(guidance_S), class_B, model.config, inputs_BLE)
+            classes, (inputs,) = with_null(any(guidance_S), class_B, model.config, inputs_BLE)
             logits_BnV = model(classes, inputs, scales, caches)[:, -pyramid.sizes[k] :]
-            codes_Bn, _, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, pyramid.offsets[k])
+            codes_Bn, _, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, positions_L[pyramid.slice(k)])
             nonfinite.append((k, bad_Bn))
             if known is not None:
                 span = pyramid.slice(k)
@@ -262,11 +267,16 @@ class LayerKeysValues:
 
 
 def draw(
-    logits_BnV: Tensor, sampling: SamplingConfig, guidance: float | Tensor, seeds_B: Tensor, start: int, step: int = 0
+    logits_BnV: Tensor,
+    sampling: SamplingConfig,
+    guidance: float | Tensor,
+    seeds_B: Tensor,
+    positions: Tensor,
+    step: int = 0,
 ) -> SampledCodes:
-    """Codes of the tokens from `start` on, for as many images as there are seeds.
+    """Codes of the tokens at `positions` of the pyramid ([n] or [B, n]), for as many images as there are seeds.
 
-    The logits are those of the images, or, twice as many, also those of the null class, in this order.
+    The logits are those of the images, or, twice as many, also those of the null class, as `with_null` puts them.
     """
     conditional_BnV, unconditional_BnV = logits_BnV, None
     if logits_BnV.shape[0] > len(seeds_B):
@@ -275,7 +285,7 @@ def draw(
         conditional_BnV,
         unconditional_BnV,
         seeds=seeds_B,
-        positions=torch.arange(start, start + logits_BnV.shape[1], device=logits_BnV.device),
+        positions=positions,
         step=step,
         guidance=None if unconditional_BnV is None else guidance,
         temperature=sampling.temperature,
@@ -283,6 +293,11 @@ def draw(
         top_p=sampling.top_p,
         greedy=sampling.greedy,
     )
+
+
+def masked_step(row: int) -> int:
+    """Which draw of a token one in the masked pass of this row of `masked_passes` is; its first one is number 0."""
+    return row + 1
 
 
 def refuse_nonfinite(nonfinite: Sequence[tuple[int, Tensor]]) -> None:
@@ -301,10 +316,15 @@ def refuse_nonfinite(nonfinite: Sequence[tuple[int, Tensor]]) -> None:
 
 def least_confident(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden_B: Tensor | int) -> Tensor:
     """The positions of lowest confidence among those still hidden, so many of each image, as a bool mask [B, n]."""
-    order_Bn = confidence_Bn.masked_fill(~hidden_Bn, math.inf).argsort(dim=1, stable=True)
+    order_Bn = least_confident_first(confidence_Bn, hidden_Bn)
     ranks_n = torch.arange(order_Bn.shape[1], device=order_Bn.device)
     stays_Bn = ranks_n < torch.as_tensor(num_hidden_B, device=order_Bn.device).view(-1, 1)
     return torch.zeros_like(hidden_Bn).scatter(1, order_Bn, stays_Bn.expand_as(order_Bn))
+
+
+def least_confident_first(confidence_Bn: Tensor, hidden_Bn: Tensor) -> Tensor:
+    """All positions, int64 [B, n]: hidden ones by rising confidence, then the others."""
+    return confidence_Bn.masked_fill(~hidden_Bn, math.inf).argsort(dim=1, stable=True)
 
 
 def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[list[int]]:
@@ -458,7 +478,7 @@ def image_seeds(
     return torch.tensor([image_seed(seed, 0) for seed in seeds])
 
 
-def _inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw: Tensor, k: int) -> Tensor:
+def scale_inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw: Tensor, k: int) -> Tensor:
     """What scale k reads [B, n, E], in the model's dtype; nothing for the first scale."""
     if k == 0:
         inputs_BnE = f_hat_BEhw.new_empty(f_hat_BEhw.shape[0], 0, f_hat_BEhw.shape[1])
@@ -467,11 +487,11 @@ def _inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw
     return inputs_BnE.to(model.embedding.codes.weight.dtype)
 
 
-def _guidance(sampling: SamplingConfig, pyramid: Pyramid) -> list[float]:
+def guidance_of_scales(sampling: SamplingConfig, pyramid: Pyramid) -> list[float]:
     return [sampling.cfg * factor for factor in resolve_ramp(pyramid, sampling.cfg_ramp)]
 
 
-def _with_null(guided: bool, class_B: Tensor, config: ModelConfig, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+def with_null(guided: bool, class_B: Tensor, config: ModelConfig, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The batch as it is without guidance, else twice: with its classes, then with the null class."""
     if not guided:
         return class_B, list(tensors)
@@ -479,14 +499,19 @@ def _with_null(guided: bool, class_B: Tensor, config: ModelConfig, *tensors: Ten
     return torch.cat([class_B, null_B]), [torch.cat([tensor, tensor]) for tensor in tensors]
 
 
-def _check(config: ModelConfig, tokenizer: Tokenizer, class_B: Tensor) -> Tensor:
+def check_pair(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """ValueError unless a model of these sizes goes with the tokenizer."""
     ours = (config.sides, config.vocab_size, config.code_dim)
     theirs = (tokenizer.pyramid.sides, tokenizer.config.vocab_size, tokenizer.config.code_dim)
     if ours != theirs:
         raise ValueError(
             f"The model was made for (sides, vocabulary, code dim) {ours}, but the tokenizer has {theirs}."
         )
-    class_B = torch.as_tensor(class_B, device=tokenizer.quantizer.codebook.weight.device)
+
+
+def checked_classes(config: ModelConfig, class_B: Tensor, device: torch.device | str) -> Tensor:
+    """The classes as int64 [B] on the device; ValueError unless they are classes of the model."""
+    class_B = torch.as_tensor(class_B, device=device)
     if class_B.ndim != 1 or len(class_B) == 0 or class_B.is_floating_point():
         raise ValueError(f"Classes are a vector of integers, got {class_B.dtype} of shape {tuple(class_B.shape)}.")
     if class_B.min() < 0 or class_B.max() > config.null_class:

@@ -192,13 +192,19 @@ class HMAR(nn.Module):
         residuals_BLE: Tensor,
         masked: Tensor,
         scales: Scales | None = None,
+        wanted_Bm: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, L, V] of the masked branch; arguments as in `MaskedTransformer.forward`."""
+        """Logits [B, L, V] of the masked branch; arguments as in `MaskedTransformer.forward`.
+
+        wanted_Bm: int64 positions within the tokens at hand; the logits [B, m, V] are then those of these tokens alone.
+        """
         known_BLC = known_codes(self.embedding, residuals_BLE, masked, self.mask_embedding_C)
         cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known_BLC)
         modulation, mask = self.shared_modulation(cond_BC), self.masks[scales]
         x_BLC = run(self.trunk, x_BLC, modulation, mask)
         x_BLC = run(self.mask_blocks, x_BLC, modulation, mask)
+        if wanted_Bm is not None:
+            x_BLC = x_BLC.take_along_dim(wanted_Bm[..., None], dim=1)
         return self.mask_head(x_BLC, cond_BC)
 
 
