@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import generation
+from bench import generation, sampling
+from bench.check import CheckFailed
 from bench.generation import Cell, Rows, check, choose_cells, empty_row
 from reports import build
 
@@ -179,3 +180,34 @@ def test_an_unknown_version_is_refused(data):
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ValueError, match="version 2; this script reads version 1"):
         build.load_generation(data)
+
+
+# --- drawing codes ----------------------------------------------------------------------------------------------------
+
+
+def test_sampling_benchmark_checks_and_times_every_implementation(tmp_path):
+    path = tmp_path / "sampling.json"
+    impls = ["--impl", "reference,sort"]
+    assert (
+        sampling.main(["--device", "cpu", "--seconds", "0.001", "--commit", "abc", "--output", str(path), *impls]) == 0
+    )
+    content = json.loads(path.read_text())
+    assert (content["kind"], content["complete"], len(content["results"])) == ("sampling", True, 4)
+    for row in content["results"]:
+        assert row["status"] == "ok" and 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"], row
+        assert row["check"]["outside"] == 0 and row["check"]["confidence_error"] < 1e-4
+
+
+@pytest.mark.parametrize("wrong", ["code", "confidence", "nan"])
+def test_sampling_benchmark_finds_wrong_draws(wrong):
+    cell = sampling.Cell(None, 2, 9, 64, 5, 0.0)
+    inputs = sampling.Inputs(cell, torch.device("cpu"))
+    codes, confidence = sampling.sorted_draw(*inputs.arguments)
+    inputs.check(codes, confidence)
+    if wrong == "code":
+        logits = 2.5 * inputs.conditional.float() - 1.5 * inputs.unconditional.float()
+        codes[1, 3] = logits[1, 3].argmin()
+    else:
+        confidence[1, 3] *= 1.01 if wrong == "confidence" else torch.nan
+    with pytest.raises(CheckFailed):
+        inputs.check(codes, confidence)
