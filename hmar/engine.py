@@ -212,11 +212,13 @@ class Engine:
         on_scale: Callable[[int, Tensor], None] | None = None,
         first_image: int = 0,
         seeds_B: Sequence[int] | Tensor | None = None,
+        keys_B: Tensor | None = None,
         cfg_B: Sequence[float] | None = None,
         known: KnownCodes | None = None,
     ) -> GenerationOutput:
         """Images of the given classes; arguments as in `hmar.generate.generate_hmar`, and
 
+        keys_B: keys of the images' random numbers, int64 [B], as `image_seed` gives them; instead of seeds.
         cfg_B: strengths of guidance, one an image, instead of that of `sampling`.
 
         The first call with a batch size and settings makes and captures their program, which takes seconds.
@@ -224,7 +226,10 @@ class Engine:
         sampling = sampling or SamplingConfig()
         class_B = checked_classes(self.config, class_B, "cpu")
         batch = len(class_B)
-        seeds_B = image_seeds(sampling, batch, first_image, seeds_B)
+        if keys_B is None:
+            keys_B = image_seeds(sampling, batch, first_image, seeds_B)
+        elif keys_B.shape != (batch,) or keys_B.dtype != torch.int64:
+            raise ValueError(f"keys_B is {keys_B.dtype} {list(keys_B.shape)}; expected int64 [{batch}], one an image.")
         cfg_B = [sampling.cfg] * batch if cfg_B is None else [replace(sampling, cfg=cfg).cfg for cfg in cfg_B]
         if len(cfg_B) != batch:
             raise ValueError(f"There are {len(cfg_B)} strengths of guidance for {batch} images; give one for each.")
@@ -246,7 +251,7 @@ class Engine:
             if self._versions != self._current_versions():
                 self.refresh()
             program = self._program(settings)
-            program.load(class_B, seeds_B, torch.tensor(strengths_SB), known)
+            program.load(class_B, keys_B, torch.tensor(strengths_SB), known)
             return program.run(on_scale)
 
     @torch.no_grad()
@@ -344,7 +349,7 @@ class Program:
         scales = range(1, pyramid.num_scales) if engine.is_hmar else ()
         self.rows = [(k, i) for k in scales for i in range(first, len(settings.schedule[k]))]
         self.class_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.seeds_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.keys_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.strengths_SB = torch.zeros(pyramid.num_scales + 1, batch, device=device)
         self.positions_L = torch.arange(pyramid.length, device=device)
         self.f_hat_BEhw = engine.quantizer.empty_f_hat(batch)
@@ -375,10 +380,10 @@ class Program:
         segments[-1].steps.append(self._decode)
         return [segment for segment in segments if segment.steps]
 
-    def load(self, class_B: Tensor, seeds_B: Tensor, strengths_SB: Tensor, known: KnownCodes | None) -> None:
+    def load(self, class_B: Tensor, keys_B: Tensor, strengths_SB: Tensor, known: KnownCodes | None) -> None:
         """Fill the buffers."""
         self.class_B.copy_(class_B)
-        self.seeds_B.copy_(seeds_B)
+        self.keys_B.copy_(keys_B)
         self.strengths_SB.copy_(strengths_SB)
         if known is None:
             return
@@ -467,7 +472,7 @@ class Program:
             logits_RnV = model(class_R, inputs_RnE, scale, self.caches)
         positions_n = self.positions_L[engine.pyramid.slice(k)]
         self.codes_Bn, self.confidence_Bn, self.bad_Bn = draw(
-            logits_RnV, self.sampling, self.strengths_SB[k], self.seeds_B, positions_n
+            logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, positions_n
         )
         if settings.edited:
             span = engine.pyramid.slice(k)
@@ -484,7 +489,7 @@ class Program:
         logits_RmV = self._masked_logits(k, self.settings.masked_guided, wanted_Bm)
         positions_Bm = wanted_Bm + self.engine.pyramid.offsets[k]
         codes_Bm, confidence_Bm, bad_Bm = draw(
-            logits_RmV, self.sampling, self.strengths_SB[-1], self.seeds_B, positions_Bm, masked_step(i)
+            logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i)
         )
         self.codes_Bn.scatter_(1, wanted_Bm, codes_Bm)
         self.confidence_Bn.scatter_(1, wanted_Bm, confidence_Bm)
@@ -502,7 +507,7 @@ class Program:
         logits_RnV = self._masked_logits(k, guided)
         positions_n = self.positions_L[self.engine.pyramid.slice(k)]
         codes_Bn, confidence_Bn, bad_Bn = draw(
-            logits_RnV, self.sampling, self.strengths_SB[strength], self.seeds_B, positions_n, masked_step(i)
+            logits_RnV, self.sampling, self.strengths_SB[strength], self.keys_B, positions_n, masked_step(i)
         )
         self.codes_Bn.copy_(torch.where(self.hidden_Bn & active_B1, codes_Bn, self.codes_Bn))
         self.confidence_Bn.copy_(torch.where(active_B1, confidence_Bn, self.confidence_Bn))
