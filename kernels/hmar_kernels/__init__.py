@@ -4,6 +4,7 @@ Read `mask.py` first (which tokens see which), then `attention/api.py` and `samp
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
+from .group_norm import group_norm
 from .mask import SpanMask
 from .sampling import SampledCodes, sample_codes
 
@@ -14,6 +15,7 @@ __all__ = [
     "attention",
     "choose",
     "explain",
+    "group_norm",
     "sample_codes",
     "unavailable",
 ]
