@@ -4,9 +4,9 @@
     factors     per group: those of its chunks and channels combined; y = silu(factor x + offset)
     apply       elementwise
 
-Grids: (chunks, blocks of channels, images), (groups, images), (blocks of elements, images). All arithmetic is float32. Chunks
-are combined by Chan's rule and take their deviations from the chunk's first value, so that nothing cancels where the
-mean is large.
+Grids: (chunks, blocks of channels, images), (groups, images), (blocks of elements, images). All arithmetic is float32.
+Chunks are combined by Chan's rule and take their deviations from the chunk's first value, so that nothing cancels where
+the mean is large.
 """
 
 from __future__ import annotations
