@@ -124,9 +124,9 @@ def test_half_precision_is_that_of_autocast(kind):
 
 
 def test_compiled_blocks_give_the_same_images(hmar, tokenizer):
-    sampling = SAMPLINGS["default"]
+    sampling = SamplingConfig(cfg=0.0, top_k=20, schedule={2: [1, 3]})
     expected = plain(hmar, tokenizer, CLASSES, sampling)
-    assert_same(Engine(hmar, tokenizer, compile="aot_eager").generate(CLASSES, sampling), expected)
+    assert_same(Engine(hmar, tokenizer, compile="eager").generate(CLASSES, sampling), expected)
 
 
 def test_shared_modulation(tokenizer):

@@ -211,7 +211,7 @@ def assert_same_draws(actual, expected):
 
 @interpreted
 @pytest.mark.parametrize("top_k, top_p", TRUNCATIONS)
-@pytest.mark.parametrize("num_codes", [3, 37, 128])
+@pytest.mark.parametrize("num_codes", [3, 37])
 def test_kernel_equals_the_reference(num_codes, top_k, top_p, poisoned_memory):
     halves = draw_logits(2, 2, 2, num_codes)
     seeds, positions = torch.tensor([2**62 + 1, 77]), torch.tensor([[4, 700], [3, 2**31 - 1]])
