@@ -409,7 +409,7 @@ class Program:
             segment.run()
             if on_scale is not None and segment.scale is not None:
                 on_scale(segment.scale, self.f_hat_BEhw.clone())
-        refuse_nonfinite([(k, bad_B[:, None]) for k, bad_B in enumerate(self.bad_SB)])
+        refuse_nonfinite(range(len(self.bad_SB)), self.bad_SB.cpu())
         return GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self.f_hat_BEhw.clone())
 
     def capture(self, pool: tuple[int, int]) -> int:
@@ -449,8 +449,8 @@ class Program:
         engine, settings = self.engine, self.settings
         model = engine.model
         guided = any(settings.guided_S) or (settings.masked_guided and bool(self.rows))
-        class_R, _ = with_null(guided, self.class_B, engine.config)
-        cond_RC = model.embedding.classes(class_R)
+        self.class_R, _ = with_null(guided, self.class_B, engine.config)
+        cond_RC = model.embedding.classes(self.class_R)
         if isinstance(model.shared_modulation, Remembered):
             model.shared_modulation.remember(cond_RC)
         shared = model.shared_modulation(cond_RC)
@@ -465,7 +465,7 @@ class Program:
         engine, settings = self.engine, self.settings
         model, scale = engine.model, (k, k + 1)
         self.inputs_BnE = scale_inputs(model, engine, self.f_hat_BEhw, k)
-        class_R, (inputs_RnE,) = with_null(settings.guided_S[k], self.class_B, engine.config, self.inputs_BnE)
+        class_R, (inputs_RnE,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
         if engine.is_hmar:
             logits_RnV = model.next_scale(class_R, inputs_RnE, scale)
         else:
@@ -518,8 +518,14 @@ class Program:
         residuals_BnE = engine.quantizer.own_residual(self.codes_Bn, k).to(self.inputs_BnE.dtype)
         arguments = [self.inputs_BnE, residuals_BnE, self.hidden_Bn]
         arguments += [wanted_Bm] if wanted_Bm is not None else []
-        class_R, (inputs, residuals, hidden, *wanted) = with_null(guided, self.class_B, engine.config, *arguments)
+        class_R, (inputs, residuals, hidden, *wanted) = self._with_null(guided, *arguments)
         return engine.model.masked(class_R, inputs, residuals, hidden, (k, k + 1), *wanted)
+
+    def _with_null(self, guided: bool, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `hmar.generate.with_null`, of classes that are there already."""
+        if not guided:
+            return self.class_R[: self.settings.batch], list(tensors)
+        return self.class_R, [torch.cat([tensor, tensor]) for tensor in tensors]
 
     def _commit(self, k: int) -> None:
         torch.any(self.bad_Bn, 1, out=self.bad_SB[k])

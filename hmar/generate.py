@@ -139,7 +139,7 @@ def generate_hmar(
     seeds_B = image_seeds(sampling, batch, first_image, seeds_B).to(class_B.device)
     positions_L = torch.arange(pyramid.length, device=class_B.device)
     f_hat_BEhw = quantizer.empty_f_hat(batch)
-    all_codes, nonfinite = [], []
+    all_codes, bad_draws = [], []
     with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
             scale = (k, k + 1)
@@ -149,7 +149,7 @@ def generate_hmar(
             logits_BnV = model.next_scale(classes, inputs, scale)
             positions_n = positions_L[pyramid.slice(k)]
             codes_Bn, confidence_Bn, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, positions_n)
-            nonfinite.append((k, bad_Bn))
+            bad_draws.append((k, bad_Bn.any(1)))
 
             hidden_Bn = torch.ones_like(codes_Bn, dtype=torch.bool)
             num_unknown = [pyramid.sizes[k]] * batch
@@ -175,7 +175,7 @@ def generate_hmar(
                 drawn_Bn, drawn_confidence_Bn, bad_Bn = draw(
                     logits_BnV, sampling, guidance, seeds_B, positions_n, masked_step(i)
                 )
-                nonfinite.append((k, bad_Bn))
+                bad_draws.append((k, bad_Bn.any(1)))
                 codes_Bn = torch.where(hidden_Bn & active_B1, drawn_Bn, codes_Bn)
                 confidence_Bn = torch.where(active_B1, drawn_confidence_Bn, confidence_Bn)
 
@@ -183,7 +183,7 @@ def generate_hmar(
             all_codes.append(codes_Bn)
             if on_scale is not None:
                 on_scale(k, f_hat_BEhw)
-        refuse_nonfinite(nonfinite)
+        refuse_nonfinite(*zip(*bad_draws, strict=True))
         return GenerationOutput(tokenizer.decode_f_hat(f_hat_BEhw), torch.cat(all_codes, dim=1), f_hat_BEhw)
 
 
@@ -217,7 +217,7 @@ def generate_var(
     causal = model.pattern == "block_causal"
     caches = [LayerKeysValues(pyramid.length) for _ in model.blocks] if causal and use_cache else None
     f_hat_BEhw = quantizer.empty_f_hat(batch)
-    all_codes, all_inputs, nonfinite = [], [], []
+    all_codes, all_inputs, bad_draws = [], [], []
     with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
             inputs_BLE = scale_inputs(model, tokenizer, f_hat_BEhw, k)
@@ -231,7 +231,7 @@ def generate_var(
             classes, (inputs,) = with_null(any(guidance_S), class_B, model.config, inputs_BLE)
             logits_BnV = model(classes, inputs, scales, caches)[:, -pyramid.sizes[k] :]
             codes_Bn, _, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, positions_L[pyramid.slice(k)])
-            nonfinite.append((k, bad_Bn))
+            bad_draws.append((k, bad_Bn.any(1)))
             if known is not None:
                 span = pyramid.slice(k)
                 codes_Bn = torch.where(known.tokens_BL[:, span], known.codes_BL[:, span], codes_Bn)
@@ -240,7 +240,7 @@ def generate_var(
             all_codes.append(codes_Bn)
             if on_scale is not None:
                 on_scale(k, f_hat_BEhw)
-        refuse_nonfinite(nonfinite)
+        refuse_nonfinite(*zip(*bad_draws, strict=True))
         return GenerationOutput(tokenizer.decode_f_hat(f_hat_BEhw), torch.cat(all_codes, dim=1), f_hat_BEhw)
 
 
@@ -300,13 +300,12 @@ def masked_step(row: int) -> int:
     return row + 1
 
 
-def refuse_nonfinite(nonfinite: Sequence[tuple[int, Tensor]]) -> None:
+def refuse_nonfinite(scales: Sequence[int], bad_draws: Sequence[Tensor]) -> None:
     """ValueError that names the first scale and its images for which logits were NaN or infinite.
 
-    nonfinite: (scale from 0, bool [B, n]) of every draw. Waits for the device, once.
+    For each draw its scale, from 0, and which images had such logits, bool [B]. Waits for the device, once.
     """
-    bad_DB = torch.stack([bad_Bn.any(1) for _, bad_Bn in nonfinite]).cpu()
-    for (k, _), bad_B in zip(nonfinite, bad_DB, strict=True):
+    for k, bad_B in zip(scales, torch.stack(list(bad_draws)).cpu(), strict=True):
         if bad_B.any():
             raise ValueError(
                 f"The logits of scale {k + 1} are NaN or infinite for images {bad_B.nonzero().flatten().tolist()} of "
