@@ -194,7 +194,7 @@ def test_modulation_is_computed_once_an_image(hmar, tokenizer):
 def test_masked_passes_skip_the_null_class_and_finished_codes(hmar, tokenizer):
     engine = Engine(hmar, tokenizer)
     heads = shapes_of_inputs([engine.model.mask_head.linear])
-    blocks = shapes_of_inputs(engine.model.mask_blocks)
+    blocks = shapes_of_inputs(block.attention for block in engine.model.mask_blocks)
     engine.generate(CLASSES, SamplingConfig(cfg=2.0, schedule={2: [1, 3], 3: [1, 1, 2, 5]}))
     assert heads == [(3, m, CONFIG.width) for m in (3, 8, 7, 5)]
     assert blocks == [(3, n, CONFIG.width) for n in (4, 9, 9, 9)]
@@ -212,7 +212,7 @@ def test_passes_without_guidance_skip_the_null_class(hmar, tokenizer):
 
 def test_every_scale_passes_var_once(tokenizer):
     engine = Engine(build("var").double(), tokenizer)
-    seen = shapes_of_inputs([engine.model.blocks[0]])
+    seen = shapes_of_inputs([engine.model.blocks[0].attention])
     engine.generate(CLASSES, SamplingConfig(cfg=2.0))
     assert [shape[1] for shape in seen] == list(PYRAMID.sizes)
 
