@@ -255,7 +255,7 @@ class ImageSet:
         with (
             Meter(self.console, what, mine, mine - missing) as meter,
             ThreadPoolExecutor(NUM_WRITERS) as writers,
-            self._server(batch_size) as server,
+            self._server(batch_size if whole_batches else min(batch_size, count)) as server,
         ):
             for batch in [*filter(wanted.get, batches), *[None] * BATCHES_AHEAD]:
                 if batch is not None:
