@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +114,8 @@ class EditedImages(ImageSet):
 
     pasted: KnownImage | None = None
 
-    def generate(self, numbers: range) -> Tensor:
-        images_BCHW = super().generate(numbers)
+    def finished(self, futures: Sequence[Future]) -> Tensor:
+        images_BCHW = super().finished(futures)
         return images_BCHW if self.pasted is None else self.pasted.composite(images_BCHW)
 
 

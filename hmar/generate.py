@@ -32,6 +32,7 @@ from hmar.config import ModelConfig
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
 from hmar.tokenizer import Tokenizer
+from hmar_kernels import SampledCodes, sample_codes
 
 ScheduleLike = str | Mapping[int, Sequence[int]] | Sequence[Sequence[int]] | None
 RampLike = str | Sequence[float]
@@ -43,14 +44,14 @@ class SamplingConfig:
 
     cfg: strength of classifier-free guidance; 0 turns it off.
     cfg_ramp: how guidance grows from scale to scale, see `resolve_ramp`; "linear" is the published one.
-    top_k, top_p: truncation, see `truncate`; 0 turns either off.
+    top_k, top_p: truncation, see `hmar_kernels.sample_codes`; 0 turns either off.
     temperature: divides the guided logits.
     schedule: HMAR's masked passes, see `resolve_schedule`; None and "default" are the published ones, "none" is one
         pass a scale, "one-token" as many passes as codes.
-    masked_cfg_factor: guidance in masked passes is cfg times this. The published 1e-6 is all but off; 0 also saves its
-        cost, which is half of every masked pass.
-    seed: image i draws from its own generator made of (seed, i), so an image does not depend on its batch. Up to
-        rounding, that is: batches of another size may multiply matrices in another order.
+    masked_cfg_factor: guidance in masked passes is cfg times this. The published 1e-6 is all but off; 0 is off, and
+        saves half of every masked pass.
+    seed: the random numbers of image i follow from (seed, i), so an image does not depend on its batch. Up to rounding,
+        that is: batches of another size may multiply matrices in another order.
     greedy: take the most likely code instead of drawing.
     """
 
@@ -60,7 +61,7 @@ class SamplingConfig:
     top_p: float = 0.0
     temperature: float = 1.0
     schedule: ScheduleLike = None
-    masked_cfg_factor: float = 1e-6
+    masked_cfg_factor: float = 0.0
     seed: int = 0
     greedy: bool = False
 
@@ -131,20 +132,24 @@ def generate_hmar(
     sampling = sampling or SamplingConfig()
     pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
     schedule = resolve_schedule(pyramid, sampling.schedule)
-    guidance_S = _guidance(sampling, pyramid)
-    class_B = _check(model.config, tokenizer, class_B)
+    guidance_S = guidance_of_scales(sampling, pyramid)
+    check_pair(model.config, tokenizer)
+    class_B = checked_classes(model.config, class_B, quantizer.codebook.weight.device)
     batch = len(class_B)
-    draw = CodeDraw(sampling, _generator_seeds(sampling, batch, first_image, seeds_B), class_B.device)
+    seeds_B = image_seeds(sampling, batch, first_image, seeds_B).to(class_B.device)
+    positions_L = torch.arange(pyramid.length, device=class_B.device)
     f_hat_BEhw = quantizer.empty_f_hat(batch)
-    all_codes = []
+    all_codes, bad_draws = [], []
     with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
             scale = (k, k + 1)
-            inputs_BnE = _inputs(model, tokenizer, f_hat_BEhw, k)
+            inputs_BnE = scale_inputs(model, tokenizer, f_hat_BEhw, k)
 
-            classes, (inputs,) = _with_null(guidance_S[k] != 0, class_B, model.config, inputs_BnE)
+            classes, (inputs,) = with_null(guidance_S[k] != 0, class_B, model.config, inputs_BnE)
             logits_BnV = model.next_scale(classes, inputs, scale)
-            codes_Bn, confidence_Bn = draw(_guide(logits_BnV, guidance_S[k], batch))
+            positions_n = positions_L[pyramid.slice(k)]
+            codes_Bn, confidence_Bn, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, positions_n)
+            bad_draws.append((k, bad_Bn.any(1)))
 
             hidden_Bn = torch.ones_like(codes_Bn, dtype=torch.bool)
             num_unknown = [pyramid.sizes[k]] * batch
@@ -163,11 +168,14 @@ def generate_hmar(
                 hidden_Bn = torch.where(active_B1, fewer_Bn, hidden_Bn)
                 # NOTE: the map holds the last draw for hidden codes too: resizing mixes it into the visible ones.
                 residuals_BnE = quantizer.own_residual(codes_Bn, k).to(inputs_BnE.dtype)
-                classes, (inputs, residuals, hidden) = _with_null(
+                classes, (inputs, residuals, hidden) = with_null(
                     guidance != 0, class_B, model.config, inputs_BnE, residuals_BnE, hidden_Bn
                 )
                 logits_BnV = model.masked(classes, inputs, residuals, hidden, scale)
-                drawn_Bn, drawn_confidence_Bn = draw(_guide(logits_BnV, guidance, batch), active)
+                drawn_Bn, drawn_confidence_Bn, bad_Bn = draw(
+                    logits_BnV, sampling, guidance, seeds_B, positions_n, masked_step(i)
+                )
+                bad_draws.append((k, bad_Bn.any(1)))
                 codes_Bn = torch.where(hidden_Bn & active_B1, drawn_Bn, codes_Bn)
                 confidence_Bn = torch.where(active_B1, drawn_confidence_Bn, confidence_Bn)
 
@@ -175,6 +183,7 @@ def generate_hmar(
             all_codes.append(codes_Bn)
             if on_scale is not None:
                 on_scale(k, f_hat_BEhw)
+        refuse_nonfinite(*zip(*bad_draws, strict=True))
         return GenerationOutput(tokenizer.decode_f_hat(f_hat_BEhw), torch.cat(all_codes, dim=1), f_hat_BEhw)
 
 
@@ -199,17 +208,19 @@ def generate_var(
     """
     sampling = sampling or SamplingConfig()
     pyramid, quantizer = model.config.pyramid, tokenizer.quantizer
-    guidance_S = _guidance(sampling, pyramid)
-    class_B = _check(model.config, tokenizer, class_B)
+    guidance_S = guidance_of_scales(sampling, pyramid)
+    check_pair(model.config, tokenizer)
+    class_B = checked_classes(model.config, class_B, quantizer.codebook.weight.device)
     batch = len(class_B)
-    draw = CodeDraw(sampling, _generator_seeds(sampling, batch, first_image, seeds_B), class_B.device)
+    seeds_B = image_seeds(sampling, batch, first_image, seeds_B).to(class_B.device)
+    positions_L = torch.arange(pyramid.length, device=class_B.device)
     causal = model.pattern == "block_causal"
     caches = [LayerKeysValues(pyramid.length) for _ in model.blocks] if causal and use_cache else None
     f_hat_BEhw = quantizer.empty_f_hat(batch)
-    all_codes, all_inputs = [], []
+    all_codes, all_inputs, bad_draws = [], [], []
     with evaluating(model, tokenizer):
         for k in range(pyramid.num_scales):
-            inputs_BLE = _inputs(model, tokenizer, f_hat_BEhw, k)
+            inputs_BLE = scale_inputs(model, tokenizer, f_hat_BEhw, k)
             scales = (k, k + 1)
             if causal and not use_cache:
                 all_inputs.append(inputs_BLE)
@@ -217,9 +228,10 @@ def generate_var(
                 scales = (0, k + 1)
 
             # NOTE: a scale may have no guidance, but the unconditional half must enter the cache all the same.
-            classes, (inputs,) = _with_null(any(guidance_S), class_B, model.config, inputs_BLE)
+            classes, (inputs,) = with_null(any(guidance_S), class_B, model.config, inputs_BLE)
             logits_BnV = model(classes, inputs, scales, caches)[:, -pyramid.sizes[k] :]
-            codes_Bn, _ = draw(_guide(logits_BnV, guidance_S[k], batch))
+            codes_Bn, _, bad_Bn = draw(logits_BnV, sampling, guidance_S[k], seeds_B, positions_L[pyramid.slice(k)])
+            bad_draws.append((k, bad_Bn.any(1)))
             if known is not None:
                 span = pyramid.slice(k)
                 codes_Bn = torch.where(known.tokens_BL[:, span], known.codes_BL[:, span], codes_Bn)
@@ -228,6 +240,7 @@ def generate_var(
             all_codes.append(codes_Bn)
             if on_scale is not None:
                 on_scale(k, f_hat_BEhw)
+        refuse_nonfinite(*zip(*bad_draws, strict=True))
         return GenerationOutput(tokenizer.decode_f_hat(f_hat_BEhw), torch.cat(all_codes, dim=1), f_hat_BEhw)
 
 
@@ -253,65 +266,64 @@ class LayerKeysValues:
         return self.k_BHLD[:, :, : self.length], self.v_BHLD[:, :, : self.length]
 
 
-class CodeDraw:
-    """Draws codes from logits, with a random generator for every image."""
+def draw(
+    logits_BnV: Tensor,
+    sampling: SamplingConfig,
+    guidance: float | Tensor,
+    seeds_B: Tensor,
+    positions: Tensor,
+    step: int = 0,
+) -> SampledCodes:
+    """Codes of the tokens at `positions` of the pyramid ([n] or [B, n]), for as many images as there are seeds.
 
-    def __init__(self, sampling: SamplingConfig, seeds: Sequence[int], device: torch.device | str):
-        self.sampling = sampling
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-
-    def __call__(self, logits_BnV: Tensor, active: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
-        """Codes [B, n] and the probability [B, n] with which each was chosen, after guidance and truncation.
-
-        Images that are not active use up no random numbers, and their codes are to be ignored.
-        """
-        sampling = self.sampling
-        logits_BnV = logits_BnV.to(torch.promote_types(logits_BnV.dtype, torch.float32))
-        if sampling.greedy:
-            # NOTE: the most likely code survives any truncation, so argmax truncates nothing, and the confidence is
-            # the plain softmax probability. Truncated to a single code it would be 1 everywhere and order nothing.
-            probs_BnV = logits_BnV.softmax(-1)
-            codes_Bn = logits_BnV.argmax(-1)
-        else:
-            probs_BnV = truncate(logits_BnV / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1)
-            codes_Bn = (probs_BnV / self._exponential(probs_BnV, active)).argmax(-1)
-        return codes_Bn, probs_BnV.gather(-1, codes_Bn[..., None]).squeeze(-1)
-
-    def _exponential(self, like_BnV: Tensor, active: Sequence[bool] | None) -> Tensor:
-        # NOTE: argmax of p / Exp(1) is a draw from p that needs no synchronisation with a GPU, unlike multinomial. A
-        # noise of exactly 0 would make 0 / 0 of a truncated code.
-        noise_BnV = torch.ones_like(like_BnV)
-        active = active if active is not None else [True] * len(noise_BnV)
-        for noise_nV, generator, draws in zip(noise_BnV, self.generators, active, strict=True):
-            if draws:
-                noise_nV.exponential_(generator=generator)
-        return noise_BnV.clamp_min_(torch.finfo(noise_BnV.dtype).tiny)
-
-
-def truncate(logits: Tensor, top_k: int = 0, top_p: float = 0.0) -> Tensor:
-    """Logits [..., V] with the codes outside top-k, then outside top-p, at -inf.
-
-    top-k keeps every code at least as likely as the k-th. Of those, top-p drops a code when it and all less likely ones
-    together have a probability of at most 1 - p, so that the smallest set of most likely codes with a probability of
-    at least p stays, and always the most likely code. 0 turns either off.
+    The logits are those of the images, or, twice as many, also those of the null class, as `with_null` puts them.
     """
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p > 0:
-        ascending, order = logits.sort(dim=-1, stable=True)
-        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
-        dropped[..., -1] = False
-        logits = logits.masked_fill(torch.zeros_like(dropped).scatter(-1, order, dropped), -math.inf)
-    return logits
+    conditional_BnV, unconditional_BnV = logits_BnV, None
+    if logits_BnV.shape[0] > len(seeds_B):
+        conditional_BnV, unconditional_BnV = logits_BnV.chunk(2)
+    return sample_codes(
+        conditional_BnV,
+        unconditional_BnV,
+        seeds=seeds_B,
+        positions=positions,
+        step=step,
+        guidance=None if unconditional_BnV is None else guidance,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        greedy=sampling.greedy,
+    )
+
+
+def masked_step(row: int) -> int:
+    """Which draw of a token one in the masked pass of this row of `masked_passes` is; its first one is number 0."""
+    return row + 1
+
+
+def refuse_nonfinite(scales: Sequence[int], bad_draws: Sequence[Tensor]) -> None:
+    """ValueError that names the first scale and its images for which logits were NaN or infinite.
+
+    For each draw its scale, from 0, and which images had such logits, bool [B]. Waits for the device, once.
+    """
+    for k, bad_B in zip(scales, torch.stack(list(bad_draws)).cpu(), strict=True):
+        if bad_B.any():
+            raise ValueError(
+                f"The logits of scale {k + 1} are NaN or infinite for images {bad_B.nonzero().flatten().tolist()} of "
+                f"the batch: the weights are broken, or float16 overflows where bfloat16 would not."
+            )
 
 
 def least_confident(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden_B: Tensor | int) -> Tensor:
     """The positions of lowest confidence among those still hidden, so many of each image, as a bool mask [B, n]."""
-    order_Bn = confidence_Bn.masked_fill(~hidden_Bn, math.inf).argsort(dim=1, stable=True)
+    order_Bn = least_confident_first(confidence_Bn, hidden_Bn)
     ranks_n = torch.arange(order_Bn.shape[1], device=order_Bn.device)
     stays_Bn = ranks_n < torch.as_tensor(num_hidden_B, device=order_Bn.device).view(-1, 1)
     return torch.zeros_like(hidden_Bn).scatter(1, order_Bn, stays_Bn.expand_as(order_Bn))
+
+
+def least_confident_first(confidence_Bn: Tensor, hidden_Bn: Tensor) -> Tensor:
+    """All positions, int64 [B, n]: hidden ones by rising confidence, then the others."""
+    return confidence_Bn.masked_fill(~hidden_Bn, math.inf).argsort(dim=1, stable=True)
 
 
 def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[list[int]]:
@@ -339,8 +351,7 @@ def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[lis
 
 
 def image_seed(seed: int, image: int) -> int:
-    """Seed of one image's generator, in which neighbouring images and seeds have nothing in common."""
-    # NOTE: torch's CPU generator looks at the low 32 bits only, so (seed, image) must be hashed, not packed.
+    """Key of one image's random numbers, which neighbouring images and seeds do not share; below 2^63."""
     return int(np.random.SeedSequence((seed, image)).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -450,11 +461,12 @@ def _named_schedule(pyramid: Pyramid, name: str) -> tuple[tuple[int, ...], ...]:
     return make(pyramid, int(shaped[2]))
 
 
-def _generator_seeds(
+def image_seeds(
     sampling: SamplingConfig, batch: int, first_image: int, seeds_B: Sequence[int] | Tensor | None
-) -> list[int]:
+) -> Tensor:
+    """`image_seed` of every image of a batch, int64 [B] on the CPU; arguments as in `generate_hmar`."""
     if seeds_B is None:
-        return [image_seed(sampling.seed, first_image + i) for i in range(batch)]
+        return torch.tensor([image_seed(sampling.seed, first_image + i) for i in range(batch)])
     seeds = seeds_B.tolist() if isinstance(seeds_B, Tensor) else list(seeds_B)
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if len(seeds) != batch or not whole or first_image != 0:
@@ -462,10 +474,10 @@ def _generator_seeds(
             f"seeds_B is {seeds} with first_image {first_image}; expected a non-negative integer for each of {batch} "
             "images, and no first_image beside them."
         )
-    return [image_seed(seed, 0) for seed in seeds]
+    return torch.tensor([image_seed(seed, 0) for seed in seeds])
 
 
-def _inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw: Tensor, k: int) -> Tensor:
+def scale_inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw: Tensor, k: int) -> Tensor:
     """What scale k reads [B, n, E], in the model's dtype; nothing for the first scale."""
     if k == 0:
         inputs_BnE = f_hat_BEhw.new_empty(f_hat_BEhw.shape[0], 0, f_hat_BEhw.shape[1])
@@ -474,11 +486,11 @@ def _inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw
     return inputs_BnE.to(model.embedding.codes.weight.dtype)
 
 
-def _guidance(sampling: SamplingConfig, pyramid: Pyramid) -> list[float]:
+def guidance_of_scales(sampling: SamplingConfig, pyramid: Pyramid) -> list[float]:
     return [sampling.cfg * factor for factor in resolve_ramp(pyramid, sampling.cfg_ramp)]
 
 
-def _with_null(guided: bool, class_B: Tensor, config: ModelConfig, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+def with_null(guided: bool, class_B: Tensor, config: ModelConfig, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The batch as it is without guidance, else twice: with its classes, then with the null class."""
     if not guided:
         return class_B, list(tensors)
@@ -486,22 +498,19 @@ def _with_null(guided: bool, class_B: Tensor, config: ModelConfig, *tensors: Ten
     return torch.cat([class_B, null_B]), [torch.cat([tensor, tensor]) for tensor in tensors]
 
 
-def _guide(logits_BnV: Tensor, guidance: float, batch: int) -> Tensor:
-    """(1 + t) conditional - t unconditional, where `_with_null` doubled the batch."""
-    if logits_BnV.shape[0] == batch:
-        return logits_BnV
-    conditional_BnV, unconditional_BnV = logits_BnV.chunk(2)
-    return (1 + guidance) * conditional_BnV - guidance * unconditional_BnV
-
-
-def _check(config: ModelConfig, tokenizer: Tokenizer, class_B: Tensor) -> Tensor:
+def check_pair(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """ValueError unless a model of these sizes goes with the tokenizer."""
     ours = (config.sides, config.vocab_size, config.code_dim)
     theirs = (tokenizer.pyramid.sides, tokenizer.config.vocab_size, tokenizer.config.code_dim)
     if ours != theirs:
         raise ValueError(
             f"The model was made for (sides, vocabulary, code dim) {ours}, but the tokenizer has {theirs}."
         )
-    class_B = torch.as_tensor(class_B, device=tokenizer.quantizer.codebook.weight.device)
+
+
+def checked_classes(config: ModelConfig, class_B: Tensor, device: torch.device | str) -> Tensor:
+    """The classes as int64 [B] on the device; ValueError unless they are classes of the model."""
+    class_B = torch.as_tensor(class_B, device=device)
     if class_B.ndim != 1 or len(class_B) == 0 or class_B.is_floating_point():
         raise ValueError(f"Classes are a vector of integers, got {class_B.dtype} of shape {tuple(class_B.shape)}.")
     if class_B.min() < 0 or class_B.max() > config.null_class:

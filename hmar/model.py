@@ -201,13 +201,19 @@ class HMAR(nn.Module):
         residuals_BLE: Tensor,
         masked: Tensor,
         scales: Scales | None = None,
+        wanted_Bm: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, L, V] of the masked branch; arguments as in `MaskedTransformer.forward`."""
+        """Logits [B, L, V] of the masked branch; arguments as in `MaskedTransformer.forward`.
+
+        wanted_Bm: int64 positions within the tokens at hand; the logits [B, m, V] are then those of these tokens alone.
+        """
         known_BLC = known_codes(self.embedding, residuals_BLE, masked, self.mask_embedding_C)
         cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known_BLC)
         modulation, mask = self.shared_modulation(cond_BC), self.masks[scales]
         stream = run(self.trunk, Residual(x_BLC), modulation, mask)
         stream = run(self.mask_blocks, stream, modulation, mask)
+        if wanted_Bm is not None:
+            stream = stream.take(wanted_Bm)
         return self.mask_head(stream, cond_BC)
 
 
@@ -273,6 +279,12 @@ class Residual(NamedTuple):
         if self.branch_BLC is None:
             return self.x_BLC, modulated_norm(self.x_BLC, scale_B1C, shift_B1C)
         return residual_modulated_norm(self.x_BLC, self.branch_BLC, self.gate_B1C, scale_B1C, shift_B1C)
+
+    def take(self, wanted_Bm: Tensor) -> Residual:
+        """The tokens at these positions of each image."""
+        index_Bm1 = wanted_Bm[..., None]
+        branch_BLC = None if self.branch_BLC is None else self.branch_BLC.take_along_dim(index_Bm1, dim=1)
+        return Residual(self.x_BLC.take_along_dim(index_Bm1, dim=1), branch_BLC, self.gate_B1C)
 
 
 class Block(nn.Module):

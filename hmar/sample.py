@@ -1,7 +1,8 @@
 """A folder of generated images: one PNG an image, a grid of the first ones, and the settings they were made with.
 
 An image follows from the settings and its own number alone, so a run that was stopped goes on with the images that are
-missing, and a larger count adds to those that are there. Read generate.py for how an image is drawn.
+missing, and a larger count adds to those that are there. Read serve.py for how batches are made of requests, and
+generate.py for how an image is drawn.
 
 How exactly it follows: the random numbers of an image depend on its seed or number and on nothing else. But libraries
 choose their kernels by the size of a batch, and these round differently. With one batch size (and one type of device,
@@ -17,9 +18,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +43,17 @@ from hmar.checkpoint import (
     read_description,
     replacing,
 )
-from hmar.generate import (
-    KnownCodes,
-    RampLike,
-    SamplingConfig,
-    ScheduleLike,
-    generate_hmar,
-    generate_var,
-    resolve_ramp,
-    resolve_schedule,
-)
+from hmar.engine import Engine
+from hmar.generate import KnownCodes, RampLike, SamplingConfig, ScheduleLike, resolve_ramp, resolve_schedule
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.progress import SECONDS_BETWEEN_LINES
+from hmar.serve import Request, Server
 from hmar.tokenizer import Tokenizer
 from hmar.train import find_device, find_precision
 
 GRID_ROWS, GRID_COLUMNS = 10, 20
 NUM_WRITERS = 4  # threads that compress and write images while the next batch is drawn
+BATCHES_AHEAD = 2  # requested at a time, so that the device never waits for the disk
 
 
 def sample(
@@ -137,7 +134,8 @@ def open_image_set(
     if description["kind"] == "tokenizer":
         raise ValueError(f"{model_folder} holds a tokenizer: give it as --tokenizer, and a trained model as --model")
     tokenizer_folder = _tokenizer_of(model_folder, description, tokenizer_folder, console)
-    model = load_model(model_folder, torch_device, attention)
+    # The engine keeps what it computes with on the device: in half precision that is another copy.
+    model = load_model(model_folder, "cpu" if dtype is not None else torch_device, attention)
     tokenizer = load_tokenizer(tokenizer_folder, torch_device)
     config = model.config
     classes = list(range(config.num_classes)) if classes is None else list(classes)
@@ -217,6 +215,10 @@ class ImageSet:
         """Height and width of an image."""
         return self.tokenizer.pyramid.side * self.tokenizer.config.stride
 
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.model, self.tokenizer, device=self.device, dtype=self.dtype)
+
     def path(self, number: int) -> Path:
         name = f"{number:06d}" if self.seeds is None else f"seed-{self.seeds[number // len(self.classes)]}"
         return self.output / f"{name}-class-{self.classes[number % len(self.classes)]}.png"
@@ -246,33 +248,48 @@ class ImageSet:
         missing = sum(path.name not in present for batch in batches for path in paths[batch.start : batch.stop])
         if missing < mine:
             self.console.print(f"{mine - missing} of {mine} images are in {self.output} already")
+        wanted = {batch: [n for n in batch if n < count and paths[n].name not in present] for batch in batches}
+        ahead: deque[tuple[range, list[Future]]] = deque()
         writing: list[Future] = []
         what = "sampling" if world_size == 1 else f"sampling, process {rank} of {world_size}"
-        with Meter(self.console, what, mine, mine - missing) as meter, ThreadPoolExecutor(NUM_WRITERS) as writers:
-            for batch in batches:
-                wanted = [number for number in batch if number < count and paths[number].name not in present]
-                if not wanted:
-                    continue
-                pixels_BHWC = to_pixels(self.generate(batch))
-                # The images of the batch before are compressed and written meanwhile.
-                _finish(writing, meter)
-                writing = [writers.submit(_write, paths[n], pixels_BHWC[n - batch[0]]) for n in wanted]
+        with (
+            Meter(self.console, what, mine, mine - missing) as meter,
+            ThreadPoolExecutor(NUM_WRITERS) as writers,
+            self._server(batch_size if whole_batches else min(batch_size, count)) as server,
+        ):
+            for batch in [*filter(wanted.get, batches), *[None] * BATCHES_AHEAD]:
+                if batch is not None:
+                    ahead.append((batch, server.submit(*self.requests(batch))))
+                if ahead and (batch is None or len(ahead) == BATCHES_AHEAD):
+                    numbers, futures = ahead.popleft()
+                    pixels_BHWC = to_pixels(self.finished(futures))
+                    # The images of the batch before were compressed and written meanwhile.
+                    _finish(writing, meter)
+                    writing = [writers.submit(_write, paths[n], pixels_BHWC[n - numbers[0]]) for n in wanted[numbers]]
             _finish(writing, meter)
         return paths
 
     def generate(self, numbers: range) -> Tensor:
-        """The images of neighbouring numbers, [B, 3, H, W] in [-1, 1]."""
-        classes = [self.classes[number % len(self.classes)] for number in numbers]
-        class_B = torch.tensor(classes, device=self.device)
-        if self.seeds is None:
-            randomness = {"first_image": numbers[0]}
-        else:
-            randomness = {"seeds_B": [self.seeds[number // len(self.classes)] for number in numbers]}
-        generate = generate_hmar if isinstance(self.model, HMAR) else generate_var
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return generate(
-                self.model, self.tokenizer, class_B, self.sampling, known=self.known, **randomness
-            ).images_BCHW
+        """The images of neighbouring numbers, as one batch: [B, 3, H, W] in [-1, 1]."""
+        with self._server(len(numbers)) as server:
+            return self.finished(server.submit(*self.requests(numbers)))
+
+    def requests(self, numbers: range) -> list[Request]:
+        """What is asked of the engine for these images."""
+        requests = []
+        for number in numbers:
+            turn, place = divmod(number, len(self.classes))
+            seed, image = (self.sampling.seed, number) if self.seeds is None else (self.seeds[turn], 0)
+            requests.append(Request(self.classes[place], seed, image, self.sampling, self.known))
+        return requests
+
+    def finished(self, futures: Sequence[Future]) -> Tensor:
+        """The images of requests, [B, 3, H, W] in [-1, 1]; waits for them."""
+        return torch.stack([future.result().image_CHW for future in futures])
+
+    def _server(self, batch_size: int) -> Server:
+        # NOTE: of one size only, so that a smaller last batch has the same bits on a GPU.
+        return Server(self.engine, batch_sizes=(batch_size,), max_waiting=BATCHES_AHEAD * batch_size)
 
     def write_grid(self, paths: Sequence[Path]) -> None:
         """grid.png: the first images, a column a class."""

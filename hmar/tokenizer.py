@@ -19,6 +19,7 @@ from torch import Tensor
 from hmar.config import TokenizerConfig
 from hmar.pyramid import Pyramid
 from hmar.quantizer import MultiScaleQuantizer
+from hmar_kernels import group_norm
 
 
 class TokenizerOutput(NamedTuple):
@@ -105,7 +106,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             x_BCHW = level(x_BCHW)
         x_BCHW = self.middle(x_BCHW)
-        return self.conv_out(F.silu(self.norm_out(x_BCHW)))
+        return self.conv_out(self.norm_out(x_BCHW, silu=True))
 
 
 class Decoder(nn.Module):
@@ -135,7 +136,7 @@ class Decoder(nn.Module):
         x_BChw = self.middle(self.conv_in(x_BChw))
         for level in self.levels:
             x_BChw = level(x_BChw)
-        return self.conv_out(F.silu(self.norm_out(x_BChw)))
+        return self.conv_out(self.norm_out(x_BChw, silu=True))
 
 
 class Level(nn.Module):
@@ -191,8 +192,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        h_BChw = self.conv1(F.silu(self.norm1(x_BChw)))
-        h_BChw = self.conv2(self.dropout(F.silu(self.norm2(h_BChw))))
+        h_BChw = self.conv1(self.norm1(x_BChw, silu=True))
+        h_BChw = self.conv2(self.dropout(self.norm2(h_BChw, silu=True)))
         return self.shortcut(x_BChw) + h_BChw
 
 
@@ -233,5 +234,12 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x_BChw, scale_factor=2, mode="nearest"))
 
 
-def norm(config: TokenizerConfig, width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(config.norm_groups, width, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """Group norm with SiLU behind it where asked for; one operator on channels-last images."""
+
+    def forward(self, x_BChw: Tensor, silu: bool = False) -> Tensor:
+        return group_norm(x_BChw, self.num_groups, self.weight, self.bias, eps=self.eps, silu=silu)
+
+
+def norm(config: TokenizerConfig, width: int) -> GroupNorm:
+    return GroupNorm(config.norm_groups, width, eps=1e-6)

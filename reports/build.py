@@ -4,8 +4,9 @@ Reads every reports/data/*.json of kind "attention" (written by `pytest bench`) 
 tables/attention.md and, for each data file, plots/<file>_<what>.png: time, memory and roofline of the largest batch,
 speed and memory against resolution, batch and density. Head dims beside 64 have plots of their own, named
 <file>_<what>_d128.png. Files of kind "training" (`python -m bench.training`) give tables/training.csv,
-tables/training.md and plots/<file>_steps.png. A pure function of the data: no measuring, no GPU, and nothing of this
-project is imported.
+tables/training.md and plots/<file>_steps.png, those of kind "generation" (`python -m bench.generation`)
+tables/generation.csv, tables/generation.md and plots/<file>_batch.png. A pure function of the data: no measuring, no
+GPU, and nothing of this project is imported.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     written = [tables / "attention.csv", tables / "attention.md"]
     written[0].write_text(attention_csv(sources))
     written[1].write_text(attention_markdown(sources))
+    written += build_generation(data, tables, plots)
     for source in sources:
         for name, figure in draw(source):
             written.append(plots / f"{source.path.stem}_{name}.png")
@@ -949,6 +951,185 @@ def _attention(row: pd.Series) -> str:
 
 def _attention_rank(name: str) -> tuple[int, str]:
     return (-1, name) if name == "auto" else _rank(name)
+
+
+# Generation
+
+GENERATION_KIND, GENERATION_VERSION = "generation", 1
+GENERATION_CELL = ["model", "engine", "schedule", "resolution", "depth", "batch"]
+GENERATION_COLUMNS = ["gpu", "commit", *GENERATION_CELL, "ms", "images_per_s", "peak_gb"]
+PARTS = ("transformer", "sampling", "quantizer", "decode")
+# What this project set out to reach on one H100, with decode, HMAR with default schedules: ms of (resolution, depth,
+# batch).
+GENERATION_TARGETS = {
+    (256, 16, 1): 12,
+    (256, 16, 16): 45,
+    (256, 30, 1): 25,
+    (256, 30, 16): 150,
+    (512, 24, 1): 30,
+    (512, 24, 16): 300,
+    (1024, 24, 1): 90,
+    (1024, 24, 8): 800,
+}
+GENERATION_LOOKS = {
+    ("hmar", "optimised", "default"): ("HMAR, optimised", "#D55E00", "*"),
+    ("hmar", "optimised", "none"): ("HMAR, optimised, one pass a scale", "#F0A07A", "h"),
+    ("hmar", "eager", "default"): ("HMAR, eager", "#0072B2", "o"),
+    ("hmar", "eager", "none"): ("HMAR, eager, one pass a scale", "#8FC1E3", "s"),
+    ("var", "optimised", "none"): ("VAR, optimised", "#00694D", "D"),
+    ("var", "eager", "none"): ("VAR, eager", "#999999", "X"),
+}
+
+
+@dataclass(frozen=True)
+class GenerationSource:
+    """One data file of kind "generation": where the numbers come from, and a frame of them."""
+
+    path: Path
+    environment: dict
+    rows: pd.DataFrame
+
+
+def load_generation(folder: Path) -> list[GenerationSource]:
+    """All such files of a folder, by name. Raises ValueError for a file of a version unknown here."""
+    sources = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or content.get("kind") != GENERATION_KIND:
+            continue
+        if content.get("version") != GENERATION_VERSION:
+            raise ValueError(
+                f"{path} is of version {content.get('version')}; this script reads version {GENERATION_VERSION}"
+            )
+        rows = pd.DataFrame(content["results"])
+        rows["gpu"] = content["environment"]["gpu"]
+        for name in ("ms", "p10_ms", "p90_ms", "images_per_s", "peak_gb", "graph_gb"):
+            rows[name] = rows[name].astype(float)
+        look = [tuple(key) for key in rows[["model", "engine", "schedule"]].to_numpy()]
+        rows["order"] = [list(GENERATION_LOOKS).index(key) for key in look]
+        rows = rows.sort_values(["resolution", "depth", "batch", "order"], kind="stable").reset_index(drop=True)
+        sources.append(GenerationSource(path, content["environment"], rows))
+    return sources
+
+
+def build_generation(data: Path, tables: Path, plots: Path) -> list[Path]:
+    """Tables and plots of generation, if there is data; returns their paths."""
+    sources = load_generation(data)
+    if not sources:
+        return []
+    written = [tables / "generation.csv", tables / "generation.md"]
+    written[0].write_text(generation_csv(sources))
+    written[1].write_text(generation_markdown(sources))
+    for source in sources:
+        written.append(plots / f"{source.path.stem}_batch.png")
+        figure = draw_generation(source)
+        figure.savefig(written[-1], dpi=140, metadata={"Software": None})
+        plt.close(figure)
+    return written
+
+
+def generation_csv(sources: list[GenerationSource]) -> str:
+    """One line a measurement. What failed or ran out of memory has empty numbers."""
+    rows = pd.concat([source.rows for source in sources])
+    rounded = rows.assign(
+        ms=rows["ms"].round(3), images_per_s=rows["images_per_s"].round(3), peak_gb=rows["peak_gb"].round(3)
+    )
+    return rounded[GENERATION_COLUMNS].to_csv(index=False, lineterminator="\n")
+
+
+def generation_markdown(sources: list[GenerationSource]) -> str:
+    """For each data file a table of every size: engines against each other, the targets, and where the time goes."""
+    parts = [
+        "# Generation",
+        "Made by `reports/build.py` from the data files named below; `bench/generation.py` states the method. From "
+        "classes to pixels, random weights of the published sizes; ms is the median time of a batch. A ratio above 1 "
+        "means that the row is that many times faster. Parts are timed alone, so they need not add up to the whole.",
+    ]
+    for source in sources:
+        env = source.environment
+        commits = ", ".join(f"`{_text(commit)}`" for commit in source.rows["commit"].drop_duplicates())
+        parts += [
+            f"## {env['gpu']}",
+            f"[{source.path.name}](../data/{source.path.name}): commit {commits}, {env['date'][:10]}, torch "
+            f"{env['torch']}, triton {_text(env['triton'])}, CUDA {_text(env['cuda'])}, driver {_text(env['driver'])}.",
+        ]
+        for (resolution, depth, batch), rows in source.rows.groupby(["resolution", "depth", "batch"], sort=False):
+            parts.append(f"### {resolution:.0f} px, d{depth}, batch {batch}")
+            parts += [_generation_table(rows), _generation_notes(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _generation_table(rows: pd.DataFrame) -> str:
+    def time_of(model: str, engine: str, schedule: str) -> float:
+        found = rows[(rows["model"] == model) & (rows["engine"] == engine) & (rows["schedule"] == schedule)]["ms"]
+        return found.iloc[0] if len(found) else math.nan
+
+    lines = []
+    for _, row in rows.iterrows():
+        is_goal = (row["model"], row["engine"], row["schedule"]) == ("hmar", "optimised", "default")
+        on_goal_gpu = TARGET_GPU in row["gpu"]
+        size = (row["resolution"], row["depth"], row["batch"])
+        target = GENERATION_TARGETS.get(size, math.nan) if is_goal and on_goal_gpu else math.nan
+        found = row["parts_ms"] if isinstance(row["parts_ms"], dict) else {}
+        lines.append(
+            [
+                GENERATION_LOOKS[row["model"], row["engine"], row["schedule"]][0],
+                _number(row["ms"]),
+                f"{_number(row['p10_ms'])} to {_number(row['p90_ms'])}" if not math.isnan(row["ms"]) else DASH,
+                _number(row["images_per_s"]),
+                _number(row["peak_gb"]),
+                _number(target),
+                _ratio(target / row["ms"]),
+                _ratio(time_of("var", "eager", "none") / row["ms"]),
+                _ratio(time_of("var", "optimised", "none") / row["ms"]),
+                *(_number(found.get(part)) for part in PARTS),
+            ]
+        )
+    head = ["", "ms", "p10 to p90", "images/s", "peak GB", "target, ms", "target / ours", "VAR eager / row"]
+    return _table([*head, "VAR optimised / row", *(f"{part}, ms" for part in PARTS)], lines, left=(0,))
+
+
+def _generation_notes(rows: pd.DataFrame) -> str:
+    missing = rows[rows["status"] != "ok"]
+    return "\n".join(
+        f"* {GENERATION_LOOKS[r['model'], r['engine'], r['schedule']][0]}: {r['status']}. {r['reason']}"
+        for _, r in missing.iterrows()
+    )
+
+
+def draw_generation(source: GenerationSource) -> Figure:
+    """Images a second and peak memory against the batch, a column for each size of model and image."""
+    sizes = source.rows[["resolution", "depth"]].drop_duplicates().to_dict("records")
+    figure, axes = plt.subplots(2, len(sizes), figsize=(3.6 * len(sizes) + 1, 7), squeeze=False, layout="constrained")
+    for j, size in enumerate(sizes):
+        rows = source.rows[(source.rows["resolution"] == size["resolution"]) & (source.rows["depth"] == size["depth"])]
+        for i, (column, label) in enumerate((("images_per_s", "images / s"), ("peak_gb", "peak memory, GB"))):
+            ax = axes[i][j]
+            for key, (name, colour, marker) in GENERATION_LOOKS.items():
+                model, engine, schedule = key
+                line = rows[
+                    (rows["model"] == model) & (rows["engine"] == engine) & (rows["schedule"] == schedule)
+                ].dropna(subset=column)
+                if len(line):
+                    ax.plot(line["batch"], line[column], color=colour, marker=marker, label=name, linewidth=1.4)
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.grid(color="#dddddd", linewidth=0.7)
+            ax.spines[["top", "right"]].set_visible(False)
+            if i == 0:
+                ax.set_title(f"{size['resolution']:.0f} px, d{size['depth']}", fontsize=11)
+            else:
+                ax.set_xlabel("batch")
+            if j == 0:
+                ax.set_ylabel(label)
+    labelled = {
+        label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.suptitle(f"Generation, {source.environment['gpu']}, commit {_text(source.environment['commit'])[:10]}")
+    return figure
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -830,8 +830,8 @@ def test_an_array_under_the_name_of_an_archive_is_no_reference(tmp_path):
 def test_the_last_batch_is_as_large_as_the_others(folder, monkeypatch):
     """Another batch size may round otherwise, and then a larger count would not add to the same bits."""
     sizes = []
-    generate = ImageSet.generate
-    monkeypatch.setattr(ImageSet, "generate", lambda self, batch: (sizes.append(len(batch)), generate(self, batch))[1])
+    ask = ImageSet.requests
+    monkeypatch.setattr(ImageSet, "requests", lambda self, batch: (sizes.append(len(batch)), ask(self, batch))[1])
     succeed(*command_line("odd", "--metrics", "none", count=33), cwd=folder, run=hmar_here)
     assert len(drawn(folder / "odd")) == 33
     assert len(set(sizes)) == 1 and sum(sizes) > 33

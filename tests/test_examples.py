@@ -78,6 +78,13 @@ def test_sample(folder):
     assert np.array_equal(pixels(folder / "again.png"), shown)
 
 
+def test_serve(folder):
+    printed = run("serve", "runs/example", "--output", "served.png", cwd=folder)
+    assert "refused" in printed and "at most 8 may, so 9 more were refused" in printed
+    assert "8 images, and 3 previews of the last one" in printed
+    assert pixels(folder / "served.png").shape == (2 * 16, 8 * 16, 3)
+
+
 def test_edit(folder):
     printed = run("edit", "runs/example", "--output", "edits.png", cwd=folder)
     assert "what the hole showed changes nothing: True" in printed

@@ -1,16 +1,17 @@
 """Sampling: truncation, schedules, seeds, guidance, and the cache against none."""
 
 import math
-from collections import Counter
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
+from hmar import generate as generate_module
 from hmar.config import PRESETS
 from hmar.generate import (
-    CodeDraw,
     SamplingConfig,
     even_schedule,
     generate_hmar,
@@ -19,11 +20,11 @@ from hmar.generate import (
     least_confident,
     resolve_ramp,
     resolve_schedule,
-    truncate,
 )
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
+from hmar_kernels import sample_codes
 
 TOKENIZER_CONFIG, CONFIG = PRESETS["tiny"]
 PYRAMID = CONFIG.pyramid
@@ -72,53 +73,6 @@ class Counting:
     def masked(self, classes, *args):
         self.masked_batches.append(len(classes))
         return self.model.masked(classes, *args)
-
-
-def truncated_set(probs, top_k, top_p):
-    """top-k, then the smallest set of most likely codes that reaches p, from its definition."""
-    order = sorted(range(len(probs)), key=lambda i: -probs[i])
-    order = order[:top_k] if top_k else order
-    total, kept = sum(probs[i] for i in order), []
-    for i in order:
-        kept.append(i)
-        if top_p and sum(probs[j] for j in kept) >= top_p * total:
-            break
-    return set(kept)
-
-
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (5, 0.0), (0, 0.7), (8, 0.6), (1, 0.9), (20, 0.01), (50, 0.999)])
-def test_truncate(top_k, top_p):
-    logits = 2 * torch.randn(40, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    kept = truncate(logits, top_k, top_p)
-    for before, after in zip(logits, kept, strict=True):
-        expected = truncated_set(before.softmax(0).tolist(), top_k, top_p)
-        assert {i for i in range(20) if after[i] > -math.inf} == expected
-        for i in expected:
-            assert after[i] == before[i]
-
-
-def test_truncate_keeps_ties_with_the_last_kept():
-    kept = truncate(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]), top_k=2)
-    assert torch.isfinite(kept).tolist() == [False, True, True, True, False]
-
-
-def test_draws_follow_the_truncated_tempered_distribution():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(1, 20000, 4)
-    draw = CodeDraw(SamplingConfig(top_k=3, temperature=0.7), [0], "cpu")
-    codes, confidence = draw(logits)
-    expected = (torch.tensor([2.0, 1.0, 0.0]) / 0.7).softmax(0)
-    counts = Counter(codes.flatten().tolist())
-    for code in range(3):
-        assert counts[code] / 20000 == pytest.approx(expected[code].item(), abs=0.015)
-    assert counts[3] == 0
-    torch.testing.assert_close(confidence, expected[codes])
-
-
-def test_greedy_takes_the_most_likely_with_its_plain_probability():
-    logits = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
-    codes, confidence = CodeDraw(SamplingConfig(greedy=True, top_k=1, temperature=0.3), [0, 1], "cpu")(logits)
-    assert torch.equal(codes, logits.argmax(-1))
-    torch.testing.assert_close(confidence, logits.softmax(-1).amax(-1))
 
 
 def test_least_confident_never_hides_a_committed_code_again():
@@ -229,42 +183,28 @@ def test_hmar_in_one_pass_a_scale_is_next_scale_prediction(hmar, tokenizer):
     assert torch.equal(output.f_hat_BEhw, tokenizer.quantizer.f_hats(output.codes_BL)[-1])
 
 
-def test_guidance_is_a_linear_ramp(hmar, tokenizer):
-    """The first scale ignores cfg; guidance of a doubled batch equals the formula on two single ones."""
+@contextmanager
+def guided_logits():
+    """Collects the logits that every draw sees, after guidance."""
     seen = []
 
-    def spy(self, logits, active=None):
-        seen.append(logits)
-        return original(self, logits, active)
+    def spy(logits, unconditional=None, *, guidance=None, **options):
+        seen.append(logits if unconditional is None else (1 + guidance) * logits - guidance * unconditional)
+        return sample_codes(logits, unconditional, guidance=guidance, **options)
 
-    original = CodeDraw.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CodeDraw, "__call__", spy)
-        output = generate_hmar(hmar, tokenizer, CLASSES, SamplingConfig(cfg=3.0, greedy=True, schedule="none"))
-    inputs = tokenizer.quantizer.next_scale_inputs(output.codes_BL)
-    with torch.no_grad():
-        conditional = hmar.next_scale(CLASSES, inputs)
-        unconditional = hmar.next_scale(torch.full_like(CLASSES, CONFIG.null_class), inputs)
-    for k, logits in enumerate(seen):
-        t = 3.0 * k / (PYRAMID.num_scales - 1)
-        expected = (1 + t) * conditional - t * unconditional
-        torch.testing.assert_close(logits, expected[:, PYRAMID.slice(k)], rtol=1e-4, atol=1e-4)
+        patch.setattr(generate_module, "sample_codes", spy)
+        yield seen
 
 
 @pytest.mark.parametrize("generate", ["hmar", "var"])
-@pytest.mark.parametrize("ramp", ["constant", "cosine", [0.5, 0.0, 2.0]])
-def test_guidance_follows_other_ramps(hmar, var, tokenizer, generate, ramp):
-    """Logits that the draw sees against the formula on two single passes."""
-    factors = {"constant": [1, 1, 1], "cosine": [0, 0.5, 1]}.get(ramp if isinstance(ramp, str) else "", ramp)
-    seen, original = [], CodeDraw.__call__
-
-    def spy(self, logits, active=None):
-        seen.append(logits)
-        return original(self, logits, active)
-
+@pytest.mark.parametrize("ramp", ["linear", "constant", "cosine", [0.5, 0.0, 2.0]])
+def test_guidance_follows_its_ramp(hmar, var, tokenizer, generate, ramp):
+    """Logits of a doubled batch against the formula on two single passes."""
+    named = {"linear": [0, 0.5, 1], "constant": [1, 1, 1], "cosine": [0, 0.5, 1]}
+    factors = named[ramp] if isinstance(ramp, str) else ramp
     sampling = SamplingConfig(cfg=2.0, cfg_ramp=ramp, greedy=True, schedule="none")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CodeDraw, "__call__", spy)
+    with guided_logits() as seen:
         output = (generate_hmar if generate == "hmar" else generate_var)(
             hmar if generate == "hmar" else var, tokenizer, CLASSES, sampling
         )
@@ -276,6 +216,17 @@ def test_guidance_follows_other_ramps(hmar, var, tokenizer, generate, ramp):
     for k, (logits, factor) in enumerate(zip(seen, factors, strict=True)):
         expected = (1 + 2 * factor) * conditional - 2 * factor * unconditional
         torch.testing.assert_close(logits, expected[:, PYRAMID.slice(k)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("generate", ["hmar", "var"])
+def test_logits_that_are_not_finite_are_refused(hmar, var, tokenizer, generate):
+    """An overflow that starts at one position must not end in a silent code."""
+    model = deepcopy(hmar if generate == "hmar" else var)
+    with torch.no_grad():
+        model.embedding.position_LC[PYRAMID.offsets[1] + 2] = math.inf
+    function = generate_hmar if generate == "hmar" else generate_var
+    with pytest.raises(ValueError, match=r"logits of scale 2 are NaN or infinite for images \[0, 1, 2\]"):
+        function(model, tokenizer, CLASSES, SamplingConfig(top_k=20))
 
 
 def test_ramps_in_every_form():
@@ -390,9 +341,9 @@ def test_bad_seeds_are_refused(hmar, tokenizer, seeds):
         generate_hmar(hmar, tokenizer, CLASSES, seeds_B=[1, 2, 3], first_image=1)
 
 
-def test_image_seeds_differ_in_the_bits_that_count():
-    seeds = {image_seed(seed, image) & 0xFFFFFFFF for seed in range(40) for image in range(40)}
-    assert len(seeds) == 1600
+def test_image_seeds_differ_and_fit_into_int64():
+    seeds = {image_seed(seed, image) for seed in (*range(40), 2**70) for image in range(40)}
+    assert len(seeds) == 41 * 40 and max(seeds) < 2**63
 
 
 def test_progress_and_modes(hmar, tokenizer):

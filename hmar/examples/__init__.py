@@ -5,6 +5,7 @@
     python -m hmar.examples.train runs/example             all stages of HMAR, a few steps each
     python -m hmar.examples.codes runs/example             codes of all images made once, and training on them
     python -m hmar.examples.sample runs/example            images from the weights that train wrote
+    python -m hmar.examples.serve runs/example             requests in batches, previews, a full queue
     python -m hmar.examples.edit runs/example              in-painting, out-painting, editing by class
     python -m hmar.examples.weights runs/example           weights into published names and back
     python -m hmar.examples.evaluate runs/example          metrics with a feature extractor of one's own

@@ -1,24 +1,30 @@
 """Fused operators of transformers over pyramids of image tokens.
 
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
-modulated_norm, qk_norm, linear_cross_entropy: what surrounds it, each in `api.py` of its folder.
+modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; sampling: from logits to codes; group_norm: for the
+decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
+from .group_norm import group_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .mask import SpanMask
 from .modulated_norm import modulated_norm, residual_modulated_norm
 from .qk_norm import qk_norm
+from .sampling import SampledCodes, sample_codes
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "SampledCodes",
     "SpanMask",
     "attention",
     "choose",
     "explain",
+    "group_norm",
     "linear_cross_entropy",
     "modulated_norm",
     "qk_norm",
     "residual_modulated_norm",
+    "sample_codes",
     "unavailable",
 ]

@@ -1,0 +1,565 @@
+"""The engine: generation with fixed shapes, as CUDA graphs on a GPU and step by step elsewhere.
+
+    begin           modulation vectors of all blocks, once an image: they follow from the class alone
+    predict k       inputs of scale k from f_hat, next-scale pass, draw
+    masked k, i     hide the least confident codes, masked pass without the null class, draw
+    commit k        f_hat += contribution of the codes
+    decode          bf16, channels last
+
+The same arithmetic and the same random numbers as `hmar.generate`, whose plain functions say what is computed; here no
+shape depends on data, nothing waits for the device within an image, and what is the same for every pass is computed
+once. An `Engine` holds the weights in the precision they are used in. For every batch size and setting it makes a
+`Program`: buffers for the arguments, and the steps above, captured one after another into graphs that share a pool of
+memory. Read `hmar.serve` for requests that arrive one by one.
+
+Shapes: B images, R rows of the model (2B where the null class takes part), n tokens of one scale, m hidden ones, L
+tokens of the pyramid, E code dimensions, S scales, P masked passes of an image, h w latent sides.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmar.generate import (
+    GenerationOutput,
+    KnownCodes,
+    LayerKeysValues,
+    SamplingConfig,
+    check_pair,
+    checked_classes,
+    draw,
+    image_seeds,
+    least_confident,
+    least_confident_first,
+    masked_passes,
+    masked_step,
+    refuse_nonfinite,
+    resolve_ramp,
+    resolve_schedule,
+    scale_inputs,
+    with_null,
+)
+from hmar.model import HMAR, NextScaleTransformer, SharedModulation
+from hmar.tokenizer import Tokenizer
+
+DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the steps of an image depend on beside the weights: one `Program` each.
+
+    guided_S: whether the null class takes part in the next-scale pass of each scale. masked_guided: in masked passes.
+    edited: some codes are known, so that the number of hidden ones is an argument.
+    """
+
+    batch: int
+    schedule: tuple[tuple[int, ...], ...]
+    guided_S: tuple[bool, ...]
+    masked_guided: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    greedy: bool
+    edited: bool
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """As far as drawing goes."""
+        return SamplingConfig(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, greedy=self.greedy, schedule=self.schedule
+        )
+
+
+class Engine:
+    """Generates images with one model and tokenizer.
+
+    Args:
+        model: HMAR, or a NextScaleTransformer (VAR, or HMAR's first stage).
+        device: where to compute; default is where the model is. The model itself may stay on the CPU.
+        dtype: of products: torch.bfloat16 or torch.float16 (linear weights are kept in it, and the decoder, in
+            bfloat16, is channels-last), or None for the weights' own. The residual stream keeps the weights' precision,
+            as under autocast.
+        capture: whether to capture CUDA graphs; default on a GPU. Without, the same steps run one by one.
+        compile: a backend of torch.compile for transformer blocks and decoder, such as "inductor". Default: none.
+        max_programs, max_bytes: how many programs are kept, and how much memory their graphs may hold together
+            (default: half of the device's); the ones unused for longest go first. One program may always be kept.
+
+    Weights that change in place (an optimizer, load_state_dict) are noticed and copied before the next images; after
+    changes that leave no trace on the tensors (through `.data`) call `refresh`. Any thread may call; one batch is
+    generated at a time.
+    """
+
+    def __init__(
+        self,
+        model: HMAR | NextScaleTransformer,
+        tokenizer: Tokenizer,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        capture: bool | None = None,
+        compile: str | None = None,
+        max_programs: int = 8,
+        max_bytes: int | None = None,
+    ):
+        if not isinstance(model, (HMAR, NextScaleTransformer)):
+            raise ValueError(f"A {type(model).__name__} cannot generate alone; HMAR and NextScaleTransformer can.")
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype is {dtype}; expected torch.bfloat16, torch.float16 or None for the weights' own.")
+        if max_programs < 1:
+            raise ValueError(f"max_programs is {max_programs}; at least one is needed.")
+        self.device = torch.device(device if device is not None else tokenizer.quantizer.codebook.weight.device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.dtype = dtype
+        self.captures = self.device.type == "cuda" if capture is None else capture
+        if self.captures and self.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, the engine's is {self.device}; leave capture out.")
+        check_pair(model.config, tokenizer)
+        self.config = model.config
+        self.max_programs = max_programs
+        self.max_bytes = max_bytes
+        if max_bytes is None and self.captures:
+            self.max_bytes = torch.cuda.get_device_properties(self.device).total_memory // 2
+        self.programs: OrderedDict[Settings, Program] = OrderedDict()
+        self._pool, self._pool_bytes = None, 0
+        self._lock = threading.Lock()
+        with torch.no_grad():
+            self._place(model, tokenizer)
+        self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
+        if compile is not None:
+            self._compile(compile)
+
+    def _place(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        """Copies of the modules that share every parameter which is in its place already."""
+        self.tokenizer_config, self.pyramid = tokenizer.config, tokenizer.pyramid
+        products = {p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters(False)}
+        decoder_dtype = None if self.dtype is None else torch.bfloat16
+        self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+
+        def placed(module: nn.Module, dtype_of: Callable[[nn.Parameter], torch.dtype | None], **layout) -> nn.Module:
+            memo = {}
+            for parameter in module.parameters():
+                tensor = parameter.detach().to(self.device, dtype_of(parameter))
+                if layout and tensor.ndim == 4:
+                    tensor = tensor.contiguous(**layout)
+                memo[id(parameter)] = copied = nn.Parameter(tensor, requires_grad=False)
+                self._pairs.append((parameter, copied))
+            return copy.deepcopy(module, memo).to(self.device).eval()
+
+        self.model = remembering(placed(model, lambda p: self.dtype if p in products else None))
+        self.quantizer = placed(tokenizer.quantizer, lambda p: None)
+        layout = {} if decoder_dtype is None else {"memory_format": torch.channels_last}
+        self.post_quant_conv = placed(tokenizer.post_quant_conv, lambda p: decoder_dtype, **layout)
+        self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
+        self._versions = self._current_versions()
+
+    def _compile(self, backend: str) -> None:
+        # NOTE: every scale and batch size is a shape, and a mask, of its own.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
+        torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+        for block in self._blocks():
+            block.compile(backend=backend, dynamic=False)
+        self.decoder.compile(backend=backend, dynamic=False)
+
+    def _blocks(self) -> list[nn.Module]:
+        model = self.model
+        groups = (model.trunk, model.next_scale_blocks, model.mask_blocks) if self.is_hmar else (model.blocks,)
+        return [block for group in groups for block in group]
+
+    @property
+    def is_hmar(self) -> bool:
+        return isinstance(self.model, HMAR)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether later scales read keys and values of earlier ones, as in VAR."""
+        return not self.is_hmar and self.model.pattern == "block_causal"
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def _current_versions(self) -> int:
+        return sum(0 if source.is_inference() else source._version for source, _ in self._pairs)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the weights again. Graphs stay: they read the same memory."""
+        for source, copied in self._pairs:
+            if source.data_ptr() != copied.data_ptr():
+                copied.copy_(source)
+        self._versions = self._current_versions()
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        class_B: Tensor,
+        sampling: SamplingConfig | None = None,
+        *,
+        on_scale: Callable[[int, Tensor], None] | None = None,
+        first_image: int = 0,
+        seeds_B: Sequence[int] | Tensor | None = None,
+        keys_B: Tensor | None = None,
+        cfg_B: Sequence[float] | None = None,
+        known: KnownCodes | None = None,
+    ) -> GenerationOutput:
+        """Images of the given classes; arguments as in `hmar.generate.generate_hmar`, and
+
+        keys_B: keys of the images' random numbers, int64 [B], as `image_seed` gives them; instead of seeds.
+        cfg_B: strengths of guidance, one an image, instead of that of `sampling`.
+
+        The first call with a batch size and settings makes and captures their program, which takes seconds.
+        """
+        sampling = sampling or SamplingConfig()
+        class_B = checked_classes(self.config, class_B, "cpu")
+        batch = len(class_B)
+        if keys_B is None:
+            keys_B = image_seeds(sampling, batch, first_image, seeds_B)
+        elif keys_B.shape != (batch,) or keys_B.dtype != torch.int64:
+            raise ValueError(f"keys_B is {keys_B.dtype} {list(keys_B.shape)}; expected int64 [{batch}], one an image.")
+        cfg_B = [sampling.cfg] * batch if cfg_B is None else [replace(sampling, cfg=cfg).cfg for cfg in cfg_B]
+        if len(cfg_B) != batch:
+            raise ValueError(f"There are {len(cfg_B)} strengths of guidance for {batch} images; give one for each.")
+        ramp_S = resolve_ramp(self.pyramid, sampling.cfg_ramp)
+        strengths_SB = [[cfg * factor for cfg in cfg_B] for factor in (*ramp_S, sampling.masked_cfg_factor)]
+        *guided_S, masked_guided = (any(row) for row in strengths_SB)
+        settings = Settings(
+            batch=batch,
+            schedule=resolve_schedule(self.pyramid, sampling.schedule if self.is_hmar else "none"),
+            guided_S=(any(guided_S),) * len(ramp_S) if self.is_cached else tuple(guided_S),
+            masked_guided=masked_guided,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            greedy=sampling.greedy,
+            edited=known is not None,
+        )
+        with self._lock, self._precision(), self._current_device():
+            if self._versions != self._current_versions():
+                self.refresh()
+            program = self._program(settings)
+            program.load(class_B, keys_B, torch.tensor(strengths_SB), known)
+            return program.run(on_scale)
+
+    @torch.no_grad()
+    def decode(self, f_hat_BEhw: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of a quantised latent, which may be one of an early scale."""
+        stride = self.tokenizer_config.stride
+        step = max(1, DECODED_PIXELS // (self.pyramid.side * stride) ** 2)
+        dtype = self.post_quant_conv.weight.dtype
+        layout = torch.contiguous_format if self.dtype is None else torch.channels_last
+        images = []
+        with torch.autocast(self.device.type, enabled=False):
+            for part_BEhw in f_hat_BEhw.split(step):
+                part_BEhw = part_BEhw.to(dtype).contiguous(memory_format=layout)
+                images.append(self.decoder(self.post_quant_conv(part_BEhw)).clamp_(-1, 1))
+        return images[0] if len(images) == 1 else torch.cat(images)
+
+    def _precision(self) -> AbstractContextManager:
+        # NOTE: the cache of autocast would hold tensors of a graph's memory.
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+
+    def _current_device(self) -> AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    # --- programs -----------------------------------------------------------------------------------------------------
+
+    @property
+    def graph_bytes(self) -> int:
+        """Memory that the graphs of all programs hold together."""
+        return self._pool_bytes
+
+    def forget(self) -> None:
+        """Drop all programs and the memory of their graphs."""
+        self.programs.clear()
+        self._pool, self._pool_bytes = None, 0
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _program(self, settings: Settings) -> Program:
+        if settings in self.programs:
+            self.programs.move_to_end(settings)
+            return self.programs[settings]
+        while len(self.programs) >= self.max_programs:
+            self.programs.popitem(last=False)
+        program = self._capture(settings)
+        if self.captures and self.programs and self.graph_bytes > self.max_bytes:
+            # NOTE: graphs share a pool, of which nothing is given back before all of them are gone.
+            del program
+            self.forget()
+            program = self._capture(settings)
+        self.programs[settings] = program
+        return program
+
+    def _capture(self, settings: Settings) -> Program:
+        program = Program(self, settings)
+        if self.captures:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._pool_bytes += program.capture(self._pool)
+        return program
+
+
+@dataclass
+class Segment:
+    """Steps that always run together: one graph.
+
+    scale: the scale that is complete after them. row: the pass whose numbers of hidden codes say whether they run.
+    """
+
+    steps: list[Callable[[], None]]
+    scale: int | None = None
+    row: int | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        for step in self.steps:
+            step()
+
+
+class Program:
+    """The steps of a batch of images under one setting, and the buffers of its arguments.
+
+    What a step leaves for later ones is an attribute. On a GPU it lies in the graphs' memory, which programs share, as
+    they run one at a time; arguments and results have their own.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings):
+        self.engine, self.settings = engine, settings
+        self.sampling = settings.sampling
+        pyramid, batch, device = engine.pyramid, settings.batch, engine.device
+        # (scale, entry of its schedule) of every masked pass, in order; row 0 is for known codes, see masked_passes
+        first = 0 if settings.edited else 1
+        scales = range(1, pyramid.num_scales) if engine.is_hmar else ()
+        self.rows = [(k, i) for k in scales for i in range(first, len(settings.schedule[k]))]
+        self.class_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.keys_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.strengths_SB = torch.zeros(pyramid.num_scales + 1, batch, device=device)
+        self.positions_L = torch.arange(pyramid.length, device=device)
+        self.f_hat_BEhw = engine.quantizer.empty_f_hat(batch)
+        self.codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
+        self.bad_SB = torch.zeros(pyramid.num_scales, batch, dtype=torch.bool, device=device)
+        if settings.edited:
+            self.known_codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
+            self.known_tokens_BL = torch.zeros(batch, pyramid.length, dtype=torch.bool, device=device)
+            self.num_hidden_PB = torch.zeros(len(self.rows), batch, dtype=torch.int64, device=device)
+        self.runs_P = [True] * len(self.rows)
+        self.segments = self._segments()
+
+    def _segments(self) -> list[Segment]:
+        segments = [Segment([self._begin])]
+        for k in range(self.engine.pyramid.num_scales):
+            segments[-1].steps.append(partial(self._predict, k))
+            for row, (scale, i) in enumerate(self.rows):
+                if scale != k:
+                    continue
+                if self.settings.edited:
+                    step = partial(self._masked_edit, row, k, i)
+                    segments += [Segment([step], row=row), Segment([])]
+                else:
+                    segments[-1].steps.append(partial(self._masked, k, i))
+            segments[-1].steps.append(partial(self._commit, k))
+            segments[-1].scale = k
+            segments.append(Segment([]))
+        segments[-1].steps.append(self._decode)
+        return [segment for segment in segments if segment.steps]
+
+    def load(self, class_B: Tensor, keys_B: Tensor, strengths_SB: Tensor, known: KnownCodes | None) -> None:
+        """Fill the buffers."""
+        self.class_B.copy_(class_B)
+        self.keys_B.copy_(keys_B)
+        self.strengths_SB.copy_(strengths_SB)
+        if known is None:
+            return
+        batch, pyramid = self.settings.batch, self.engine.pyramid
+        tokens_BL = known.tokens_BL.expand(batch, -1)
+        self.known_codes_BL.copy_(known.codes_BL.expand(batch, -1))
+        self.known_tokens_BL.copy_(tokens_BL)
+        if self.rows:
+            unknown_BL = ~tokens_BL.cpu()
+            passes = {}
+            for k in range(1, pyramid.num_scales):
+                num_unknown = unknown_BL[:, pyramid.slice(k)].sum(1).tolist()
+                passes[k] = masked_passes(self.settings.schedule[k], num_unknown)
+            num_hidden_PB = torch.tensor([passes[k][i] for k, i in self.rows])
+            self.runs_P = num_hidden_PB.any(1).tolist()
+            self.num_hidden_PB.copy_(num_hidden_PB)
+
+    def run(self, on_scale: Callable[[int, Tensor], None] | None) -> GenerationOutput:
+        """All steps, and copies of what they gave. Waits for the device at the end, and wherever on_scale does."""
+        for segment in self.segments:
+            if segment.row is not None and not self.runs_P[segment.row]:
+                continue
+            segment.run()
+            if on_scale is not None and segment.scale is not None:
+                on_scale(segment.scale, self.f_hat_BEhw.clone())
+        refuse_nonfinite(range(len(self.bad_SB)), self.bad_SB.cpu())
+        return GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self.f_hat_BEhw.clone())
+
+    def capture(self, pool: tuple[int, int]) -> int:
+        """Run all steps once, so that whatever is made on first use is there, then record them.
+
+        Returns the bytes by which the pool has grown.
+        """
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for segment in self.segments:
+                segment.run()
+        torch.cuda.synchronize()
+        self._drop()
+        del self.images_BCHW
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        for segment in self.segments:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                for step in segment.steps:
+                    step()
+            segment.graph = graph
+        self._drop()
+        return max(0, torch.cuda.memory_reserved() - before)
+
+    def _drop(self) -> None:
+        """Let go of what steps leave for each other: once recorded, their memory is free for other programs."""
+        self.inputs_BnE = self.codes_Bn = self.confidence_Bn = self.hidden_Bn = self.bad_Bn = self.caches = None
+        for module in self.engine._remembered:
+            module.vectors = None
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        engine, settings = self.engine, self.settings
+        model = engine.model
+        guided = any(settings.guided_S) or (settings.masked_guided and bool(self.rows))
+        self.class_R, _ = with_null(guided, self.class_B, engine.config)
+        cond_RC = model.embedding.classes(self.class_R)
+        if isinstance(model.shared_modulation, Remembered):
+            model.shared_modulation.remember(cond_RC)
+        shared = model.shared_modulation(cond_RC)
+        for block in engine._blocks():
+            block.modulation.remember(shared)
+        for head in (model.next_scale_head, model.mask_head) if engine.is_hmar else (model.head,):
+            head.modulation.remember(F.silu(cond_RC))
+        self.f_hat_BEhw.zero_()
+        self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
+
+    def _predict(self, k: int) -> None:
+        engine, settings = self.engine, self.settings
+        model, scale = engine.model, (k, k + 1)
+        self.inputs_BnE = scale_inputs(model, engine, self.f_hat_BEhw, k)
+        class_R, (inputs_RnE,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
+        if engine.is_hmar:
+            logits_RnV = model.next_scale(class_R, inputs_RnE, scale)
+        else:
+            logits_RnV = model(class_R, inputs_RnE, scale, self.caches)
+        positions_n = self.positions_L[engine.pyramid.slice(k)]
+        self.codes_Bn, self.confidence_Bn, self.bad_Bn = draw(
+            logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, positions_n
+        )
+        if settings.edited:
+            span = engine.pyramid.slice(k)
+            self.hidden_Bn = ~self.known_tokens_BL[:, span]
+            self.codes_Bn = torch.where(self.hidden_Bn, self.codes_Bn, self.known_codes_BL[:, span])
+        else:
+            self.hidden_Bn = torch.ones_like(self.codes_Bn, dtype=torch.bool)
+
+    def _masked(self, k: int, i: int) -> None:
+        """A masked pass that hides as many codes of every image; only their logits are computed."""
+        num_hidden = sum(self.settings.schedule[k][i:])
+        wanted_Bm = least_confident_first(self.confidence_Bn, self.hidden_Bn)[:, :num_hidden]
+        self.hidden_Bn = torch.zeros_like(self.hidden_Bn).scatter(1, wanted_Bm, True)
+        logits_RmV = self._masked_logits(k, self.settings.masked_guided, wanted_Bm)
+        positions_Bm = wanted_Bm + self.engine.pyramid.offsets[k]
+        codes_Bm, confidence_Bm, bad_Bm = draw(
+            logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i)
+        )
+        self.codes_Bn.scatter_(1, wanted_Bm, codes_Bm)
+        self.confidence_Bn.scatter_(1, wanted_Bm, confidence_Bm)
+        self.bad_Bn[:, :num_hidden] |= bad_Bm
+
+    def _masked_edit(self, row: int, k: int, i: int) -> None:
+        """A masked pass that hides as many codes of each image as the arguments say; none means that it is skipped."""
+        # NOTE: the first pass that sees known codes takes the place of the next-scale pass, with its guidance.
+        guided, strength = (self.settings.guided_S[k], k) if i == 0 else (self.settings.masked_guided, -1)
+        num_hidden_B = self.num_hidden_PB[row]
+        active_B1 = num_hidden_B[:, None] > 0
+        fewer_Bn = least_confident(self.confidence_Bn, self.hidden_Bn, num_hidden_B)
+        # NOTE: in place, for a graph that is skipped must leave what the next one reads as it was.
+        self.hidden_Bn.copy_(torch.where(active_B1, fewer_Bn, self.hidden_Bn))
+        logits_RnV = self._masked_logits(k, guided)
+        positions_n = self.positions_L[self.engine.pyramid.slice(k)]
+        codes_Bn, confidence_Bn, bad_Bn = draw(
+            logits_RnV, self.sampling, self.strengths_SB[strength], self.keys_B, positions_n, masked_step(i)
+        )
+        self.codes_Bn.copy_(torch.where(self.hidden_Bn & active_B1, codes_Bn, self.codes_Bn))
+        self.confidence_Bn.copy_(torch.where(active_B1, confidence_Bn, self.confidence_Bn))
+        self.bad_Bn |= bad_Bn
+
+    def _masked_logits(self, k: int, guided: bool, wanted_Bm: Tensor | None = None) -> Tensor:
+        engine = self.engine
+        residuals_BnE = engine.quantizer.own_residual(self.codes_Bn, k).to(self.inputs_BnE.dtype)
+        arguments = [self.inputs_BnE, residuals_BnE, self.hidden_Bn]
+        arguments += [wanted_Bm] if wanted_Bm is not None else []
+        class_R, (inputs, residuals, hidden, *wanted) = self._with_null(guided, *arguments)
+        return engine.model.masked(class_R, inputs, residuals, hidden, (k, k + 1), *wanted)
+
+    def _with_null(self, guided: bool, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `hmar.generate.with_null`, of classes that are there already."""
+        if not guided:
+            return self.class_R[: self.settings.batch], list(tensors)
+        return self.class_R, [torch.cat([tensor, tensor]) for tensor in tensors]
+
+    def _commit(self, k: int) -> None:
+        torch.any(self.bad_Bn, 1, out=self.bad_SB[k])
+        self.f_hat_BEhw += self.engine.quantizer.contribution(self.codes_Bn, k)
+        self.codes_BL[:, self.engine.pyramid.slice(k)] = self.codes_Bn
+
+    def _decode(self) -> None:
+        self.images_BCHW = self.engine.decode(self.f_hat_BEhw)
+
+
+class Remembered(nn.Module):
+    """A modulation whose vectors are computed once an image, for all rows, and read by every pass."""
+
+    def __init__(self, modulation: nn.Module):
+        super().__init__()
+        self.modulation = modulation
+        self.vectors: Tensor | Sequence[Tensor] | None = None
+
+    def remember(self, cond: Tensor) -> None:
+        self.vectors = self.modulation(cond)
+
+    def forward(self, cond: Tensor) -> Tensor | Sequence[Tensor]:
+        # NOTE: rows of the null class come last, so a pass without it has the first ones.
+        rows = cond.shape[0]
+        if isinstance(self.vectors, Tensor):
+            return self.vectors[:rows]
+        return [vector[:rows] for vector in self.vectors]
+
+
+def remembering(model: nn.Module) -> nn.Module:
+    """The model with every modulation remembered: those of blocks and heads, and what blocks share."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "modulation", None), nn.Module):
+            module.modulation = Remembered(module.modulation)
+    if isinstance(model.shared_modulation, SharedModulation):
+        model.shared_modulation = Remembered(model.shared_modulation)
+    return model

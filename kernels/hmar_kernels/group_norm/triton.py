@@ -1,0 +1,205 @@
+"""Group norm and SiLU of channels-last images in Triton: the image is read twice and written once.
+
+    statistics  per chunk of positions and channel: mean and sum of squared deviations
+    factors     per group: those of its chunks and channels combined; y = silu(factor x + offset)
+    apply       elementwise
+
+Grids: (chunks, blocks of channels, images), (groups, images), (blocks of elements, images). All arithmetic is float32.
+Chunks are combined by Chan's rule and take their deviations from the chunk's first value, so that nothing cancels where
+the mean is large.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_CHUNK, MAX_CHUNKS = 512, 128  # positions of a program of the first kernel at least; such programs an image
+ROWS = 32  # positions it reads at a time
+ELEMENTS = 2048  # of a program of the last kernel
+MAX_CHANNEL_BLOCK = 128
+
+
+@triton.jit(do_not_specialize=["num_positions", "num_chunks", "chunk_size"])
+def _statistics_kernel(
+    x_ptr,
+    mean_ptr,
+    deviation_ptr,
+    num_positions,
+    num_channels,
+    num_chunks,
+    chunk_size,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    chunk, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = channels < num_channels
+    x_ptr += image * num_positions * num_channels
+    begin = chunk * chunk_size
+    end = tl.minimum(begin + chunk_size, num_positions)
+    first = tl.load(x_ptr + begin.to(tl.int64) * num_channels + channels, mask=mask_c, other=0.0).to(tl.float32)
+
+    sums = tl.zeros([BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_C], tl.float32)
+    for start in tl.range(begin, end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < end)[:, None] & mask_c[None, :]
+        offs = rows.to(tl.int64)[:, None] * num_channels + channels[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.where(mask, x - first[None, :], 0.0)
+        sums += tl.sum(x, 0)
+        squares += tl.sum(x * x, 0)
+
+    count = (end - begin).to(tl.float32)
+    offs = (image * num_chunks + chunk) * num_channels + channels
+    tl.store(mean_ptr + offs, first + sums / count, mask=mask_c)
+    tl.store(deviation_ptr + offs, squares - sums * (sums / count), mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["num_positions", "num_chunks", "chunk_size", "channels_per_group"])
+def _factors_kernel(
+    mean_ptr,
+    deviation_ptr,
+    weight_ptr,
+    bias_ptr,
+    factor_ptr,
+    offset_ptr,
+    num_positions,
+    num_channels,
+    num_chunks,
+    chunk_size,
+    channels_per_group,
+    eps,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunks, members = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_J)
+    mask_j = members < channels_per_group
+    channels = group * channels_per_group + members
+    mask = (chunks < num_chunks) & mask_j[None, :]
+    offs = (image * num_chunks + chunks) * num_channels + channels[None, :]
+    means = tl.load(mean_ptr + offs, mask=mask, other=0.0)
+    deviations = tl.load(deviation_ptr + offs, mask=mask, other=0.0)
+
+    counts = tl.minimum(chunk_size, num_positions - chunks * chunk_size).to(tl.float32)
+    total = num_positions.to(tl.float32) * channels_per_group.to(tl.float32)
+    mean = tl.sum(tl.where(mask, counts * means, 0.0)) / total
+    distances = means - mean
+    variance = tl.sum(tl.where(mask, deviations + counts * distances * distances, 0.0)) / total
+
+    weight = tl.load(weight_ptr + channels, mask=mask_j, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + channels, mask=mask_j, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(variance + eps) * weight
+    tl.store(factor_ptr + image * num_channels + channels, factor, mask=mask_j)
+    tl.store(offset_ptr + image * num_channels + channels, bias - mean * factor, mask=mask_j)
+
+
+@triton.jit
+def _apply_kernel(
+    x_ptr,
+    y_ptr,
+    factor_ptr,
+    offset_ptr,
+    num_elements,
+    num_channels,
+    SILU: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < num_elements
+    channels = offs % num_channels
+    x = tl.load(x_ptr + image * num_elements + offs, mask=mask, other=0.0).to(tl.float32)
+    factor = tl.load(factor_ptr + image * num_channels + channels, mask=mask, other=0.0)
+    offset = tl.load(offset_ptr + image * num_channels + channels, mask=mask, other=0.0)
+    y = x * factor + offset
+    if SILU:
+        y = y * tl.sigmoid(y)
+    tl.store(y_ptr + image * num_elements + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def unavailable(x: Tensor) -> str | None:
+    """Why the kernels cannot run on such images; None when they can."""
+    if x.dtype not in DTYPES:
+        return f"they take float16, bfloat16 and float32, not {x.dtype}"
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "the images are not channels-last: x.contiguous(memory_format=torch.channels_last) is"
+    if x[0].numel() >= 2**31:
+        return f"an image of {x[0].numel()} numbers exceeds 32-bit offsets"
+    if x.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(x.device)
+        return (
+            None if capability >= (8, 0) else f"they need compute capability 8.0, got {capability[0]}.{capability[1]}"
+        )
+    if x.device.type == "cpu" and not isinstance(_apply_kernel, triton.JITFunction):
+        return None
+    return f"they need a CUDA device, got {x.device.type} (TRITON_INTERPRET=1 serves for tests)"
+
+
+def channel_block(num_channels: int) -> int:
+    """The largest power of two that divides the channels, or the next one where those would be narrow reads."""
+    divisor = num_channels & -num_channels
+    return min(divisor if divisor >= 16 else triton.next_power_of_2(num_channels), MAX_CHANNEL_BLOCK)
+
+
+def chunk_size(positions: int) -> int:
+    """Positions of a chunk: few enough chunks for one program to combine, many enough to occupy a GPU."""
+    return max(MIN_CHUNK, ROWS * triton.cdiv(positions, ROWS * MAX_CHUNKS))
+
+
+def forward(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+    """x [N, C, H, W], channels-last -> y of the same shape, dtype and format."""
+    N, C, H, W = x.shape
+    positions, y = H * W, torch.empty_like(x, memory_format=torch.channels_last)
+    size, block_c = chunk_size(positions), channel_block(C)
+    chunks = triton.cdiv(positions, size)
+    mean, deviation = torch.empty(2, N, chunks, C, dtype=torch.float32, device=x.device)
+    factor, offset = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
+    # NOTE: Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        _statistics_kernel[(chunks, triton.cdiv(C, block_c), N)](
+            x_ptr=x,
+            mean_ptr=mean,
+            deviation_ptr=deviation,
+            num_positions=positions,
+            num_channels=C,
+            num_chunks=chunks,
+            chunk_size=size,
+            ROWS=ROWS,
+            BLOCK_C=block_c,
+        )
+        _factors_kernel[(num_groups, N)](
+            mean_ptr=mean,
+            deviation_ptr=deviation,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            factor_ptr=factor,
+            offset_ptr=offset,
+            num_positions=positions,
+            num_channels=C,
+            num_chunks=chunks,
+            chunk_size=size,
+            channels_per_group=C // num_groups,
+            eps=eps,
+            BLOCK_K=triton.next_power_of_2(chunks),
+            BLOCK_J=triton.next_power_of_2(C // num_groups),
+        )
+        _apply_kernel[(triton.cdiv(positions * C, ELEMENTS), N)](
+            x_ptr=x,
+            y_ptr=y,
+            factor_ptr=factor,
+            offset_ptr=offset,
+            num_elements=positions * C,
+            num_channels=C,
+            SILU=silu,
+            BLOCK=ELEMENTS,
+            num_warps=8,
+        )
+    return y

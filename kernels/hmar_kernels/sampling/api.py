@@ -1,0 +1,156 @@
+"""The sampling operator: argument checks, choice of implementation, torch custom op.
+
+The mathematics is in reference.py, the kernel in triton.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference, triton
+
+IMPLEMENTATIONS = ("reference", "triton")
+"""Names that `sample_codes(..., impl=...)` takes beside "auto"."""
+
+
+class SampledCodes(NamedTuple):
+    """A draw for every token.
+
+    Attributes:
+        codes: int64 [B, n].
+        confidence: float32 [B, n], the probability with which the code was drawn: after guidance, temperature and
+            truncation; when greedy, after guidance alone.
+        nonfinite: bool [B, n], whether the token's (guided) logits hold NaN or infinity. Its code is then 0 and means
+            nothing, and its confidence is NaN.
+    """
+
+    codes: Tensor
+    confidence: Tensor
+    nonfinite: Tensor
+
+
+def sample_codes(
+    logits: Tensor,
+    unconditional: Tensor | None = None,
+    *,
+    seeds: Tensor,
+    positions: Tensor,
+    step: int = 0,
+    guidance: float | Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    greedy: bool = False,
+    impl: str = "auto",
+) -> SampledCodes:
+    """One code a token, from logits with classifier-free guidance, truncated by top-k and then top-p.
+
+    Drawn are the logits (1 + guidance) logits - guidance unconditional, divided by the temperature (HMAR, arXiv
+    2506.04421, section 4.4). Nothing here waits for the device.
+
+    Args:
+        logits: [B, n, V], any strides; float16, bfloat16 or float32 (float64: reference only). Computed in float32.
+        unconditional: the same for the null class; None without guidance.
+        seeds: int64 [B] on the logits' device, one an image.
+        positions: int64 [n] or [B, n], in [0, 2^31): places of the tokens within their images. Seed, position and step
+            are all that a token's random numbers depend on.
+        step: in [0, 2^31); tells draws of one token apart.
+        guidance: strength, a number or a float32 tensor [B], one an image; needed exactly with `unconditional`.
+        temperature: positive.
+        top_k: keeps the codes at least as likely as the k-th; 0 turns it off.
+        top_p: of those, the smallest set of most likely codes with a probability of at least p; of equally likely ones
+            those of higher index first. In [0, 1]; 0 and 1 turn it off. Rounded to multiples of 2^-31.
+        greedy: take the likeliest code (the first of equals), whatever temperature, top_k and top_p are.
+        impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises.
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit, or the implementation cannot take them.
+    """
+    _check(logits, unconditional, seeds, positions, step, guidance, temperature, top_k, top_p)
+    B, n, num_codes = logits.shape
+    if unconditional is not None:
+        if not isinstance(guidance, Tensor):
+            guidance = torch.full((B,), float(guidance), device=logits.device)
+        guidance = guidance.contiguous()
+    reason = triton.unavailable(logits.device, logits.dtype, num_codes)
+    if impl == "auto":
+        impl = "triton" if reason is None and logits.is_cuda else "reference"
+    elif impl not in IMPLEMENTATIONS:
+        raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
+    elif impl == "triton" and reason is not None:
+        raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" would take "reference"')
+    if impl == "reference":
+        forward = reference.forward
+    else:
+        # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
+        forward = _sample_triton if torch.compiler.is_compiling() else triton.forward
+    numbers = (step, 1 / temperature, top_k, float(top_p), greedy)
+    drawn = forward(logits, unconditional, guidance, seeds.contiguous(), positions.expand(B, n), *numbers)
+    return SampledCodes(*drawn)
+
+
+@torch.library.custom_op("hmar_kernels::sample_codes_triton", mutates_args=())
+def _sample_triton(
+    logits: Tensor,
+    unconditional: Tensor | None,
+    guidance: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+    step: int,
+    inverse_temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return triton.forward(
+        logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy
+    )
+
+
+@_sample_triton.register_fake
+def _(logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy):
+    B, n, _ = logits.shape
+    return (
+        logits.new_empty(B, n, dtype=torch.int64),
+        logits.new_empty(B, n, dtype=torch.float32),
+        logits.new_empty(B, n, dtype=torch.bool),
+    )
+
+
+def _check(logits, unconditional, seeds, positions, step, guidance, temperature, top_k, top_p) -> None:
+    if logits.ndim != 3 or 0 in logits.shape or not logits.is_floating_point():
+        raise ValueError(f"logits must be floats [images, tokens, codes], none of them 0, got {_describe(logits)}")
+    B, n, _ = logits.shape
+    if unconditional is not None and (unconditional.shape, unconditional.dtype) != (logits.shape, logits.dtype):
+        raise ValueError(
+            f"unconditional logits must be of the shape and dtype of the others, {_describe(logits)}, got "
+            f"{_describe(unconditional)}"
+        )
+    if (guidance is None) != (unconditional is None):
+        given, lacking = ("guidance", "unconditional") if unconditional is None else ("unconditional", "guidance")
+        raise ValueError(f"{given} is given without {lacking}: guidance needs both, drawing without it neither")
+    if isinstance(guidance, Tensor) and (guidance.shape != (B,) or guidance.dtype != torch.float32):
+        raise ValueError(f"guidance must be a number or float32 [{B}], one an image, got {_describe(guidance)}")
+    if seeds.shape != (B,) or seeds.dtype != torch.int64:
+        raise ValueError(f"seeds must be int64 [{B}], one an image, got {_describe(seeds)}")
+    if positions.shape not in ((n,), (B, n)) or positions.dtype != torch.int64:
+        raise ValueError(f"positions must be int64 [{n}] or [{B}, {n}], got {_describe(positions)}")
+    others = {"unconditional": unconditional, "guidance": guidance, "seeds": seeds, "positions": positions}
+    for name, tensor in others.items():
+        if isinstance(tensor, Tensor) and tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} and logits are on {logits.device}; move it there")
+    for name, number, valid, expected in (
+        ("step", step, 0 <= step < 2**31, "in [0, 2^31)"),
+        ("temperature", temperature, 0 < temperature < math.inf, "positive; greedy=True takes the likeliest code"),
+        ("top_k", top_k, top_k >= 0, "at least 0, which turns it off"),
+        ("top_p", top_p, 0 <= top_p <= 1, "between 0, which turns it off, and 1"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} is {number}; it must be {expected}")
+
+
+def _describe(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)}"

@@ -1,0 +1,241 @@
+"""Drawing codes in Triton: guidance, truncation, draw and confidence in one pass over the logits.
+
+    x = ((1 + t) c - t u) / temperature;  w = exp(x - max x);  code = argmax over kept of w / E
+
+Grid: one program a token. It reads the row (both halves of it with guidance) once and keeps it in registers, as a tile
+[V / 4, 4] of which a row takes its four words from one call of the generator. Nothing is sorted: the k-th likeliest
+logit and the threshold of top-p are found by bisection over float bits, which order as the floats do, so at most 32
+counts or sums over the row give the exact value. Weights are summed as int64 (reference.py tells why), the rest is
+float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import MASS_BITS, SHARE_BITS, share
+
+MAX_CODES = 65536  # a row must fit into the registers of a program
+CODES_PER_WARP = 512
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+ONE_MASS: tl.constexpr = tl.constexpr(float(2**MASS_BITS))
+BITS: tl.constexpr = tl.constexpr(SHARE_BITS)
+LOW_BITS: tl.constexpr = tl.constexpr(2**SHARE_BITS - 1)
+ABOVE_ALL: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _exponential(seed, position, step, groups):
+    """Noise [groups, 4], as in reference.py."""
+    zeros = tl.zeros_like(groups)
+    r0, r1, r2, r3 = tl.philox(seed, groups, zeros + position, zeros + step, zeros)
+    column = tl.arange(0, 4)[None, :]
+    words = tl.where(column == 0, r0, tl.where(column == 1, r1, tl.where(column == 2, r2, r3)))
+    v = tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1.0 - 5.9604644775390625e-08)
+    series = v * (1.0 + v * (0.5 + v * (0.3333333333333333 + v * 0.25)))
+    return tl.where(v < 0.00390625, series, -tl.log(1.0 - v))
+
+
+@triton.jit
+def _kth_key(keys, valid, low, top, k):
+    """The largest threshold that at least k of the valid keys reach; `low` is the smallest key, `top` the largest."""
+    low, high = low.to(tl.int64), top.to(tl.int64) + 1
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        count = tl.sum((valid & (keys >= middle.to(tl.int32))).to(tl.int32))
+        # With exactly k the set is found, whatever the value of the k-th key.
+        high = tl.where(count == k, middle + 1, tl.where(count > k, high, middle))
+        low = tl.where(count >= k, middle, low)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _share_key(keys, masses, low, top, wanted):
+    """The largest threshold of which the keys that reach it have a mass of at least `wanted`."""
+    low, high = low.to(tl.int64), top.to(tl.int64) + 1
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        enough = tl.sum(tl.where(keys >= middle.to(tl.int32), masses, 0)) >= wanted
+        high = tl.where(enough, high, middle)
+        low = tl.where(enough, middle, low)
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _tie_start(tied, codes, low, num_codes, wanted):
+    """The largest index from which on at least `wanted` codes are tied."""
+    high = num_codes
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        enough = tl.sum((tied & (codes >= middle)).to(tl.int32)) >= wanted
+        high = tl.where(enough, high, middle)
+        low = tl.where(enough, middle, low)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_tokens", "step", "top_k", "wanted_share"])
+def _sample_kernel(
+    logits_ptr,
+    unconditional_ptr,
+    guidance_ptr,
+    seeds_ptr,
+    positions_ptr,
+    codes_ptr,
+    confidence_ptr,
+    nonfinite_ptr,
+    logits_strides,
+    unconditional_strides,
+    positions_strides,
+    num_tokens,
+    num_codes,
+    step,
+    inverse_temperature,
+    top_k,
+    wanted_share,
+    GUIDED: tl.constexpr,
+    GREEDY: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    b, n = row // num_tokens, row % num_tokens
+    groups = tl.arange(0, BLOCK_V // 4)[:, None]
+    codes = groups * 4 + tl.arange(0, 4)[None, :]
+    valid = codes < num_codes
+
+    # guided logits
+    offs = b * logits_strides[0] + n * logits_strides[1] + codes.to(tl.int64) * logits_strides[2]
+    x = tl.load(logits_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+    if GUIDED:
+        offs = (
+            b * unconditional_strides[0] + n * unconditional_strides[1] + codes.to(tl.int64) * unconditional_strides[2]
+        )
+        u = tl.load(unconditional_ptr + offs, mask=valid, other=0.0).to(tl.float32)
+        strength = tl.load(guidance_ptr + b)
+        x = (1.0 + strength) * x - strength * u
+    if not GREEDY:
+        x = x * inverse_temperature
+    bad = tl.sum((valid & ~(tl.abs(x) < float("inf"))).to(tl.int32)) > 0
+    # NOTE: adding 0 makes -0 to 0, which float comparison takes for equal and the order of bits does not.
+    x = tl.where(bad, 0.0, x) + 0.0
+    largest = tl.max(tl.where(valid, x, float("-inf")))
+    weights = tl.where(valid, tl.exp(x - largest), 0.0)
+
+    # truncation
+    if not GREEDY:
+        bits = x.to(tl.int32, bitcast=True)
+        keys = bits ^ ((bits >> 31) & ABOVE_ALL)
+        if TOP_K or TOP_P:
+            low = tl.min(tl.where(valid, keys, ABOVE_ALL))
+            top = tl.max(tl.where(valid, keys, -ABOVE_ALL - 1))
+        if TOP_K:
+            low = _kth_key(keys, valid, low, top, top_k)
+            weights = tl.where(keys >= low, weights, 0.0)
+        if TOP_P:
+            masses = (weights * ONE_MASS).to(tl.int64)
+            total = tl.sum(masses)
+            wanted = (total >> BITS) * wanted_share + (((total & LOW_BITS) * wanted_share + LOW_BITS) >> BITS)
+            threshold = _share_key(keys, masses, low, top, wanted)
+            tied = valid & (keys == threshold)
+            above = tl.sum(tl.where(keys > threshold, masses, 0))
+            mass = tl.max(tl.where(tied, masses, 0))
+            num_wanted = (wanted - above + mass - 1) // mass
+            first = 0
+            if tl.sum(tied.to(tl.int32)) > num_wanted:
+                first = _tie_start(tied, codes, first, num_codes, num_wanted)
+            weights = tl.where((keys > threshold) | (tied & (codes >= first)), weights, 0.0)
+
+    # draw
+    if GREEDY:
+        scores = tl.where(valid, weights, -1.0)
+    else:
+        seed, position = (
+            tl.load(seeds_ptr + b),
+            tl.load(positions_ptr + b * positions_strides[0] + n * positions_strides[1]),
+        )
+        noise = _exponential(seed, position.to(tl.int32), step, groups)
+        scores = tl.where(valid, tl.div_rn(weights, noise), -1.0)
+    code = tl.min(tl.where(scores == tl.max(scores), codes, num_codes))
+    total = tl.sum((weights * ONE_MASS).to(tl.int64)).to(tl.float32) * (1.0 / ONE_MASS)
+    weight = tl.sum(tl.where(codes == code, weights, 0.0))
+
+    tl.store(codes_ptr + row, tl.where(bad, 0, code).to(tl.int64))
+    tl.store(confidence_ptr + row, tl.where(bad, float("nan"), tl.div_rn(weight, total)))
+    tl.store(nonfinite_ptr + row, bad)
+
+
+def unavailable(device: torch.device, dtype: torch.dtype, num_codes: int) -> str | None:
+    """Why the kernel cannot run; None when it can."""
+    if dtype not in DTYPES:
+        return f"it takes float16, bfloat16 and float32 logits, not {dtype}"
+    if num_codes > MAX_CODES:
+        return f"a row must fit into registers, at most {MAX_CODES} codes, got {num_codes}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f"it needs compute capability 8.0, got {capability[0]}.{capability[1]}"
+    interpreted = not isinstance(_sample_kernel, triton.JITFunction)
+    if device.type == "cpu" and interpreted:
+        return None
+    return f"it needs a CUDA device, got {device.type} (TRITON_INTERPRET=1 serves for tests)"
+
+
+def num_warps(block: int) -> int:
+    return min(16, max(1, block // CODES_PER_WARP))
+
+
+def forward(
+    logits: Tensor,
+    unconditional: Tensor | None,
+    guidance: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+    step: int,
+    inverse_temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [B, n, V], guidance [B], seeds [B], positions [B, n] -> codes, confidence, nonfinite [B, n]."""
+    B, n, num_codes = logits.shape
+    codes = torch.empty(B, n, dtype=torch.int64, device=logits.device)
+    confidence = torch.empty(B, n, dtype=torch.float32, device=logits.device)
+    nonfinite = torch.empty(B, n, dtype=torch.bool, device=logits.device)
+    guided = unconditional is not None
+    block = max(16, triton.next_power_of_2(num_codes))
+    # NOTE: Triton launches on the current device, whatever device the tensors are on.
+    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        _sample_kernel[(B * n,)](
+            logits_ptr=logits,
+            unconditional_ptr=unconditional if guided else logits,
+            guidance_ptr=guidance if guided else logits,
+            seeds_ptr=seeds,
+            positions_ptr=positions,
+            codes_ptr=codes,
+            confidence_ptr=confidence,
+            nonfinite_ptr=nonfinite,
+            logits_strides=logits.stride(),
+            unconditional_strides=unconditional.stride() if guided else logits.stride(),
+            positions_strides=positions.stride(),
+            num_tokens=n,
+            num_codes=num_codes,
+            step=step,
+            inverse_temperature=inverse_temperature,
+            top_k=top_k,
+            wanted_share=share(top_p),
+            GUIDED=guided,
+            GREEDY=greedy,
+            TOP_K=not greedy and 0 < top_k < num_codes,
+            TOP_P=not greedy and 0 < top_p < 1,
+            BLOCK_V=block,
+            num_warps=num_warps(block),
+            # NOTE: the reference rounds every product of the guidance; fused ones would order near ties in another way.
+            enable_fp_fusion=False,
+        )
+    return codes, confidence, nonfinite

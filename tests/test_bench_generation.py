@@ -1,0 +1,213 @@
+"""The generation benchmark on the CPU, and its tables: pure functions of the raw JSON."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from bench import generation, sampling
+from bench.check import CheckFailed
+from bench.generation import Cell, Rows, check, choose_cells, empty_row
+from reports import build
+
+COLUMNS = "gpu,commit,model,engine,schedule,resolution,depth,batch,ms,images_per_s,peak_gb"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A whole run on the tiny model."""
+    path = tmp_path_factory.mktemp("bench") / "deep" / "generation.json"
+    arguments = ["--device", "cpu", "--seconds", "0", "--commit", "abc", "--batches", "1,2", "--output", str(path)]
+    assert generation.main(arguments) == 0
+    return path
+
+
+def test_a_run_measures_every_engine(written):
+    content = json.loads(written.read_text())
+    assert (content["kind"], content["version"], content["complete"]) == ("generation", 1, True)
+    assert list(written.parent.iterdir()) == [written]
+    rows = content["results"]
+    assert [(r["model"], r["engine"], r["schedule"], r["batch"]) for r in rows] == [
+        (model, engine, schedule, batch)
+        for model, schedules in (("hmar", ("default", "none")), ("var", ("none",)))
+        for engine in ("eager", "optimised")
+        for schedule in schedules
+        for batch in (1, 2)
+    ]
+    for row in rows:
+        assert row["status"] == "ok" and row["commit"] == "abc" and row["rounds"] >= 5
+        assert 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"]
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"], rel=1e-4)
+        if row["engine"] == "optimised":
+            assert row["same_codes"] >= 0.9 and set(row["parts_ms"]) == set(build.PARTS)
+            assert len(row["scales_ms"]) == 4 and min(row["scales_ms"]) > 0
+
+
+def test_a_run_goes_on_where_it_ended(written, tmp_path, monkeypatch, capsys):
+    """After its minutes, and after a crash, which is recorded and not tried again."""
+    path = tmp_path / "part.json"
+    arguments = ["--device", "cpu", "--seconds", "0", "--commit", "abc", "--batches", "1", "--output", str(path)]
+    assert generation.main([*arguments, "--minutes", "0"]) == 0
+    assert "--continue goes on" in capsys.readouterr().out and not path.exists()
+    content = json.loads(written.read_text())
+    cells = [Cell("hmar", "eager", schedule, None, 2, 1) for schedule in ("default", "none")]
+    kept = [row for row in content["results"] if generation.cell_of(row) == cells[0]]
+    rows = Rows(path.with_name("part.json.partial"), {k: content[k] for k in ("environment", "method")})
+    rows.add(cells[0], kept[0])
+    rows.write(complete=False, running=cells[1])
+    measured = []
+
+    def run_cell(subjects, cell, *_):
+        measured.append(cell)
+        return empty_row(cell, "ok", None, "abc") | {"ms": 1.0, "images_per_s": 1.0}
+
+    monkeypatch.setattr(generation, "run_cell", run_cell)
+    assert generation.main([*arguments, "--continue"]) == 1
+    results = {generation.cell_of(row): row for row in json.loads(path.read_text())["results"]}
+    assert results[cells[0]] == kept[0] and results[cells[1]]["status"] == "crashed"
+    assert len(results) == 6 and len(measured) == 4 and not set(cells) & set(measured)
+
+
+def test_results_of_other_code_are_not_continued(written, capsys):
+    arguments = ["--device", "cpu", "--commit", "other", "--output", str(written), "--continue"]
+    with pytest.raises(SystemExit):
+        generation.main(arguments)
+    assert "measured with commit abc, here it is other" in capsys.readouterr().err
+
+
+def test_larger_batches_are_left_out_after_one_that_does_not_fit(tmp_path, monkeypatch):
+    def run_cell(subjects, cell, *_):
+        status = "out of memory" if cell.batch >= 2 else "ok"
+        return empty_row(cell, status, None, "abc") | {"ms": 1.0, "images_per_s": 1.0}
+
+    monkeypatch.setattr(generation, "run_cell", run_cell)
+    path = tmp_path / "full.json"
+    generation.main(["--device", "cpu", "--batches", "1,2,4", "--models", "var", "--output", str(path)])
+    found = [(row["batch"], row["status"], row["reason"]) for row in json.loads(path.read_text())["results"]]
+    assert found == 2 * [
+        (1, "ok", None),
+        (2, "out of memory", None),
+        (4, "out of memory", "a smaller batch did not fit"),
+    ]
+
+
+def test_wrong_images_are_not_timed():
+    cell = Cell("hmar", "optimised", "default", None, 2, 2)
+    subject = generation.Subject(cell, torch.device("cpu"))
+    expected = subject.expected(cell)
+    subject.optimise()
+    assert check(subject, cell, expected) >= 0.9
+    with pytest.raises(generation.CheckFailed, match="of the codes are those of the eager engine"):
+        check(subject, cell, expected._replace(codes_BL=expected.codes_BL + 1))
+    generate = subject.generate
+    subject.generate = lambda *a: generate(*a)._replace(f_hat_BEhw=expected.f_hat_BEhw + 1)
+    with pytest.raises(generation.CheckFailed, match="f_hat"):
+        check(subject, cell, expected)
+    subject.generate = lambda *a: generate(*a)._replace(images_BCHW=expected.images_BCHW * torch.nan)
+    with pytest.raises(generation.CheckFailed, match="not finite"):
+        check(subject, cell, expected)
+
+
+def test_cells_of_a_gpu():
+    class Options:
+        device, models, engines, schedules = "cuda", None, None, None
+        resolutions = depths = batches = None
+        full = False
+
+    cells = choose_cells(Options)
+    assert len(cells) == len(set(cells)) == 4 * 2 * (4 + 2)
+    assert (
+        Cell("hmar", "optimised", "default", 1024, 24, 8) in cells
+        and Cell("var", "eager", "none", 256, 30, 16) in cells
+    )
+    Options.resolutions, Options.depths, Options.full = (512,), (16,), True
+    assert {(c.resolution, c.depth) for c in choose_cells(Options)} == {(512, 16)}
+    assert {c.batch for c in choose_cells(Options)} == set(generation.FULL_BATCHES)
+    assert Cell("hmar", "eager", "default", 256, 16, 1).sampling().masked_cfg_factor == 1e-6
+    assert Cell("hmar", "optimised", "default", 256, 30, 1).sampling().top_k == 650
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = []
+    for batch in (16, 1):
+        for factor, key in enumerate(build.GENERATION_LOOKS, start=1):
+            cell = Cell(*key, 256, 16, batch)
+            row = empty_row(cell, "ok", None, "0123456789") | {"ms": 20.0 * factor, "p10_ms": 19.0, "p90_ms": 21.0}
+            row |= {"images_per_s": 1e3 * batch / row["ms"], "peak_gb": 2.5}
+            rows.append(row | {"parts_ms": dict.fromkeys(build.PARTS, 1.25)} if cell.engine == "optimised" else row)
+    rows[5] |= {"status": "out of memory", "reason": "no room", "ms": None, "images_per_s": None, "peak_gb": None}
+    facts = {"gpu": "NVIDIA H100 80GB HBM3", "commit": "0123456789", "date": "2031-02-03T04:05:06+00:00"}
+    facts |= {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0", "driver": "580.1"}
+    content = {"kind": "generation", "version": 1, "environment": facts, "method": {}, "results": rows}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "generation_test.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_tables_and_plots(data, tmp_path):
+    paths = build.build_generation(data, tmp_path, tmp_path)
+    assert [path.name for path in paths] == ["generation.csv", "generation.md", "generation_test_batch.png"]
+    text = paths[0].read_text()
+    assert text.splitlines()[0] == COLUMNS
+    table = pd.read_csv(paths[0])
+    assert len(table) == 12 and list(table.batch) == [1] * 6 + [16] * 6
+    lost = table[(table.batch == 16) & (table.model == "var") & (table.engine == "eager")]
+    assert len(lost) == 1 and lost[["ms", "images_per_s", "peak_gb"]].isna().all(axis=None)
+    assert table.ms.dtype == "float64" and (table.gpu == "NVIDIA H100 80GB HBM3").all()
+    markdown = paths[1].read_text()
+    lines = [[part.strip() for part in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    best = [line for line in lines if line[0] == "HMAR, optimised"]
+    # ms, spread, images/s, memory, target, its ratio, VAR eager / ours, VAR optimised / ours, four parts
+    assert best[0][1:] == ["20.0", "19.0 to 21.0", "50.0", "2.50", "12.0", "0.60", "6.00", "5.00", *["1.25"] * 4]
+    assert best[1][5:9] == ["45.0", "2.25", "-", "5.00"]
+    assert "VAR, eager: out of memory. no room" in markdown and "nan" not in markdown.lower()
+    assert paths[2].stat().st_size > 10_000
+
+
+def test_without_data_there_are_no_tables(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    assert build.build_generation(tmp_path, tmp_path, tmp_path) == []
+
+
+def test_an_unknown_version_is_refused(data):
+    path = data / "generation_test.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match="version 2; this script reads version 1"):
+        build.load_generation(data)
+
+
+# --- drawing codes ----------------------------------------------------------------------------------------------------
+
+
+def test_sampling_benchmark_checks_and_times_every_implementation(tmp_path):
+    path = tmp_path / "sampling.json"
+    impls = ["--impl", "reference,sort"]
+    assert (
+        sampling.main(["--device", "cpu", "--seconds", "0.001", "--commit", "abc", "--output", str(path), *impls]) == 0
+    )
+    content = json.loads(path.read_text())
+    assert (content["kind"], content["complete"], len(content["results"])) == ("sampling", True, 4)
+    for row in content["results"]:
+        assert row["status"] == "ok" and 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"], row
+        assert row["check"]["outside"] == 0 and row["check"]["confidence_error"] < 1e-4
+
+
+@pytest.mark.parametrize("wrong", ["code", "confidence", "nan"])
+def test_sampling_benchmark_finds_wrong_draws(wrong):
+    cell = sampling.Cell(None, 2, 9, 64, 5, 0.0)
+    inputs = sampling.Inputs(cell, torch.device("cpu"))
+    codes, confidence = sampling.sorted_draw(*inputs.arguments)
+    inputs.check(codes, confidence)
+    if wrong == "code":
+        logits = 2.5 * inputs.conditional.float() - 1.5 * inputs.unconditional.float()
+        codes[1, 3] = logits[1, 3].argmin()
+    else:
+        confidence[1, 3] *= 1.01 if wrong == "confidence" else torch.nan
+    with pytest.raises(CheckFailed):
+        inputs.check(codes, confidence)

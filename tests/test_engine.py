@@ -1,0 +1,324 @@
+"""The engine on the CPU: the same images as the plain functions, fixed shapes, nothing computed twice."""
+
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine_cases import (
+    CLASSES,
+    CONFIG,
+    KINDS,
+    PYRAMID,
+    SAMPLINGS,
+    build,
+    build_tokenizer,
+    holes,
+    plain,
+    sampling_for,
+)
+from hmar.config import ModelConfig
+from hmar.engine import Engine
+from hmar.generate import SamplingConfig, even_schedule
+from hmar.model import HMAR, MaskedTransformer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer().double()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request):
+    """In float64, so that another order of sums cannot turn a draw."""
+    return build(request.param).double()
+
+
+@pytest.fixture(scope="module")
+def hmar():
+    return build("hmar").double()
+
+
+@pytest.fixture(scope="module")
+def engines(tokenizer):
+    made = {}
+    return lambda model: made.setdefault(id(model), Engine(model, tokenizer))
+
+
+def assert_same(actual, expected):
+    assert torch.equal(actual.codes_BL, expected.codes_BL)
+    torch.testing.assert_close(actual.f_hat_BEhw, expected.f_hat_BEhw)
+    torch.testing.assert_close(actual.images_BCHW, expected.images_BCHW)
+
+
+# --- the same images --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("edited", [False, True], ids=["new", "edited"])
+def test_images_are_those_of_the_plain_functions(engines, model, tokenizer, name, edited):
+    sampling, known = sampling_for(model, name), holes() if edited else None
+    for options in ({"first_image": 7}, {"seeds_B": [5, 2**40, 5]}):
+        expected = plain(model, tokenizer, CLASSES, sampling, known=known, **options)
+        assert_same(engines(model).generate(CLASSES, sampling, known=known, **options), expected)
+
+
+def test_one_row_of_known_codes_serves_a_batch(engines, model, tokenizer):
+    known = type(holes())(*(tensor[:1] for tensor in holes()))
+    expected = plain(model, tokenizer, CLASSES, SAMPLINGS["greedy"], known=known)
+    assert_same(engines(model).generate(CLASSES, sampling_for(model, "greedy"), known=known), expected)
+
+
+def test_edits_of_other_holes_share_a_program(engines, model, tokenizer):
+    """Which passes run depends on the holes; what a skipped pass left from an earlier image must not matter."""
+    sampling = sampling_for(model, "default")
+    known = holes()
+    shuffled = type(known)(known.codes_BL.flip(0), known.tokens_BL.flip(0))
+    everything = type(known)(known.codes_BL, torch.ones_like(known.tokens_BL))
+    before = len(engines(model).programs)
+    for edit in (known, everything, shuffled, known):
+        expected = plain(model, tokenizer, CLASSES, sampling, known=edit)
+        assert_same(engines(model).generate(CLASSES, sampling, known=edit), expected)
+    assert len(engines(model).programs) <= before + 1
+
+
+def test_previews_are_the_latents_of_every_scale(engines, model, tokenizer):
+    expected, actual = [], []
+    plain(model, tokenizer, CLASSES, on_scale=lambda k, f_hat: expected.append((k, f_hat.clone())))
+    engine = engines(model)
+    output = engine.generate(CLASSES, on_scale=lambda k, f_hat: actual.append((k, f_hat)))
+    assert [k for k, _ in actual] == [k for k, _ in expected] == list(range(PYRAMID.num_scales))
+    for (_, mine), (_, theirs) in zip(actual, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(engine.decode(actual[-1][1]), output.images_BCHW)
+
+
+def test_every_image_may_have_a_guidance_of_its_own(engines, model, tokenizer):
+    strengths = [0.0, 1.5, 3.0]
+    together = engines(model).generate(CLASSES, SAMPLINGS["greedy"], cfg_B=strengths, seeds_B=[1, 2, 3])
+    for i, cfg in enumerate(strengths):
+        sampling = replace(sampling_for(model, "greedy"), cfg=cfg)
+        alone = plain(model, tokenizer, CLASSES[i : i + 1], sampling, seeds_B=[i + 1])
+        assert torch.equal(alone.codes_BL[0], together.codes_BL[i])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_that_of_autocast(kind):
+    """Weights rounded once against weights rounded by autocast in every pass; the decoder rounds more."""
+    model, tokenizer = build(kind), build_tokenizer()
+    sampling = SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(model, tokenizer, CLASSES, sampling)
+    engine = Engine(model, tokenizer, dtype=torch.bfloat16)
+    actual = engine.generate(CLASSES, sampling)
+    assert torch.equal(actual.codes_BL, expected.codes_BL)
+    torch.testing.assert_close(actual.images_BCHW.float(), expected.images_BCHW.float(), rtol=0, atol=0.05)
+    assert actual.f_hat_BEhw.dtype == torch.float32
+    kept = {
+        p.dtype for module in engine.model.modules() if isinstance(module, torch.nn.Linear) for p in module.parameters()
+    }
+    assert kept == {torch.bfloat16} and engine.decoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_compiled_blocks_give_the_same_images(hmar, tokenizer):
+    sampling = SamplingConfig(cfg=0.0, top_k=20, schedule={2: [1, 3]})
+    expected = plain(hmar, tokenizer, CLASSES, sampling)
+    assert_same(Engine(hmar, tokenizer, compile="eager").generate(CLASSES, sampling), expected)
+
+
+def test_shared_modulation(tokenizer):
+    """The layout of VAR d36: one linear for all blocks, and a table in each."""
+    model = build("var", replace(CONFIG, shared_modulation=True)).double()
+    sampling = SamplingConfig(cfg=2.0, top_k=30)
+    assert_same(Engine(model, tokenizer).generate(CLASSES, sampling), plain(model, tokenizer, CLASSES, sampling))
+
+
+# --- fixed shapes, no waiting -----------------------------------------------------------------------------------------
+
+
+class Recorded(TorchDispatchMode):
+    """Names and shapes of all operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+        self.calls.append((str(func), [tuple(x.shape) for x in tensors]))
+        return result
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["new", "edited"])
+def test_steps_have_fixed_shapes_and_read_no_numbers(engines, model, edited):
+    """What a graph needs: the same operators on the same shapes for all arguments, and none that waits for a value."""
+    engine = engines(model)
+    sampling = sampling_for(model, "default")
+    seen = []
+    for seed in (1, 2):
+        known = holes() if edited else None
+        engine.generate(CLASSES.roll(seed), replace(sampling, seed=seed), known=known)
+        program = engine.programs[next(reversed(engine.programs))]
+        with Recorded() as recorded, torch.no_grad():
+            for segment in program.segments:
+                segment.run()
+        seen.append(recorded.calls)
+    assert seen[0] == seen[1] and len(seen[0]) > 100
+    waiting = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.item.default", "aten.equal.default"}
+    assert not waiting & {name for name, _ in seen[0]}
+
+
+# --- no wasted work ---------------------------------------------------------------------------------------------------
+
+
+def shapes_of_inputs(modules):
+    """Records the shape of the first argument of every call of the modules."""
+    seen = []
+    for module in modules:
+        module.register_forward_pre_hook(lambda _, arguments: seen.append(tuple(arguments[0].shape)))
+    return seen
+
+
+def test_modulation_is_computed_once_an_image(hmar, tokenizer):
+    engine = Engine(hmar, tokenizer)
+    seen = shapes_of_inputs(remembered.modulation for remembered in engine._remembered)
+    engine.generate(CLASSES, SAMPLINGS["one-token"])
+    assert len(seen) == CONFIG.depth + 1 + 2, "every block, those of the two branches, and two heads"
+    assert set(seen) == {(6, CONFIG.width)}
+
+
+def test_masked_passes_skip_the_null_class_and_finished_codes(hmar, tokenizer):
+    engine = Engine(hmar, tokenizer)
+    heads = shapes_of_inputs([engine.model.mask_head.linear])
+    blocks = shapes_of_inputs(block.attention for block in engine.model.mask_blocks)
+    engine.generate(CLASSES, SamplingConfig(cfg=2.0, schedule={2: [1, 3], 3: [1, 1, 2, 5]}))
+    assert heads == [(3, m, CONFIG.width) for m in (3, 8, 7, 5)]
+    assert blocks == [(3, n, CONFIG.width) for n in (4, 9, 9, 9)]
+    heads.clear()
+    engine.generate(CLASSES, SamplingConfig(cfg=2.0, schedule={2: [1, 3]}, masked_cfg_factor=1e-6))
+    assert heads == [(6, 3, CONFIG.width)], "parity with the published code"
+
+
+def test_passes_without_guidance_skip_the_null_class(hmar, tokenizer):
+    engine = Engine(hmar, tokenizer)
+    rows = shapes_of_inputs([engine.model.next_scale_head.linear])
+    engine.generate(CLASSES, SamplingConfig(cfg=2.0, cfg_ramp=[0, 1, 0, 1], schedule="none"))
+    assert [shape[:2] for shape in rows] == [(3, 1), (6, 4), (3, 9), (6, 25)]
+
+
+def test_every_scale_passes_var_once(tokenizer):
+    engine = Engine(build("var").double(), tokenizer)
+    seen = shapes_of_inputs([engine.model.blocks[0].attention])
+    engine.generate(CLASSES, SamplingConfig(cfg=2.0))
+    assert [shape[1] for shape in seen] == list(PYRAMID.sizes)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["shared", "copied"])
+def test_weights_that_change_are_noticed(dtype):
+    model, tokenizer = build("hmar"), build_tokenizer()
+    engine = Engine(model, tokenizer, dtype=dtype)
+    sampling = SamplingConfig(cfg=1.0, greedy=True)
+    before = engine.generate(CLASSES, sampling)
+    model.load_state_dict(build("hmar", seed=9).state_dict())
+    tokenizer.load_state_dict(build_tokenizer(seed=9).state_dict())
+    after = engine.generate(CLASSES, sampling)
+    assert len(engine.programs) == 1, "graphs read the same memory"
+    assert not torch.equal(before.codes_BL, after.codes_BL)
+    expected = Engine(build("hmar", seed=9), build_tokenizer(seed=9), dtype=dtype).generate(CLASSES, sampling)
+    assert torch.equal(after.images_BCHW, expected.images_BCHW)
+    model.embedding.position_LC.data.zero_()
+    engine.refresh()
+    assert not torch.equal(engine.generate(CLASSES, sampling).f_hat_BEhw, after.f_hat_BEhw)
+
+
+def test_weights_in_place_are_not_copied():
+    model, tokenizer = build("hmar"), build_tokenizer()
+    engine = Engine(model, tokenizer)
+    assert all(source.data_ptr() == copied.data_ptr() for source, copied in engine._pairs)
+    engine = Engine(model, tokenizer, dtype=torch.bfloat16)
+    shared = {source.data_ptr() == copied.data_ptr() for source, copied in engine._pairs if source.ndim == 1}
+    assert shared == {True, False}, "biases of linear layers are copied, those of attention are not"
+    assert model.embedding.codes.weight.dtype == torch.float32 and model.training is False
+
+
+def test_the_model_itself_stays_as_it_was(tokenizer):
+    model = build("hmar").double().train()
+    before, names = deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
+    Engine(model, tokenizer).generate(CLASSES)
+    assert [name for name, _ in model.named_modules()] == names and model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_programs_are_made_for_sizes_and_settings_and_for_nothing_else(hmar, tokenizer):
+    engine = Engine(hmar, tokenizer, max_programs=3)
+    base = SamplingConfig(cfg=1.5, top_k=20)
+    engine.generate(CLASSES, base)
+    for same in (replace(base, seed=3), replace(base, cfg=2.5), replace(base, schedule="default")):
+        engine.generate(CLASSES.flip(0), same)
+    assert len(engine.programs) == 1
+    first = next(iter(engine.programs))
+    engine.generate(CLASSES[:2], base)
+    engine.generate(CLASSES, replace(base, top_k=21))
+    engine.generate(CLASSES, base)
+    assert len(engine.programs) == 3 and next(reversed(engine.programs)) == first
+    engine.generate(CLASSES, replace(base, schedule=even_schedule(PYRAMID, 2)))
+    assert len(engine.programs) == 3 and [s.batch for s in engine.programs] == [3, 3, 3], "the unused one went"
+    engine.forget()
+    assert not engine.programs and engine.graph_bytes == 0
+
+
+def test_logits_that_are_not_finite_are_refused_and_later_images_are_not(tokenizer):
+    model = build("hmar").double()
+    engine = Engine(model, tokenizer)
+    row = model.embedding.classes.weight[3].clone()
+    with torch.no_grad():
+        model.embedding.classes.weight[3] = torch.nan
+    with pytest.raises(ValueError, match=r"logits of scale 1 are NaN or infinite for images \[1\]"):
+        engine.generate(CLASSES)
+    with torch.no_grad():
+        model.embedding.classes.weight[3] = row
+    assert_same(engine.generate(CLASSES), plain(model, tokenizer, CLASSES))
+
+
+def test_bad_arguments_are_refused(hmar, tokenizer):
+    engine = Engine(hmar, tokenizer)
+    for call, message in (
+        (lambda: Engine(MaskedTransformer(CONFIG), tokenizer), "cannot generate alone"),
+        (lambda: Engine(hmar, tokenizer, dtype=torch.float64), "expected torch.bfloat16"),
+        (lambda: Engine(hmar, tokenizer, capture=True), "CUDA graphs need a CUDA device"),
+        (lambda: Engine(hmar, tokenizer, max_programs=0), "at least one"),
+        (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
+        (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),
+        (lambda: engine.generate(CLASSES, cfg_B=[1.0]), "1 strengths of guidance for 3 images"),
+        (lambda: engine.generate(CLASSES, cfg_B=[1.0, -1.0, 0.0]), "cfg is -1.0"),
+        (lambda: engine.generate(CLASSES, seeds_B=[1]), "for each of 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_operators_of_an_image_are_few(hmar, tokenizer):
+    """The modulation linears are the only ones that run once an image; all others once a pass."""
+    engine = Engine(hmar, tokenizer)
+    counts = Counter()
+    for name, module in engine.model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda *_, name=name: counts.update([name]))
+    engine.generate(CLASSES, SamplingConfig(cfg=2.0, schedule={2: [1, 3], 3: [1, 1, 2, 5]}))
+    passes = {"trunk": 4 + 4, "next_scale_blocks": 4, "mask_blocks": 4, "next_scale_head": 4, "mask_head": 4}
+    for name, count in counts.items():
+        if "modulation" in name:
+            assert count == 1, name
+        elif name.endswith(("proj", "fc1", "fc2", "head.linear")):
+            assert count == passes[name.split(".")[0]], name
+    assert sum("modulation" in name for name in counts) == CONFIG.depth + 1 + 2

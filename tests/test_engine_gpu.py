@@ -1,0 +1,135 @@
+"""The engine's CUDA graphs against the same steps one by one, to the bit, and their memory."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine_cases import CLASSES, KINDS, PYRAMID, SAMPLINGS, build, build_tokenizer, holes, plain, sampling_for
+from hmar.config import PRESETS
+from hmar.engine import Engine
+from hmar.generate import SamplingConfig
+from hmar.model import HMAR, NextScaleTransformer
+from hmar.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer().cuda()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request):
+    return build(request.param).cuda()
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer):
+    """By model and dtype: the engine that captures, and the one that does not."""
+    made = {}
+
+    def pair(model, dtype):
+        if (id(model), dtype) not in made:
+            made[id(model), dtype] = [Engine(model, tokenizer, dtype=dtype, capture=flag) for flag in (True, False)]
+        return made[id(model), dtype]
+
+    return pair
+
+
+def assert_equal(actual, expected):
+    assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("edited", [False, True], ids=["new", "edited"])
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_graphs_give_what_the_steps_give(pairs, model, name, edited, dtype):
+    sampling, known = sampling_for(model, name), holes() if edited else None
+    captured, stepwise = pairs(model, dtype)
+    for seed in (1, 2, 1):
+        arguments = {"sampling": replace(sampling, seed=seed), "known": known}
+        assert_equal(
+            captured.generate(CLASSES.roll(seed), **arguments), stepwise.generate(CLASSES.roll(seed), **arguments)
+        )
+
+
+def test_float32_codes_are_those_of_the_plain_functions(pairs, model, tokenizer):
+    """Greedy, where only a near tie of two codes could be rounded away."""
+    sampling = sampling_for(model, "greedy")
+    expected = plain(model, tokenizer, CLASSES, sampling)
+    actual = pairs(model, None)[0].generate(CLASSES, sampling)
+    assert torch.equal(actual.codes_BL, expected.codes_BL)
+    torch.testing.assert_close(actual.images_BCHW, expected.images_BCHW, rtol=0, atol=1e-2)
+
+
+def test_programs_share_memory_and_stay_right_in_any_order(model, tokenizer):
+    engine, stepwise = (Engine(model, tokenizer, dtype=torch.bfloat16, capture=flag) for flag in (True, False))
+    classes = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    sampling = sampling_for(model, "default")
+    expected = {n: stepwise.generate(classes[:n], sampling) for n in (1, 2, 8)}
+    for n in (8, 1, 2, 8, 2, 1, 8):
+        assert_equal(engine.generate(classes[:n], sampling), expected[n])
+    assert len(engine.programs) == 3
+
+
+def test_memory_is_bounded_and_given_back(tokenizer):
+    engine = Engine(build("hmar").cuda(), tokenizer, max_bytes=1)
+    first = engine.generate(CLASSES)
+    assert len(engine.programs) == 1 and engine.graph_bytes > 0
+    engine.generate(CLASSES[:1])
+    assert [settings.batch for settings in engine.programs] == [1], "one program over the bound stays, alone"
+    assert_equal(engine.generate(CLASSES), first)
+    engine.forget()
+    assert engine.graph_bytes == 0 and not engine.programs
+    assert_equal(engine.generate(CLASSES), first)
+
+
+def test_graphs_see_weights_that_change(tokenizer):
+    model = build("hmar").cuda()
+    engine = Engine(model, tokenizer, dtype=torch.bfloat16)
+    before = engine.generate(CLASSES, SAMPLINGS["greedy"])
+    model.load_state_dict(build("hmar", seed=9).state_dict())
+    after = engine.generate(CLASSES, SAMPLINGS["greedy"])
+    assert len(engine.programs) == 1 and not torch.equal(before.codes_BL, after.codes_BL)
+    fresh = Engine(model, tokenizer, dtype=torch.bfloat16, capture=False).generate(CLASSES, SAMPLINGS["greedy"])
+    assert_equal(after, fresh)
+
+
+def test_previews_come_from_graphs(pairs, model):
+    captured, stepwise = pairs(model, torch.bfloat16)
+    seen = {}
+    for name, engine in (("graphs", captured), ("steps", stepwise)):
+        seen[name] = []
+        engine.generate(CLASSES, on_scale=lambda k, f_hat, name=name: seen[name].append((k, f_hat)))
+    assert [k for k, _ in seen["graphs"]] == list(range(PYRAMID.num_scales))
+    for (_, actual), (_, expected) in zip(seen["graphs"], seen["steps"], strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_model_on_the_cpu_generates_on_the_gpu(model, tokenizer, pairs):
+    engine = Engine(build("hmar"), build_tokenizer(), device="cuda", dtype=torch.bfloat16)
+    output = engine.generate(CLASSES, SAMPLINGS["default"])
+    assert output.images_BCHW.is_cuda and output.images_BCHW.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["hmar", "var"])
+@pytest.mark.parametrize("preset", ["d16-256", "d16-512", "d16-1024"])
+def test_published_sizes(kind, preset):
+    """Random weights of the published sizes: graphs equal steps, and nothing is left over by a second image."""
+    torch.manual_seed(0)
+    tokenizer_config, config = PRESETS[preset]
+    with torch.device("cuda"):
+        tokenizer = Tokenizer(tokenizer_config, config.pyramid)
+        model = HMAR(config) if kind == "hmar" else NextScaleTransformer(config, "block_causal")
+        torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
+    sampling = SamplingConfig(cfg=1.5, top_k=900, top_p=0.96)
+    outputs = []
+    for capture in (True, False):
+        engine = Engine(model.eval(), tokenizer.eval(), dtype=torch.bfloat16, capture=capture)
+        engine.generate(torch.tensor([7, 8]), replace(sampling, seed=1))
+        outputs.append(engine.generate(torch.tensor([1, 2]), sampling))
+        engine.forget()
+    assert_equal(*outputs)
+    assert outputs[0].images_BCHW.isfinite().all() and outputs[0].images_BCHW.std() > 0

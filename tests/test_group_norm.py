@@ -1,0 +1,130 @@
+"""Group norm: the reference against its definition, the kernels against float64 by the one rule of accuracy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hmar_kernels import group_norm
+from hmar_kernels.group_norm import triton as kernels
+
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+# N, C, H, W, groups
+SHAPES = {
+    "160 of 32": (2, 160, 8, 8, 32),
+    "several chunks": (1, 32, 33, 35, 8),
+    "odd": (2, 12, 5, 3, 4),
+    "one group": (1, 6, 7, 7, 1),
+    "a channel each": (3, 16, 1, 2, 16),
+    "blocks of channels": (1, 256, 3, 5, 32),
+}
+
+
+def inputs(shape, dtype, device="cpu", mean=1.0):
+    N, C, H, W, groups = shape
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, H, W, generator=generator) * 2 + mean
+    weight, bias = torch.randn(2, C, generator=generator)
+    x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
+    return x, groups, weight.to(device, dtype), bias.to(device, dtype)
+
+
+def exact(x, groups, weight, bias, silu):
+    """From the definition, in float64."""
+    x, weight, bias = (t.double() for t in (x, weight, bias))
+    parts = x.unflatten(1, (groups, -1))
+    mean = parts.mean((2, 3, 4), keepdim=True)
+    parts = (parts - mean) / ((parts - mean).square().mean((2, 3, 4), keepdim=True) + 1e-6).sqrt()
+    y = parts.flatten(1, 2) * weight[:, None, None] + bias[:, None, None]
+    return y * y.sigmoid() if silu else y
+
+
+def assert_accurate(shape, dtype, silu, device="cpu", mean=1.0):
+    x, groups, weight, bias = inputs(shape, dtype, device, mean)
+    expected = exact(x, groups, weight, bias, silu)
+    eager = F.group_norm(x, groups, weight, bias, 1e-6)
+    eager = F.silu(eager) if silu else eager
+    actual = group_norm(x, groups, weight, bias, eps=1e-6, silu=silu, impl="triton")
+    assert actual.dtype == dtype and actual.is_contiguous(memory_format=torch.channels_last)
+    error, allowed = ((y.double() - expected).norm() for y in (actual, eager))
+    floor = 32 * torch.finfo(torch.float32).eps * expected.numel() ** 0.5
+    assert actual.isfinite().all()
+    assert error <= 2 * allowed + torch.finfo(dtype).eps * expected.norm() + floor
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_reference_is_its_definition(name, silu):
+    x, groups, weight, bias = inputs(SHAPES[name], torch.float64)
+    actual = group_norm(x, groups, weight, bias, eps=1e-6, silu=silu)
+    torch.testing.assert_close(actual, exact(x, groups, weight, bias, silu))
+    assert torch.autograd.gradcheck(
+        lambda x: group_norm(x, 2, weight[:4], bias[:4], silu=silu), x[:1, :4, :2, :2].contiguous().requires_grad_()
+    )
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_under_the_interpreter(name, silu, dtype, poisoned_memory):
+    assert_accurate(SHAPES[name], dtype, silu)
+
+
+@interpreted
+def test_nothing_cancels_where_the_mean_is_large():
+    x, groups, weight, bias = inputs(SHAPES["several chunks"], torch.float32, mean=3000.0)
+    actual = group_norm(x, groups, weight, bias, eps=1e-6, impl="triton")
+    torch.testing.assert_close(actual.double(), exact(x, groups, weight, bias, False), rtol=0, atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (4, 160, 256, 256, 32), (2, 640, 16, 16, 32)], ids=str)
+def test_kernels_on_a_gpu(shape, silu, dtype, poisoned_memory):
+    assert_accurate(shape, dtype, silu, "cuda")
+    assert_accurate(shape, dtype, silu, "cuda", mean=30.0)
+
+
+@pytest.mark.gpu
+def test_compiled_and_chosen_on_a_gpu():
+    x, groups, weight, bias = inputs(SHAPES["160 of 32"], torch.bfloat16, "cuda")
+    expected = group_norm(x, groups, weight, bias, silu=True, impl="triton")
+    assert torch.equal(group_norm(x, groups, weight, bias, silu=True), expected)
+    compiled = torch.compile(lambda x: group_norm(x, groups, weight, bias, silu=True), fullgraph=True)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_chunks_are_few_enough_to_combine():
+    assert [kernels.chunk_size(side * side) for side in (16, 256, 512, 1024)] == [512, 512, 2048, 8192]
+    for positions in (1, 511, 65537, 100_001, 1 << 22):
+        size = kernels.chunk_size(positions)
+        assert size % kernels.ROWS == 0 and -(-positions // size) <= kernels.MAX_CHUNKS
+
+
+def test_channel_blocks_divide_the_published_channels():
+    assert {C: kernels.channel_block(C) for C in (160, 320, 640, 12, 256)} == {
+        160: 32,
+        320: 64,
+        640: 128,
+        12: 16,
+        256: 128,
+    }
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(2, 4, 3)}, "x must be floats"),
+        ({"num_groups": 3}, "must divide the 4 channels"),
+        ({"weight": torch.zeros(3)}, r"must be \[4\]"),
+        ({"impl": "cuda"}, "unknown impl"),
+        ({"impl": "triton", "x": torch.zeros(2, 4, 3, 3)}, "not channels-last"),
+        ({"impl": "triton", "weight": torch.zeros(4, requires_grad=True)}, "no derivative"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    x = torch.zeros(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    arguments = {"x": x, "num_groups": 2, "weight": torch.zeros(4), "bias": torch.zeros(4)} | change
+    with pytest.raises(ValueError, match=message):
+        group_norm(**arguments)
