@@ -244,6 +244,10 @@ class TrainConfig:
                 f"activation_checkpointing={self.activation_checkpointing} is for transformers' blocks and has no "
                 "effect in stage tokenizer: leave it out"
             )
+        if self.stage == "tokenizer" and self.precision == "fp16":
+            raise ValueError(
+                "precision=fp16 is for transformers: nothing scales a tokenizer's adversary; use bf16 or fp32"
+            )
         require(self.shard_size >= 0, "shard_size", self.shard_size, "0 (the processes of a host) or more")
         if self.shard_size and self.parallel != "hsdp":
             raise ValueError(

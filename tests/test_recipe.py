@@ -38,6 +38,19 @@ def test_overrides_reach_every_section_with_their_types():
     assert (config.model.depth, config.steps, config.compile) == (4, 1000, "model")
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("accumulate=2", "accumulate=2 has no effect in stage tokenizer"),
+        ("activation_checkpointing=mlp", "activation_checkpointing=mlp is for transformers' blocks"),
+        ("precision=fp16", "precision=fp16 is for transformers: .* use bf16 or fp32"),
+    ],
+)
+def test_what_a_tokenizer_cannot_do(override, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(apply_overrides({}, ["stage=tokenizer", "preset=tiny", "output_dir=x", override]))
+
+
 def test_epochs_become_steps():
     config = configure("epochs=3", "batch_size=8")
     assert config.steps is None

@@ -1,0 +1,118 @@
+"""Training on several GPUs beside one: `python -m bench.scaling --output FILE`.
+
+The same run (`hmar train`, started by torchrun) with each number of processes and each way of sharing, on random codes,
+with as many images a process in all: what the slowest thing between the GPUs takes shows as lost speed. Speeds are the
+median of the log's rows without the first, which has compilation and warm-up in it. `speedup` is tokens a second over
+those of one process. The loss after the last step is recorded as well: with `--global-batch` the batch of all processes
+together stays the same, and so does the loss but for rounding. Read next: hmar/parallelize.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hmar import checkpoint
+from hmar.progress import read_metrics
+from hmar.recipe import make_config
+from hmar.tokenizer import Tokenizer
+from hmar.train import find_device
+
+from . import options
+from .environment import environment
+from .loss_curve import write_codes
+from .results import rounded
+
+KIND, VERSION = "scaling", 1
+COLUMNS = ("tokens_per_second", "images_per_second", "mfu", "peak_memory_gb")
+
+
+def run(chosen: argparse.Namespace, folder: Path, processes: int, parallel: str) -> dict:
+    """The numbers of one run; CalledProcessError if it fails."""
+    output = folder / f"run-{parallel}-{processes}"
+    batch = chosen.batch if chosen.global_batch else chosen.batch * processes
+    every = max(1, chosen.steps // 8)
+    keys = {
+        "preset": chosen.preset,
+        "output_dir": output,
+        "tokenizer_weights": folder / "tokenizer",
+        "data.name": "codes",
+        "data.path": folder / "codes",
+        "data.workers": chosen.workers,
+        "steps": chosen.steps,
+        "batch_size": batch,
+        "parallel": parallel,
+        "compile": chosen.compile,
+        "device": chosen.device,
+        "log_every": every,
+        "checkpoint_every": 10 * chosen.steps,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "hmar", "train", chosen.stage, *(f"{key}={value}" for key, value in keys.items()), "--quiet"]
+    subprocess.run(command, check=True)
+    rows = read_metrics(output / "metrics.jsonl")
+    found = {"processes": processes, "parallel": parallel, "batch": batch, "loss": rows[-1]["loss"]}
+    return found | {
+        name: statistics.median(row[name] for row in rows[1:]) if name in rows[-1] else None for name in COLUMNS
+    }
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
+    takes = parser.add_argument
+    takes("--processes", type=options.integers, default=[1, 2], help="numbers of processes, 1 first (1,2)")
+    takes("--parallel", type=options.names, default=["ddp", "fsdp"], help="ways of sharing (ddp,fsdp)")
+    takes("--stage", choices=("next-scale", "var"), default="next-scale")
+    takes("--preset", default="d16-256")
+    takes("--batch", type=int, default=32, help="images of a process")
+    takes("--global-batch", action="store_true", help="--batch is that of all processes together")
+    takes("--steps", type=int, default=80)
+    takes("--workers", type=int, default=2, help="loader processes, of each process")
+    takes("--compile", choices=("false", "blocks"), default="blocks")
+    takes("--device", choices=("cuda", "cpu"), default="cuda")
+    takes("--commit", help="commit to record where git cannot be asked")
+    takes("--output", type=Path, metavar="FILE", help="numbers as JSON")
+    chosen = parser.parse_args(arguments)
+    if chosen.processes[0] != 1:
+        parser.error(f"--processes begins with {chosen.processes[0]}: speed is compared with one process, as in 1,2")
+    return chosen
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parse_arguments(arguments)
+    results: list[dict] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = make_config({"stage": "tokenizer", "preset": chosen.preset, "output_dir": "unused"})
+        torch.manual_seed(0)
+        tokenizer = Tokenizer(sizes.tokenizer, sizes.model.pyramid)
+        checkpoint.save_pretrained(folder / "tokenizer", tokenizer)
+        write_codes(folder / "codes", tokenizer, 4096, sizes.model.num_classes)
+        for parallel in chosen.parallel:
+            for processes in chosen.processes:
+                alone = next((row for row in results if row["processes"] == 1), None)
+                if processes == 1 and alone is not None:
+                    continue  # one process shares nothing, whatever the way
+                row = run(chosen, folder, processes, parallel)
+                row["speedup"] = row["tokens_per_second"] / (alone or row)["tokens_per_second"]
+                results.append(rounded(row))
+                speed = f"{row['tokens_per_second']:.4g} tokens/s, {row['speedup']:.3f} times one process"
+                print(f"{parallel} {processes}: {speed}, loss {row['loss']:.4f}", flush=True)
+    if chosen.output:
+        settings = {name: value for name, value in vars(chosen).items() if name not in ("output", "commit")}
+        facts = environment(find_device(chosen.device), chosen.commit)
+        content = {"kind": KIND, "version": VERSION, "environment": facts, "settings": settings, "results": results}
+        chosen.output.parent.mkdir(parents=True, exist_ok=True)
+        chosen.output.write_text(json.dumps(content) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
