@@ -73,9 +73,9 @@ def temporary_beside(path: Path, ending: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{ending}")
 
 
-def delete_temporaries(folder: Path) -> None:
-    """Delete what writes that were killed have left in a folder that nobody else writes to."""
-    for stale in folder.glob(f".*.{'?' * 16}.tmp"):
+def delete_temporaries(folder: Path, names: str = f"*.{'?' * 16}") -> None:
+    """Delete what killed writes of files of such names have left in a folder that nobody else writes to."""
+    for stale in folder.glob(f".{names}.tmp"):
         delete_checkpoint(stale)
 
 
@@ -143,7 +143,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int
     The state may hold tensors, dicts, lists, tuples, numbers and strings: what torch.load(weights_only=True) reads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    delete_temporaries(folder)
+    delete_temporaries(folder, "step-*")
     path = folder / f"step-{step:08d}.pt"
     with replacing(path) as temporary:
         torch.save({"format": FORMAT, "step": step, **state}, temporary)

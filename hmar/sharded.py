@@ -80,7 +80,7 @@ def load_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _make_temporary(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    delete_temporaries(path.parent)
+    delete_temporaries(path.parent, "step-*")
     temporary = temporary_beside(path)
     temporary.mkdir()
     return temporary
