@@ -6,7 +6,7 @@ decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
-from .group_norm import group_norm
+from .group_norm import group_norm, residual_group_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .mask import SpanMask
 from .modulated_norm import modulated_norm, residual_modulated_norm
@@ -24,6 +24,7 @@ __all__ = [
     "linear_cross_entropy",
     "modulated_norm",
     "qk_norm",
+    "residual_group_norm",
     "residual_modulated_norm",
     "sample_codes",
     "unavailable",
