@@ -21,7 +21,8 @@ from engine_cases import (
     sampling_for,
 )
 from hmar.config import ModelConfig
-from hmar.engine import Engine
+from hmar.decoder import FusedDecoder
+from hmar.engine import DECODERS, Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
 
@@ -126,7 +127,36 @@ def test_half_precision_is_that_of_autocast(kind):
 def test_compiled_blocks_give_the_same_images(hmar, tokenizer):
     sampling = SamplingConfig(cfg=0.0, top_k=20, schedule={2: [1, 3]})
     expected = plain(hmar, tokenizer, CLASSES, sampling)
-    assert_same(Engine(hmar, tokenizer, compile="eager").generate(CLASSES, sampling), expected)
+    for options in (
+        {"compile": "eager"},
+        {"compile_decoder": "eager"},
+        {"compile_decoder": "eager", "decoder": "fused"},
+    ):
+        assert_same(Engine(hmar, tokenizer, **options).generate(CLASSES, sampling), expected)
+
+
+def test_every_decoder_gives_the_same_images(hmar, tokenizer):
+    sampling = SamplingConfig(cfg=1.0, top_k=20)
+    expected = plain(hmar, tokenizer, CLASSES, sampling)
+    for decoder in DECODERS:
+        assert_same(Engine(hmar, tokenizer, decoder=decoder).generate(CLASSES, sampling), expected)
+
+
+def test_the_decoder_of_a_dtype_is_fused(hmar, tokenizer):
+    assert not isinstance(Engine(hmar, tokenizer).decoding, FusedDecoder)
+    assert isinstance(Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding, FusedDecoder)
+
+
+def test_cudnn_chooses_by_trying_only_while_the_engine_runs(hmar, tokenizer, monkeypatch):
+    for asked in (True, False):
+        engine = Engine(hmar, tokenizer, cudnn_benchmark=asked)
+        monkeypatch.setattr(engine, "device", torch.device("cuda", 0))
+        for outside in (True, False):
+            monkeypatch.setattr(torch.backends.cudnn, "benchmark", outside)
+            with pytest.raises(KeyError), engine._convolutions():
+                assert torch.backends.cudnn.benchmark is (asked or outside)
+                raise KeyError
+            assert torch.backends.cudnn.benchmark is outside
 
 
 def test_shared_modulation(tokenizer):
@@ -220,10 +250,13 @@ def test_every_scale_passes_var_once(tokenizer):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["shared", "copied"])
-def test_weights_that_change_are_noticed(dtype):
+@pytest.mark.parametrize(
+    "dtype, decoder",
+    [(None, None), (None, "transposed"), (torch.bfloat16, "transposed"), (torch.bfloat16, "modules")],
+)
+def test_weights_that_change_are_noticed(dtype, decoder):
     model, tokenizer = build("hmar"), build_tokenizer()
-    engine = Engine(model, tokenizer, dtype=dtype)
+    engine = Engine(model, tokenizer, dtype=dtype, decoder=decoder)
     sampling = SamplingConfig(cfg=1.0, greedy=True)
     before = engine.generate(CLASSES, sampling)
     model.load_state_dict(build("hmar", seed=9).state_dict())
@@ -231,7 +264,8 @@ def test_weights_that_change_are_noticed(dtype):
     after = engine.generate(CLASSES, sampling)
     assert len(engine.programs) == 1, "graphs read the same memory"
     assert not torch.equal(before.codes_BL, after.codes_BL)
-    expected = Engine(build("hmar", seed=9), build_tokenizer(seed=9), dtype=dtype).generate(CLASSES, sampling)
+    fresh = Engine(build("hmar", seed=9), build_tokenizer(seed=9), dtype=dtype, decoder=decoder)
+    expected = fresh.generate(CLASSES, sampling)
     assert torch.equal(after.images_BCHW, expected.images_BCHW)
     model.embedding.position_LC.data.zero_()
     engine.refresh()
@@ -297,6 +331,7 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, dtype=torch.float64), "expected torch.bfloat16"),
         (lambda: Engine(hmar, tokenizer, capture=True), "CUDA graphs need a CUDA device"),
         (lambda: Engine(hmar, tokenizer, max_programs=0), "at least one"),
+        (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
         (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
         (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),
         (lambda: engine.generate(CLASSES, cfg_B=[1.0]), "1 strengths of guidance for 3 images"),
