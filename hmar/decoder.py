@@ -22,6 +22,8 @@ Shapes: B images, C channels, h w positions, L = h w.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,18 +87,31 @@ class FusedDecoder(nn.Module):
             upsample.derive()
 
     def forward(self, x_BChw: Tensor) -> Tensor:
-        decoder = self.decoder
-        middle = decoder.middle
-        x = Unsummed(convolved(decoder.conv_in, x_BChw), None, decoder.conv_in.bias)
-        x = residual_block(middle.block_in, x)
-        x = spatial_attention(middle.attention, x)
-        x = residual_block(middle.block_out, x)
-        for i, level in enumerate(decoder.levels):
-            x = blocks_of(level, x)
+        x = x_BChw
+        for _, stage in self.stages():
+            x = stage(x)
+        return x
+
+    def stages(self) -> Iterator[tuple[str, Callable]]:
+        """What is computed one after another, with names: each takes what the one before returns."""
+        yield "middle", self._middle
+        for i, level in enumerate(self.decoder.levels):
+            yield f"level {i + 1}", partial(blocks_of, level)
             if i < len(self.upsamples):
-                x = self.upsamples[i](x.total())
-        _, h_BChw = x.norm(decoder.norm_out, silu=True)
-        return decoder.conv_out(h_BChw)
+                yield f"upsample {i + 1}", partial(self._upsample, i)
+        yield "out", self._out
+
+    def _middle(self, x_BChw: Tensor) -> Unsummed:
+        conv_in, middle = self.decoder.conv_in, self.decoder.middle
+        x = residual_block(middle.block_in, Unsummed(convolved(conv_in, x_BChw), None, conv_in.bias))
+        return residual_block(middle.block_out, spatial_attention(middle.attention, x))
+
+    def _upsample(self, i: int, x: Unsummed) -> Unsummed:
+        return self.upsamples[i](x.total())
+
+    def _out(self, x: Unsummed) -> Tensor:
+        _, h_BChw = x.norm(self.decoder.norm_out, silu=True)
+        return self.decoder.conv_out(h_BChw)
 
 
 def blocks_of(level: Level, x: Unsummed) -> Unsummed:

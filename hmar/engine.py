@@ -294,16 +294,21 @@ class Engine:
     @torch.no_grad()
     def decode(self, f_hat_BEhw: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of a quantised latent, which may be one of an early scale."""
-        stride = self.tokenizer_config.stride
-        step = max(1, DECODED_PIXELS // (self.pyramid.side * stride) ** 2)
-        dtype = self.post_quant_conv.weight.dtype
-        layout = torch.contiguous_format if self.dtype is None else torch.channels_last
         images = []
         with torch.autocast(self.device.type, enabled=False), self._convolutions():
-            for part_BEhw in f_hat_BEhw.split(step):
-                part_BEhw = part_BEhw.to(dtype).contiguous(memory_format=layout)
-                images.append(self.decoding(self.post_quant_conv(part_BEhw)).clamp_(-1, 1))
+            for part_BEhw in f_hat_BEhw.split(self.decoded_at_once):
+                images.append(self.decoding(self.post_quant_conv(self.latents(part_BEhw))).clamp_(-1, 1))
         return images[0] if len(images) == 1 else torch.cat(images)
+
+    @property
+    def decoded_at_once(self) -> int:
+        """Images of a batch that the decoder takes together."""
+        return max(1, DECODED_PIXELS // (self.pyramid.side * self.tokenizer_config.stride) ** 2)
+
+    def latents(self, f_hat_BEhw: Tensor) -> Tensor:
+        """In the decoder's dtype and memory format."""
+        layout = torch.contiguous_format if self.dtype is None else torch.channels_last
+        return f_hat_BEhw.to(self.post_quant_conv.weight.dtype).contiguous(memory_format=layout)
 
     def _precision(self) -> AbstractContextManager:
         # NOTE: the cache of autocast would hold tensors of a graph's memory.
