@@ -19,8 +19,8 @@ The method, in one place:
   passes; `scales_ms`: the graph of each scale, then of decoding.
 * `decoder_ms` (optimised): the stages of decoding, each captured and timed alone on as many images as are decoded at
   once, times the number of such parts; the levels run from the smallest maps to the largest.
-* Variants of the optimised engine (--decoder, --compile, --compile-decoder, --no-cudnn-benchmark) are one to a run and
-  a file, `method` says which: what cuDNN has once chosen for a shape stays for the process.
+* Variants of the optimised engine (--decoder, --products, --compile, --compile-decoder, --no-cudnn-benchmark) are one
+  to a run and a file, `method` says which: what cuDNN has once chosen for a shape stays for the process.
 * What runs out of memory or fails is recorded with the reason. The file is valid after every row; --minutes ends a run
   in good time and --continue goes on, with a row for what ended the process before.
 """
@@ -43,7 +43,7 @@ import torch.nn as nn
 
 from hmar.config import PRESETS
 from hmar.decoder import FusedDecoder
-from hmar.engine import DECODERS, Engine, Program
+from hmar.engine import DECODERS, PRODUCTS, Engine, Program
 from hmar.generate import (
     GenerationOutput,
     LayerKeysValues,
@@ -521,6 +521,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what FILE, or FILE.partial, holds")
     parser.add_argument("--decoder", choices=DECODERS, help="of the optimised engine; see hmar.engine.Engine")
+    parser.add_argument("--products", choices=PRODUCTS, help="the same: of few rows")
     parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile for blocks, as inductor; default: none")
     parser.add_argument("--compile-decoder", metavar="BACKEND", help="the same for the decoder")
     parser.add_argument("--no-cudnn-benchmark", action="store_true", help="let cuDNN guess its fastest algorithms")
@@ -533,7 +534,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device; --device cpu tries the harness on a tiny model")
     device = torch.device(options.device)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes is not None else float("inf")
-    variant = {name: getattr(options, name) for name in ("decoder", "compile", "compile_decoder")}
+    variant = {name: getattr(options, name) for name in ("decoder", "products", "compile", "compile_decoder")}
     variant = {name: value for name, value in variant.items() if value is not None}
     if options.no_cudnn_benchmark:
         variant["cudnn_benchmark"] = False

@@ -54,9 +54,12 @@ from hmar.generate import (
 from hmar.model import HMAR, MLP, NextScaleTransformer, SharedModulation
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
+from hmar_kernels import linear
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
+FEW_ROWS = 64
 DECODERS = ("modules", "fused", "transposed")
+PRODUCTS = ("cublas", "triton")
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Engine:
         compile_decoder: the same for the decoder.
         decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
             upsampling by transposed convolutions. Default: "fused" in a dtype, "modules" in the weights' own.
+        products: "cublas", or "triton" for products of at most FEW_ROWS rows by the kernel of `hmar_kernels.linear`, as
+            in the small scales of one image. In a dtype only.
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -122,6 +127,7 @@ class Engine:
         compile: str | None = None,
         compile_decoder: str | None = None,
         decoder: str | None = None,
+        products: str = "cublas",
         cudnn_benchmark: bool = True,
         max_programs: int = 8,
         max_bytes: int | None = None,
@@ -132,6 +138,8 @@ class Engine:
             raise ValueError(f"dtype is {dtype}; expected torch.bfloat16, torch.float16 or None for the weights' own.")
         if decoder not in (None, *DECODERS):
             raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}, or None for the default.")
+        if products not in PRODUCTS:
+            raise ValueError(f"products is {products!r}; expected one of {', '.join(PRODUCTS)}.")
         if max_programs < 1:
             raise ValueError(f"max_programs is {max_programs}; at least one is needed.")
         self.device = torch.device(device if device is not None else tokenizer.quantizer.codebook.weight.device)
@@ -159,9 +167,8 @@ class Engine:
                 self.decoding = FusedDecoder(self.decoder, transposed=decoder == "transposed")
             self._derive()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
-        if dtype is not None and self.device.type == "cuda":
-            for block in self._blocks():
-                block.mlp = FusedMLP(block.mlp)
+        if dtype is not None:
+            self._fuse(products)
         if compile is not None:
             for block in self._blocks():
                 self._compile(block, compile)
@@ -192,6 +199,14 @@ class Engine:
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
         self._versions = self._current_versions()
 
+    def _fuse(self, products: str) -> None:
+        for block in self._blocks():
+            attention = block.attention
+            attention.qkv, attention.proj = (FusedLinear(m, products) for m in (attention.qkv, attention.proj))
+            block.mlp = FusedMLP(block.mlp, products)
+        for head in self._heads():
+            head.linear = FusedLinear(head.linear, products)
+
     def _compile(self, module: nn.Module, backend: str) -> None:
         # NOTE: every scale and batch size is a shape, and a mask, of its own.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
@@ -214,6 +229,9 @@ class Engine:
         model = self.model
         groups = (model.trunk, model.next_scale_blocks, model.mask_blocks) if self.is_hmar else (model.blocks,)
         return [block for group in groups for block in group]
+
+    def _heads(self) -> list[nn.Module]:
+        return [self.model.next_scale_head, self.model.mask_head] if self.is_hmar else [self.model.head]
 
     @property
     def is_hmar(self) -> bool:
@@ -518,7 +536,7 @@ class Program:
         shared = model.shared_modulation(cond_RC)
         for block in engine._blocks():
             block.modulation.remember(shared)
-        for head in (model.next_scale_head, model.mask_head) if engine.is_hmar else (model.head,):
+        for head in engine._heads():
             head.modulation.remember(F.silu(cond_RC))
         self.f_hat_BEhw.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
@@ -598,16 +616,32 @@ class Program:
         self.images_BCHW = self.engine.decode(self.f_hat_BEhw)
 
 
-class FusedMLP(nn.Module):
-    """The MLP with its GELU, which is the tanh form in cuBLASLt, behind the first product and not a pass of its own."""
+class FusedLinear(nn.Module):
+    """A linear layer whose input is in its precision already, with what follows it in the same kernel.
 
-    def __init__(self, mlp: MLP):
+    products: implementation of few rows, see `Engine`.
+    """
+
+    def __init__(self, layer: nn.Linear, products: str, gelu: bool = False):
         super().__init__()
-        self.fc1, self.fc2 = mlp.fc1, mlp.fc2
+        self.weight, self.bias = layer.weight, layer.bias
+        self.products, self.gelu = products, gelu
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        h_NC = torch._addmm_activation(self.fc1.bias, x_BLC.flatten(0, 1), self.fc1.weight.t(), use_gelu=True)
-        return self.fc2(h_NC).unflatten(0, x_BLC.shape[:2])
+        few = x_BLC.shape[:-1].numel() <= FEW_ROWS
+        impl = "triton" if few and self.products == "triton" else "auto"
+        return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, impl=impl)
+
+
+class FusedMLP(nn.Module):
+    """The MLP, with its GELU behind the first product and not a pass of its own."""
+
+    def __init__(self, mlp: MLP, products: str):
+        super().__init__()
+        self.fc1, self.fc2 = FusedLinear(mlp.fc1, products, gelu=True), FusedLinear(mlp.fc2, products)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x_BLC))
 
 
 class Remembered(nn.Module):

@@ -25,6 +25,9 @@ from hmar.decoder import FusedDecoder
 from hmar.engine import DECODERS, Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
+from hmar_kernels.linear import triton as kernels
+
+forward = kernels.forward
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,20 @@ def test_half_precision_is_that_of_autocast(kind):
         p.dtype for module in engine.model.modules() if isinstance(module, torch.nn.Linear) for p in module.parameters()
     }
     assert kept == {torch.bfloat16} and engine.decoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernel runs there")
+def test_products_of_few_rows_by_the_kernel_under_the_interpreter(monkeypatch):
+    """Which rows are few: up to 64, so that the largest scale of three images and their null class is not."""
+    few = []
+    model, tokenizer, sampling = build("hmar"), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+    engine = Engine(model, tokenizer, dtype=torch.float16, products="triton")
+    monkeypatch.setattr(kernels, "forward", lambda *arguments: few.append(len(arguments[0])) or forward(*arguments))
+    actual = engine.generate(CLASSES, sampling)
+    assert torch.equal(actual.codes_BL, expected.codes_BL)
+    passes = {3, 2 * 3 * 4, 2 * 3 * 9, 3 * 4, 3 * 9}
+    assert passes <= set(few) and max(few) <= 64 and 2 * 3 * 25 not in few
 
 
 def test_compiled_blocks_give_the_same_images(hmar, tokenizer):
@@ -331,6 +348,7 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, dtype=torch.float64), "expected torch.bfloat16"),
         (lambda: Engine(hmar, tokenizer, capture=True), "CUDA graphs need a CUDA device"),
         (lambda: Engine(hmar, tokenizer, max_programs=0), "at least one"),
+        (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, triton"),
         (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
         (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
         (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),

@@ -66,8 +66,8 @@ def _statistics_kernel(
     shift = tl.zeros([BLOCK_C], tl.float32)
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)
-    offs = begin.to(tl.int64) * num_channels + channels
-    first = _load(x_ptr, branch_ptr, shift, offs, mask_c, RESIDUAL)
+    offs_first = begin.to(tl.int64) * num_channels + channels
+    first = _load(x_ptr, branch_ptr, shift, offs_first, mask_c, RESIDUAL)
 
     sums = tl.zeros([BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_C], tl.float32)
