@@ -9,9 +9,9 @@
 Passes over a map of one residual block (reads and writes of the whole map; the first number is that of the modules):
 
     norm1, silu   3 -> 2, in the residual       conv1   2, bias 2 -> 0
-    norm2, silu   3 -> 3                        conv2   2, bias 2 -> 0       residual   3 -> 4, with statistics
+    norm2, silu   3 -> 3                        conv2   2, bias 2 -> 0       residual   3 -> 3, with statistics
 
-17 -> 13. At 256 px a bfloat16 map of 160 channels is 21 MB an image, and three blocks and their upsampling run on it.
+17 -> 12. At 256 px a bfloat16 map of 160 channels is 21 MB an image, and three blocks and their upsampling run on it.
 
 Weights are those of the decoder, read in place; what is derived from them is made by `derive`. No gradients. Read
 `hmar.engine` for who calls it.

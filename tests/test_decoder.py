@@ -109,3 +109,23 @@ def test_no_convolution_adds_a_bias_but_the_last(monkeypatch):
     assert modules.biased == modules.calls["convolution"] and ours.biased == 1
     assert modules.calls["convolution"] - ours.calls["convolution"] == 2 * attentions, "1x1, as products"
     assert residual_norms["calls"] == blocks + attentions - upsamples
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_map_of_channels_last_latents_is_channels_last(transposed, monkeypatch):
+    """Which the kernels of the norms need: they would fall back without a word."""
+    decoder, latent = build()
+    layouts = Counter()
+
+    def watched(function):
+        def call(*arguments, **options):
+            maps = [t for t in arguments if torch.is_tensor(t) and t.ndim == 4]
+            layouts.update(t.is_contiguous(memory_format=torch.channels_last) for t in maps)
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("group_norm", "residual_group_norm"):
+        monkeypatch.setattr(fused, name, watched(getattr(fused, name)))
+    FusedDecoder(decoder, transposed)(latent)
+    assert set(layouts) == {True} and layouts[True] > 30
