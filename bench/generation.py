@@ -17,6 +17,10 @@ The method, in one place:
   `MIN_SAME_CODES`; unrelated logits would give less than a tenth).
 * `parts_ms` (optimised): transformer, sampling, quantizer and decode, each captured and timed alone with all its
   passes; `scales_ms`: the graph of each scale, then of decoding.
+* `decoder_ms` (optimised): the stages of decoding, each captured and timed alone on as many images as are decoded at
+  once, times the number of such parts; the levels run from the smallest maps to the largest.
+* Variants of the optimised engine (--decoder, --products, --compile, --compile-decoder, --no-cudnn-benchmark) are one
+  to a run and a file, `method` says which: what cuDNN has once chosen for a shape stays for the process.
 * What runs out of memory or fails is recorded with the reason. The file is valid after every row; --minutes ends a run
   in good time and --continue goes on, with a row for what ended the process before.
 """
@@ -38,7 +42,8 @@ import torch
 import torch.nn as nn
 
 from hmar.config import PRESETS
-from hmar.engine import Engine, Program
+from hmar.decoder import FusedDecoder
+from hmar.engine import DECODERS, PRODUCTS, Engine, Program
 from hmar.generate import (
     GenerationOutput,
     LayerKeysValues,
@@ -47,11 +52,10 @@ from hmar.generate import (
     generate_hmar,
     generate_var,
     masked_step,
-    scale_inputs,
     with_null,
 )
 from hmar.model import HMAR, Head, NextScaleTransformer
-from hmar.tokenizer import Tokenizer
+from hmar.tokenizer import Level, Tokenizer
 
 from .environment import environment
 from .options import integers, names
@@ -122,8 +126,8 @@ def choose_cells(options: argparse.Namespace) -> list[Cell]:
 class Subject:
     """The model of some cells, as its engines have it. `engine` must not go back from "optimised" to "eager"."""
 
-    def __init__(self, cell: Cell, device: torch.device):
-        self.device = device
+    def __init__(self, cell: Cell, device: torch.device, variant: dict | None = None):
+        self.device, self.variant = device, variant or {}
         tokenizer_config, config = PRESETS["tiny" if cell.resolution is None else f"d{cell.depth}-{cell.resolution}"]
         torch.manual_seed(0)
         with torch.device(device):
@@ -148,7 +152,7 @@ class Subject:
         for module in (self.tokenizer.decoder, self.tokenizer.post_quant_conv):
             module.to(torch.bfloat16, memory_format=torch.channels_last)
         self.tokenizer.encoder = None
-        self.engine = Engine(self.model, self.tokenizer, dtype=torch.bfloat16)
+        self.engine = Engine(self.model, self.tokenizer, dtype=torch.bfloat16, **self.variant)
 
     def generate(self, cell: Cell, batch: int) -> GenerationOutput:
         if cell.engine == "eager":
@@ -230,19 +234,21 @@ def measure(subject: Subject, cell: Cell, budget: float) -> dict:
         "graph_gb": None,
         "parts_ms": None,
         "scales_ms": None,
+        "decoder_ms": None,
     }
     if cell.engine == "optimised":
         program = next(reversed(subject.engine.programs.values()))
         numbers["graph_gb"] = subject.engine.graph_bytes / 2**30 if device.type == "cuda" else None
         numbers["scales_ms"] = segment_times(program, device)
         numbers["parts_ms"] = part_times(subject.engine, program, device)
+        numbers["decoder_ms"] = decoder_times(subject.engine, cell.batch, device)
     return numbers
 
 
 def segment_times(program: Program, device: torch.device) -> list[float]:
     """Milliseconds of each graph of an image, in order; the last one decodes."""
     rounds = []
-    with program.engine._precision(), torch.no_grad():
+    with program.engine._surroundings(), torch.no_grad():
         for _ in range(MIN_ROUNDS):
             # NOTE: in their order, for a scale of VAR adds to what earlier ones have cached.
             rounds.append([single(segment.run, device) for segment in program.segments])
@@ -252,7 +258,7 @@ def segment_times(program: Program, device: torch.device) -> list[float]:
 def part_times(engine: Engine, program: Program, device: torch.device) -> dict[str, float]:
     """Milliseconds of transformer, sampling, quantizer and decode: all passes of an image, each part in one graph."""
     times = {}
-    with engine._precision(), torch.no_grad():
+    with engine._surroundings(), torch.no_grad():
         for name, calls in parts(engine, program).items():
 
             def run(calls=calls):
@@ -262,6 +268,49 @@ def part_times(engine: Engine, program: Program, device: torch.device) -> dict[s
             times[name] = 1e3 * statistics.median(seconds(captured(run, device), device, 0.0))
     program._drop()
     return times
+
+
+def decoder_times(engine: Engine, batch: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each stage of decoding a batch."""
+    times = {}
+    with engine._surroundings(), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        x, factor = first_latents(engine, batch)
+        for name, stage in decoder_stages(engine):
+
+            def run(stage=stage, x=x):
+                stage(x)
+
+            times[name] = factor * 1e3 * statistics.median(seconds(captured(run, device), device, 0.0))
+            x = stage(x)
+    return times
+
+
+def first_latents(engine: Engine, batch: int) -> tuple[torch.Tensor, float]:
+    """Latents of the images that are decoded at once, and how many times so many images a batch has."""
+    at_once = min(batch, engine.decoded_at_once)
+    f_hat_BEhw = torch.randn_like(engine.quantizer.empty_f_hat(at_once))
+    return engine.latents(f_hat_BEhw), batch / at_once
+
+
+def decoder_stages(engine: Engine) -> list[tuple[str, Callable]]:
+    """`FusedDecoder.stages` with the convolution before, or the same of the tokenizer's modules."""
+    decoder = engine.decoder
+    stages = [("post_quant_conv", engine.post_quant_conv)]
+    if isinstance(engine.decoding, FusedDecoder):
+        return [*stages, *engine.decoding.stages()]
+    stages.append(("middle", lambda x: decoder.middle(decoder.conv_in(x))))
+    for i, level in enumerate(decoder.levels):
+        stages.append((f"level {i + 1}", lambda x, level=level: blocks(level, x)))
+        if i < len(decoder.levels) - 1:
+            stages.append((f"upsample {i + 1}", level.resample))
+    return [*stages, ("out", lambda x: decoder.conv_out(decoder.norm_out(x, silu=True)))]
+
+
+def blocks(level: Level, x_BChw: torch.Tensor) -> torch.Tensor:
+    """A level without its change of resolution."""
+    for block, attention in zip(level.blocks, level.attentions, strict=True):
+        x_BChw = attention(block(x_BChw))
+    return x_BChw
 
 
 def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -278,10 +327,11 @@ def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None
 
 def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], object]]]:
     """The calls of a program, by part, on arguments of the right shapes."""
-    settings, model, quantizer, pyramid = program.settings, engine.model, engine.quantizer, engine.pyramid
+    settings, model, maps, pyramid = program.settings, engine.model, engine.scale_maps, engine.pyramid
     batch, config = settings.batch, engine.config
     program._begin()
     f_hat_BEhw = torch.randn_like(program.f_hat_BEhw)
+    inputs_dtype = model.embedding.codes.weight.dtype
     transformer, sampling, quantizing = [], [], []
 
     def pass_(call: Callable[..., torch.Tensor], guided: bool, tensors, positions, row: int, step: int) -> None:
@@ -301,7 +351,7 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
     if program.caches is not None:
         transformer.append(lambda: setattr(program, "caches", [LayerKeysValues(pyramid.length) for _ in model.blocks]))
     for k, size in enumerate(pyramid.sizes):
-        inputs_BnE = scale_inputs(model, engine, f_hat_BEhw, k)
+        inputs_BnE = maps.inputs(f_hat_BEhw, k).to(inputs_dtype)
         codes_Bn = torch.randint(config.vocab_size, (batch, size), device=engine.device)
         span = pyramid.slice(k)
         pass_(next_scale(k), settings.guided_S[k], [inputs_BnE], program.positions_L[span], k, 0)
@@ -316,9 +366,9 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
             tensors = [inputs_BnE, inputs_BnE, hidden_Bn, wanted_Bm]
             positions = wanted_Bm + pyramid.offsets[k]
             pass_(masked, settings.masked_guided, tensors, positions, -1, masked_step(i))
-            quantizing.append(lambda codes_Bn=codes_Bn, k=k: quantizer.own_residual(codes_Bn, k))
-        quantizing.append(lambda codes_Bn=codes_Bn, k=k: quantizer.accumulate(f_hat_BEhw, codes_Bn, k))
-        quantizing.append(lambda k=k: scale_inputs(model, engine, f_hat_BEhw, k))
+            quantizing.append(lambda codes_Bn=codes_Bn, k=k: maps.own_residual(codes_Bn, k))
+        quantizing.append(lambda codes_Bn=codes_Bn, k=k: maps.accumulate_(f_hat_BEhw, codes_Bn, k))
+        quantizing.append(lambda k=k: maps.inputs(f_hat_BEhw, k).to(inputs_dtype))
     return {
         "transformer": [program._begin, *transformer],
         "sampling": sampling,
@@ -337,6 +387,7 @@ class Rows:
     def read(self, source: Path) -> None:
         """Go on from an earlier run. ValueError for one of another machine or kind; failures are tried again."""
         content = json.loads(source.read_text())
+        variant = self.head["method"]["variant"]
         if (content.get("kind"), content.get("version")) != (KIND, VERSION):
             raise ValueError(
                 f"{source} holds {content.get('kind')} version {content.get('version')}, not {KIND} {VERSION}"
@@ -345,6 +396,11 @@ class Rows:
             then, now = content["environment"][name], self.head["environment"][name]
             if then != now:
                 raise ValueError(f"cannot continue: the results were measured with {name} {then}, here it is {now}")
+        if content["method"].get("variant", {}) != variant:
+            raise ValueError(
+                f"cannot continue: the results are of the variant {content['method'].get('variant', {})}, asked for is "
+                f"{variant}; give it a file of its own"
+            )
         running = content.get("running")
         for row in content["results"]:
             if row["status"] in ("ok", "out of memory", "crashed"):
@@ -383,6 +439,7 @@ NUMBERS = (
     "graph_gb",
     "parts_ms",
     "scales_ms",
+    "decoder_ms",
     "same_codes",
 )
 
@@ -395,7 +452,9 @@ def empty_row(cell: Cell, status: str, reason: str | None, commit: str | None) -
     return asdict(cell) | {"commit": commit, "status": status, "reason": reason} | dict.fromkeys(NUMBERS)
 
 
-def run_cell(subjects: dict, cell: Cell, device: torch.device, budget: float, commit: str | None) -> dict:
+def run_cell(
+    subjects: dict, cell: Cell, device: torch.device, budget: float, commit: str | None, variant: dict | None = None
+) -> dict:
     """Check, then measure one cell; whatever goes wrong is in the row."""
     try:
         subject, expected = subjects.get("subject"), subjects.setdefault("expected", {})
@@ -404,7 +463,7 @@ def run_cell(subjects: dict, cell: Cell, device: torch.device, budget: float, co
         ):
             subjects.clear()
             release(device)
-            subject, expected = Subject(cell, device), {}
+            subject, expected = Subject(cell, device, variant), {}
             subjects.update(key=(cell.model, cell.resolution, cell.depth), subject=subject, expected=expected)
         if cell.engine == "optimised" and subject.engine is None:
             schedules = SCHEDULES if cell.model == "hmar" else ("none",)
@@ -461,6 +520,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--minutes", type=float, metavar="M", help="begin nothing new after so long; --continue goes on"
     )
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what FILE, or FILE.partial, holds")
+    parser.add_argument("--decoder", choices=DECODERS, help="of the optimised engine; see hmar.engine.Engine")
+    parser.add_argument("--products", choices=PRODUCTS, help="the same: of few rows")
+    parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile for blocks, as inductor; default: none")
+    parser.add_argument("--compile-decoder", metavar="BACKEND", help="the same for the decoder")
+    parser.add_argument("--no-cudnn-benchmark", action="store_true", help="let cuDNN guess its fastest algorithms")
     parser.add_argument("--commit", help="commit to record where git cannot be asked")
     options = parser.parse_args(arguments)
     for given, known in ((options.models, MODELS), (options.engines, ENGINES), (options.schedules, SCHEDULES)):
@@ -470,7 +534,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device; --device cpu tries the harness on a tiny model")
     device = torch.device(options.device)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes is not None else float("inf")
-    method = {"clock": "host, device idle before and after", "seconds_per_measurement": options.seconds}
+    variant = {name: getattr(options, name) for name in ("decoder", "products", "compile", "compile_decoder")}
+    variant = {name: value for name, value in variant.items() if value is not None}
+    if options.no_cudnn_benchmark:
+        variant["cudnn_benchmark"] = False
+    method = {
+        "clock": "host, device idle before and after",
+        "seconds_per_measurement": options.seconds,
+        "variant": variant,
+    }
     partial = partial_of(options.output)
     rows = Rows(partial, {"environment": environment(device, options.commit), "method": method})
     sources = [path for path in (partial, options.output) if path.is_file()]
@@ -493,7 +565,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = empty_row(cell, "out of memory", "a smaller batch did not fit", rows.commit)
         else:
             rows.write(complete=False, running=cell)
-            row = run_cell(subjects, cell, device, options.seconds, rows.commit)
+            row = run_cell(subjects, cell, device, options.seconds, rows.commit, variant)
         too_large |= {series} if row["status"] == "out of memory" else set()
         rows.add(cell, row)
         print(line(rows.rows[cell]), flush=True)

@@ -1,10 +1,10 @@
 """The engine: generation with fixed shapes, as CUDA graphs on a GPU and step by step elsewhere.
 
     begin           modulation vectors of all blocks, once an image: they follow from the class alone
-    predict k       inputs of scale k from f_hat, next-scale pass, draw
+    predict k       inputs of scale k from f_hat (`hmar.scale_maps`), next-scale pass, draw
     masked k, i     hide the least confident codes, masked pass without the null class, draw
     commit k        f_hat += contribution of the codes
-    decode          bf16, channels last
+    decode          bf16, channels last (`hmar.decoder`)
 
 The same arithmetic and the same random numbers as `hmar.generate`, whose plain functions say what is computed; here no
 shape depends on data, nothing waits for the device within an image, and what is the same for every pass is computed
@@ -22,8 +22,8 @@ import copy
 import gc
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmar.decoder import FusedDecoder
 from hmar.generate import (
     GenerationOutput,
     KnownCodes,
@@ -48,13 +49,17 @@ from hmar.generate import (
     refuse_nonfinite,
     resolve_ramp,
     resolve_schedule,
-    scale_inputs,
     with_null,
 )
-from hmar.model import HMAR, NextScaleTransformer, SharedModulation
+from hmar.model import HMAR, MLP, NextScaleTransformer, SharedModulation
+from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
+from hmar_kernels import linear
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
+FEW_ROWS = 64
+DECODERS = ("modules", "fused", "transposed")
+PRODUCTS = ("cublas", "triton")
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,16 @@ class Engine:
             bfloat16, is channels-last), or None for the weights' own. The residual stream keeps the weights' precision,
             as under autocast.
         capture: whether to capture CUDA graphs; default on a GPU. Without, the same steps run one by one.
-        compile: a backend of torch.compile for transformer blocks and decoder, such as "inductor". Default: none.
+        compile: a backend of torch.compile for transformer blocks, such as "inductor", or with a mode of it, as
+            "inductor:max-autotune-no-cudagraphs". Default: none.
+        compile_decoder: the same for the decoder.
+        decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
+            upsampling by transposed convolutions. Default: "fused" in a dtype, "modules" in the weights' own.
+        products: "cublas", or "triton" for products of at most FEW_ROWS rows by the kernel of `hmar_kernels.linear`, as
+            in the small scales of one image. In a dtype only.
+        cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
+            of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
+            process.
         max_programs, max_bytes: how many programs are kept, and how much memory their graphs may hold together
             (default: half of the device's); the ones unused for longest go first. One program may always be kept.
 
@@ -111,6 +125,10 @@ class Engine:
         dtype: torch.dtype | None = None,
         capture: bool | None = None,
         compile: str | None = None,
+        compile_decoder: str | None = None,
+        decoder: str | None = None,
+        products: str = "cublas",
+        cudnn_benchmark: bool = True,
         max_programs: int = 8,
         max_bytes: int | None = None,
     ):
@@ -118,6 +136,10 @@ class Engine:
             raise ValueError(f"A {type(model).__name__} cannot generate alone; HMAR and NextScaleTransformer can.")
         if dtype not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype is {dtype}; expected torch.bfloat16, torch.float16 or None for the weights' own.")
+        if decoder not in (None, *DECODERS):
+            raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}, or None for the default.")
+        if products not in PRODUCTS:
+            raise ValueError(f"products is {products!r}; expected one of {', '.join(PRODUCTS)}.")
         if max_programs < 1:
             raise ValueError(f"max_programs is {max_programs}; at least one is needed.")
         self.device = torch.device(device if device is not None else tokenizer.quantizer.codebook.weight.device)
@@ -127,6 +149,7 @@ class Engine:
         self.captures = self.device.type == "cuda" if capture is None else capture
         if self.captures and self.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, the engine's is {self.device}; leave capture out.")
+        self.cudnn_benchmark = cudnn_benchmark
         check_pair(model.config, tokenizer)
         self.config = model.config
         self.max_programs = max_programs
@@ -138,9 +161,19 @@ class Engine:
         self._lock = threading.Lock()
         with torch.no_grad():
             self._place(model, tokenizer)
+            self.scale_maps = ScaleMaps(self.quantizer)
+            self.decoding = self.decoder
+            if decoder in ("fused", "transposed") or (decoder is None and dtype is not None):
+                self.decoding = FusedDecoder(self.decoder, transposed=decoder == "transposed")
+            self._derive()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
+        if dtype is not None:
+            self._fuse(products)
         if compile is not None:
-            self._compile(compile)
+            for block in self._blocks():
+                self._compile(block, compile)
+        if compile_decoder is not None:
+            self._compile(self.decoding, compile_decoder)
 
     def _place(self, model: nn.Module, tokenizer: Tokenizer) -> None:
         """Copies of the modules that share every parameter which is in its place already."""
@@ -166,18 +199,39 @@ class Engine:
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
         self._versions = self._current_versions()
 
-    def _compile(self, backend: str) -> None:
+    def _fuse(self, products: str) -> None:
+        for block in self._blocks():
+            attention = block.attention
+            attention.qkv, attention.proj = (FusedLinear(m, products) for m in (attention.qkv, attention.proj))
+            block.mlp = FusedMLP(block.mlp, products)
+        for head in self._heads():
+            head.linear = FusedLinear(head.linear, products)
+
+    def _compile(self, module: nn.Module, backend: str) -> None:
         # NOTE: every scale and batch size is a shape, and a mask, of its own.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 1024)
         torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 4096)
+        backend, _, mode = backend.partition(":")
+        module.compile(backend=backend, mode=mode or None, dynamic=False)
+
+    def _derive(self) -> None:
+        """What follows from the weights alone, in the same memory after every change of them."""
+        self.scale_maps.derive()
+        if isinstance(self.decoding, FusedDecoder):
+            self.decoding.derive()
         for block in self._blocks():
-            block.compile(backend=backend, dynamic=False)
-        self.decoder.compile(backend=backend, dynamic=False)
+            attention = block.attention
+            if attention.bound_H is None:
+                attention.bound_H = attention.logit_bound()
+            attention.bound_H.copy_(attention.logit_bound())
 
     def _blocks(self) -> list[nn.Module]:
         model = self.model
         groups = (model.trunk, model.next_scale_blocks, model.mask_blocks) if self.is_hmar else (model.blocks,)
         return [block for group in groups for block in group]
+
+    def _heads(self) -> list[nn.Module]:
+        return [self.model.next_scale_head, self.model.mask_head] if self.is_hmar else [self.model.head]
 
     @property
     def is_hmar(self) -> bool:
@@ -199,6 +253,7 @@ class Engine:
         for source, copied in self._pairs:
             if source.data_ptr() != copied.data_ptr():
                 copied.copy_(source)
+        self._derive()
         self._versions = self._current_versions()
 
     # --- images -------------------------------------------------------------------------------------------------------
@@ -247,7 +302,7 @@ class Engine:
             greedy=sampling.greedy,
             edited=known is not None,
         )
-        with self._lock, self._precision(), self._current_device():
+        with self._lock, self._surroundings():
             if self._versions != self._current_versions():
                 self.refresh()
             program = self._program(settings)
@@ -257,20 +312,42 @@ class Engine:
     @torch.no_grad()
     def decode(self, f_hat_BEhw: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] of a quantised latent, which may be one of an early scale."""
-        stride = self.tokenizer_config.stride
-        step = max(1, DECODED_PIXELS // (self.pyramid.side * stride) ** 2)
-        dtype = self.post_quant_conv.weight.dtype
-        layout = torch.contiguous_format if self.dtype is None else torch.channels_last
         images = []
-        with torch.autocast(self.device.type, enabled=False):
-            for part_BEhw in f_hat_BEhw.split(step):
-                part_BEhw = part_BEhw.to(dtype).contiguous(memory_format=layout)
-                images.append(self.decoder(self.post_quant_conv(part_BEhw)).clamp_(-1, 1))
+        with torch.autocast(self.device.type, enabled=False), self._convolutions():
+            for part_BEhw in f_hat_BEhw.split(self.decoded_at_once):
+                images.append(self.decoding(self.post_quant_conv(self.latents(part_BEhw))).clamp_(-1, 1))
         return images[0] if len(images) == 1 else torch.cat(images)
+
+    @property
+    def decoded_at_once(self) -> int:
+        """Images of a batch that the decoder takes together."""
+        return max(1, DECODED_PIXELS // (self.pyramid.side * self.tokenizer_config.stride) ** 2)
+
+    def latents(self, f_hat_BEhw: Tensor) -> Tensor:
+        """In the decoder's dtype and memory format."""
+        layout = torch.contiguous_format if self.dtype is None else torch.channels_last
+        return f_hat_BEhw.to(self.post_quant_conv.weight.dtype).contiguous(memory_format=layout)
 
     def _precision(self) -> AbstractContextManager:
         # NOTE: the cache of autocast would hold tensors of a graph's memory.
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """Precision, device and cuDNN's choice of algorithms, as all steps run in them."""
+        with ExitStack() as stack:
+            for context in (self._precision(), self._current_device(), self._convolutions()):
+                stack.enter_context(context)
+            yield
+
+    @contextmanager
+    def _convolutions(self) -> Iterator[None]:
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or (self.cudnn_benchmark and self.device.type == "cuda")
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def _current_device(self) -> AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -352,7 +429,7 @@ class Program:
         self.keys_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.strengths_SB = torch.zeros(pyramid.num_scales + 1, batch, device=device)
         self.positions_L = torch.arange(pyramid.length, device=device)
-        self.f_hat_BEhw = engine.quantizer.empty_f_hat(batch)
+        self.f_hat_BEhw = engine.scale_maps.empty_f_hat(batch)
         self.codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
         self.bad_SB = torch.zeros(pyramid.num_scales, batch, dtype=torch.bool, device=device)
         if settings.edited:
@@ -408,9 +485,12 @@ class Program:
                 continue
             segment.run()
             if on_scale is not None and segment.scale is not None:
-                on_scale(segment.scale, self.f_hat_BEhw.clone())
+                on_scale(segment.scale, self._f_hat())
         refuse_nonfinite(range(len(self.bad_SB)), self.bad_SB.cpu())
-        return GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self.f_hat_BEhw.clone())
+        return GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self._f_hat())
+
+    def _f_hat(self) -> Tensor:
+        return self.f_hat_BEhw.clone(memory_format=torch.contiguous_format)
 
     def capture(self, pool: tuple[int, int]) -> int:
         """Run all steps once, so that whatever is made on first use is there, then record them.
@@ -456,7 +536,7 @@ class Program:
         shared = model.shared_modulation(cond_RC)
         for block in engine._blocks():
             block.modulation.remember(shared)
-        for head in (model.next_scale_head, model.mask_head) if engine.is_hmar else (model.head,):
+        for head in engine._heads():
             head.modulation.remember(F.silu(cond_RC))
         self.f_hat_BEhw.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
@@ -464,7 +544,7 @@ class Program:
     def _predict(self, k: int) -> None:
         engine, settings = self.engine, self.settings
         model, scale = engine.model, (k, k + 1)
-        self.inputs_BnE = scale_inputs(model, engine, self.f_hat_BEhw, k)
+        self.inputs_BnE = engine.scale_maps.inputs(self.f_hat_BEhw, k).to(model.embedding.codes.weight.dtype)
         class_R, (inputs_RnE,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
         if engine.is_hmar:
             logits_RnV = model.next_scale(class_R, inputs_RnE, scale)
@@ -515,7 +595,7 @@ class Program:
 
     def _masked_logits(self, k: int, guided: bool, wanted_Bm: Tensor | None = None) -> Tensor:
         engine = self.engine
-        residuals_BnE = engine.quantizer.own_residual(self.codes_Bn, k).to(self.inputs_BnE.dtype)
+        residuals_BnE = engine.scale_maps.own_residual(self.codes_Bn, k).to(self.inputs_BnE.dtype)
         arguments = [self.inputs_BnE, residuals_BnE, self.hidden_Bn]
         arguments += [wanted_Bm] if wanted_Bm is not None else []
         class_R, (inputs, residuals, hidden, *wanted) = self._with_null(guided, *arguments)
@@ -529,11 +609,39 @@ class Program:
 
     def _commit(self, k: int) -> None:
         torch.any(self.bad_Bn, 1, out=self.bad_SB[k])
-        self.f_hat_BEhw += self.engine.quantizer.contribution(self.codes_Bn, k)
+        self.engine.scale_maps.accumulate_(self.f_hat_BEhw, self.codes_Bn, k)
         self.codes_BL[:, self.engine.pyramid.slice(k)] = self.codes_Bn
 
     def _decode(self) -> None:
         self.images_BCHW = self.engine.decode(self.f_hat_BEhw)
+
+
+class FusedLinear(nn.Module):
+    """A linear layer whose input is in its precision already, with what follows it in the same kernel.
+
+    products: implementation of few rows, see `Engine`.
+    """
+
+    def __init__(self, layer: nn.Linear, products: str, gelu: bool = False):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.products, self.gelu = products, gelu
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        few = x_BLC.shape[:-1].numel() <= FEW_ROWS
+        impl = "triton" if few and self.products == "triton" else "auto"
+        return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, impl=impl)
+
+
+class FusedMLP(nn.Module):
+    """The MLP, with its GELU behind the first product and not a pass of its own."""
+
+    def __init__(self, mlp: MLP, products: str):
+        super().__init__()
+        self.fc1, self.fc2 = FusedLinear(mlp.fc1, products, gelu=True), FusedLinear(mlp.fc2, products)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x_BLC))
 
 
 class Remembered(nn.Module):

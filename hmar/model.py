@@ -351,6 +351,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, impl: str):
         super().__init__()
         self.impl = impl
+        self.bound_H: Tensor | None = None  # what `logit_bound` gives, where it is known to stay; the engine's
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.q_bias_C = nn.Parameter(torch.zeros(config.width))
         self.v_bias_C = nn.Parameter(torch.zeros(config.width))
@@ -366,10 +367,13 @@ class Attention(nn.Module):
         )
         if cache is not None:
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
-        # of unit vectors' products, scaled
-        bound_H = self.log_scale_H.detach().clamp_max(self.MAX_LOG_SCALE).exp().float()
+        bound_H = self.logit_bound() if self.bound_H is None else self.bound_H
         out_BHLD = masked_attention(q_BHLD, k_BHLD, v_BHLD, mask, scale=1.0, logit_bound=bound_H, impl=self.impl)
         return self.proj(out_BHLD.transpose(1, 2).flatten(2))
+
+    def logit_bound(self) -> Tensor:
+        """Of each head [H], float32: no product of q and k, of unit length and scaled, is larger."""
+        return self.log_scale_H.detach().clamp_max(self.MAX_LOG_SCALE).exp().float()
 
 
 class MLP(nn.Module):

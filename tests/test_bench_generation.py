@@ -9,6 +9,8 @@ import torch
 from bench import generation, sampling
 from bench.check import CheckFailed
 from bench.generation import Cell, Rows, check, choose_cells, empty_row
+from hmar.config import PRESETS
+from hmar.engine import DECODERS
 from reports import build
 
 COLUMNS = "gpu,commit,model,engine,schedule,resolution,depth,batch,ms,images_per_s,peak_gb"
@@ -42,6 +44,45 @@ def test_a_run_measures_every_engine(written):
         if row["engine"] == "optimised":
             assert row["same_codes"] >= 0.9 and set(row["parts_ms"]) == set(build.PARTS)
             assert len(row["scales_ms"]) == 4 and min(row["scales_ms"]) > 0
+            stages = ["post_quant_conv", "middle", *decoder_names(len(PRESETS["tiny"][0].multipliers)), "out"]
+            assert list(row["decoder_ms"]) == stages and min(row["decoder_ms"].values()) > 0
+
+
+def decoder_names(levels):
+    return [f"{name} {i}" for i in range(1, levels + 1) for name in ("level", "upsample")][:-1]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_stages_of_a_decoder_make_its_images(decoder):
+    """What is timed stage by stage is what decoding computes."""
+    cell = Cell("hmar", "optimised", "default", None, 2, 2)
+    subject = generation.Subject(cell, torch.device("cpu"), {"decoder": decoder})
+    subject.optimise()
+    x, factor = generation.first_latents(subject.engine, 2)
+    with torch.no_grad():
+        expected = subject.engine.decode(x)
+        for _, stage in generation.decoder_stages(subject.engine):
+            x = stage(x)
+    assert factor == 1 and torch.equal(x.clamp(-1, 1), expected)
+
+
+def test_a_variant_is_recorded_and_has_a_file_of_its_own(tmp_path, monkeypatch, capsys):
+    given = []
+
+    def run_cell(subjects, cell, device, budget, commit, variant):
+        given.append(variant)
+        return empty_row(cell, "out of memory", "too large", commit)
+
+    monkeypatch.setattr(generation, "run_cell", run_cell)
+    path = tmp_path / "variant.json"
+    arguments = ["--device", "cpu", "--models", "var", "--engines", "optimised", "--output", str(path)]
+    variant = ["--decoder", "transposed", "--compile-decoder", "inductor", "--no-cudnn-benchmark"]
+    assert generation.main([*arguments, *variant]) == 0
+    expected = {"decoder": "transposed", "compile_decoder": "inductor", "cudnn_benchmark": False}
+    assert given == [expected] and json.loads(path.read_text())["method"]["variant"] == expected
+    with pytest.raises(SystemExit):
+        generation.main([*arguments, "--continue"])
+    assert "a file of its own" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_it_ended(written, tmp_path, monkeypatch, capsys):

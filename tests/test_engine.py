@@ -21,9 +21,13 @@ from engine_cases import (
     sampling_for,
 )
 from hmar.config import ModelConfig
-from hmar.engine import Engine
+from hmar.decoder import FusedDecoder
+from hmar.engine import DECODERS, Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
+from hmar_kernels.linear import triton as kernels
+
+forward = kernels.forward
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +127,53 @@ def test_half_precision_is_that_of_autocast(kind):
     assert kept == {torch.bfloat16} and engine.decoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernel runs there")
+def test_products_of_few_rows_by_the_kernel_under_the_interpreter(monkeypatch):
+    """Which rows are few: up to 64, so that the largest scale of three images and their null class is not."""
+    few = []
+    model, tokenizer, sampling = build("hmar"), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+    engine = Engine(model, tokenizer, dtype=torch.float16, products="triton")
+    monkeypatch.setattr(kernels, "forward", lambda *arguments: few.append(len(arguments[0])) or forward(*arguments))
+    actual = engine.generate(CLASSES, sampling)
+    assert torch.equal(actual.codes_BL, expected.codes_BL)
+    passes = {3, 2 * 3 * 4, 2 * 3 * 9, 3 * 4, 3 * 9}
+    assert passes <= set(few) and max(few) <= 64 and 2 * 3 * 25 not in few
+
+
 def test_compiled_blocks_give_the_same_images(hmar, tokenizer):
     sampling = SamplingConfig(cfg=0.0, top_k=20, schedule={2: [1, 3]})
     expected = plain(hmar, tokenizer, CLASSES, sampling)
-    assert_same(Engine(hmar, tokenizer, compile="eager").generate(CLASSES, sampling), expected)
+    for options in (
+        {"compile": "eager"},
+        {"compile_decoder": "eager"},
+        {"compile_decoder": "eager", "decoder": "fused"},
+    ):
+        assert_same(Engine(hmar, tokenizer, **options).generate(CLASSES, sampling), expected)
+
+
+def test_every_decoder_gives_the_same_images(hmar, tokenizer):
+    sampling = SamplingConfig(cfg=1.0, top_k=20)
+    expected = plain(hmar, tokenizer, CLASSES, sampling)
+    for decoder in DECODERS:
+        assert_same(Engine(hmar, tokenizer, decoder=decoder).generate(CLASSES, sampling), expected)
+
+
+def test_the_decoder_of_a_dtype_is_fused(hmar, tokenizer):
+    assert not isinstance(Engine(hmar, tokenizer).decoding, FusedDecoder)
+    assert isinstance(Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding, FusedDecoder)
+
+
+def test_cudnn_chooses_by_trying_only_while_the_engine_runs(hmar, tokenizer, monkeypatch):
+    for asked in (True, False):
+        engine = Engine(hmar, tokenizer, cudnn_benchmark=asked)
+        monkeypatch.setattr(engine, "device", torch.device("cuda", 0))
+        for outside in (True, False):
+            monkeypatch.setattr(torch.backends.cudnn, "benchmark", outside)
+            with pytest.raises(KeyError), engine._convolutions():
+                assert torch.backends.cudnn.benchmark is (asked or outside)
+                raise KeyError
+            assert torch.backends.cudnn.benchmark is outside
 
 
 def test_shared_modulation(tokenizer):
@@ -220,10 +267,13 @@ def test_every_scale_passes_var_once(tokenizer):
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["shared", "copied"])
-def test_weights_that_change_are_noticed(dtype):
+@pytest.mark.parametrize(
+    "dtype, decoder",
+    [(None, None), (None, "transposed"), (torch.bfloat16, "transposed"), (torch.bfloat16, "modules")],
+)
+def test_weights_that_change_are_noticed(dtype, decoder):
     model, tokenizer = build("hmar"), build_tokenizer()
-    engine = Engine(model, tokenizer, dtype=dtype)
+    engine = Engine(model, tokenizer, dtype=dtype, decoder=decoder)
     sampling = SamplingConfig(cfg=1.0, greedy=True)
     before = engine.generate(CLASSES, sampling)
     model.load_state_dict(build("hmar", seed=9).state_dict())
@@ -231,7 +281,8 @@ def test_weights_that_change_are_noticed(dtype):
     after = engine.generate(CLASSES, sampling)
     assert len(engine.programs) == 1, "graphs read the same memory"
     assert not torch.equal(before.codes_BL, after.codes_BL)
-    expected = Engine(build("hmar", seed=9), build_tokenizer(seed=9), dtype=dtype).generate(CLASSES, sampling)
+    fresh = Engine(build("hmar", seed=9), build_tokenizer(seed=9), dtype=dtype, decoder=decoder)
+    expected = fresh.generate(CLASSES, sampling)
     assert torch.equal(after.images_BCHW, expected.images_BCHW)
     model.embedding.position_LC.data.zero_()
     engine.refresh()
@@ -297,6 +348,8 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, dtype=torch.float64), "expected torch.bfloat16"),
         (lambda: Engine(hmar, tokenizer, capture=True), "CUDA graphs need a CUDA device"),
         (lambda: Engine(hmar, tokenizer, max_programs=0), "at least one"),
+        (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, triton"),
+        (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
         (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
         (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),
         (lambda: engine.generate(CLASSES, cfg_B=[1.0]), "1 strengths of guidance for 3 images"),

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine_cases import CLASSES, KINDS, PYRAMID, SAMPLINGS, build, build_tokenizer, holes, plain, sampling_for
+from engine_cases import CLASSES, CONFIG, KINDS, PYRAMID, SAMPLINGS, build, build_tokenizer, holes, plain, sampling_for
 from hmar.config import PRESETS
-from hmar.engine import Engine
+from hmar.engine import DECODERS, PRODUCTS, Engine
 from hmar.generate import SamplingConfig
 from hmar.model import HMAR, NextScaleTransformer
+from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -55,13 +56,47 @@ def test_graphs_give_what_the_steps_give(pairs, model, name, edited, dtype):
         )
 
 
-def test_float32_codes_are_those_of_the_plain_functions(pairs, model, tokenizer):
+def test_float32_codes_are_those_of_the_plain_functions(pairs, model, tokenizer, monkeypatch):
     """Greedy, where only a near tie of two codes could be rounded away."""
+    # NOTE: the quantizer's convolutions would take TF32; the engine has matrices instead of them.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     sampling = sampling_for(model, "greedy")
     expected = plain(model, tokenizer, CLASSES, sampling)
     actual = pairs(model, None)[0].generate(CLASSES, sampling)
     assert torch.equal(actual.codes_BL, expected.codes_BL)
     torch.testing.assert_close(actual.images_BCHW, expected.images_BCHW, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("side", [16, 64])
+def test_decoders_of_the_published_size(decoder, side):
+    """bfloat16 images of every decoder against float32 ones."""
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        published = Tokenizer(PRESETS["d16-256"][0], Pyramid((1, side))).eval().requires_grad_(False)
+    config = replace(CONFIG, code_dim=32, vocab_size=4096, sides=(1, side))
+    model = HMAR(config).cuda()
+    f_hat = torch.randn(2, 32, side, side, device="cuda")
+    with torch.no_grad():
+        expected = Engine(model, published, decoder="modules", capture=False).decode(f_hat)
+        reference = published.bfloat16().decode_f_hat(f_hat.bfloat16())
+    published.float()
+    actual = Engine(model, published, dtype=torch.bfloat16, decoder=decoder, capture=False).decode(f_hat)
+    error, allowed = ((images.float() - expected).norm() for images in (actual, reference))
+    assert actual.isfinite().all() and error <= 2 * allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_products_by_either_implementation(model, tokenizer, dtype):
+    """Graphs equal steps, and codes of one image are those of cuBLAS's products but for what rounding turns."""
+    sampling = replace(sampling_for(model, "default"), seed=3)
+    outputs = {}
+    for products in PRODUCTS:
+        engines = [Engine(model, tokenizer, dtype=dtype, products=products, capture=flag) for flag in (True, False)]
+        captured, stepwise = (engine.generate(CLASSES[:1], sampling) for engine in engines)
+        assert_equal(captured, stepwise)
+        outputs[products] = captured.codes_BL
+    assert (outputs["cublas"] == outputs["triton"]).double().mean() > 0.5
 
 
 def test_programs_share_memory_and_stay_right_in_any_order(model, tokenizer):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hmar_kernels import group_norm
+from hmar_kernels import group_norm, residual_group_norm
 from hmar_kernels.group_norm import triton as kernels
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
@@ -77,6 +77,65 @@ def test_nothing_cancels_where_the_mean_is_large():
     torch.testing.assert_close(actual.double(), exact(x, groups, weight, bias, False), rtol=0, atol=2e-3)
 
 
+def assert_residual_is_accurate(shape, dtype, device="cpu", mean=1.0):
+    """The residual as its dtype rounds it, its norm as that of any image; the same for a shift alone."""
+    x, groups, weight, bias = inputs(shape, dtype, device, mean)
+    branch, shift = x.flip(0, 1).contiguous(memory_format=torch.channels_last), torch.roll(weight, 1)
+    arguments = {"eps": 1e-6, "silu": True, "impl": "triton"}
+    z, actual = residual_group_norm(x, branch, groups, weight, bias, shift=shift, **arguments)
+    expected = (x.double() + branch.double() + shift.double()[:, None, None]).to(dtype)
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(z, expected, rtol=2 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    assert torch.equal(actual, group_norm(z, groups, weight, bias, **arguments))
+    z, actual = residual_group_norm(x, branch, groups, weight, bias, **arguments)
+    torch.testing.assert_close(z, x + branch)
+    assert torch.equal(actual, group_norm(z, groups, weight, bias, **arguments))
+    shifted = group_norm(x, groups, weight, bias, shift=shift, **arguments)
+    wanted = exact(x.double() + shift.double()[:, None, None], groups, weight, bias, True)
+    error = (shifted.double() - wanted).norm()
+    floor = 64 * torch.finfo(torch.float32).eps * wanted.numel() ** 0.5
+    assert error <= torch.finfo(dtype).eps * wanted.norm() + floor
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_residuals_and_shifts_under_the_interpreter(name, dtype, poisoned_memory):
+    assert_residual_is_accurate(SHAPES[name], dtype)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_reference_adds_what_a_convolution_leaves(name):
+    x, groups, weight, bias = inputs(SHAPES[name], torch.float64)
+    branch, shift = x.flip(1), bias.flip(0)
+    for left, right in ((None, shift), (branch, None), (branch, shift)):
+        total = x + (0 if left is None else left) + (0 if right is None else right[:, None, None])
+        if left is None:
+            actual = group_norm(x, groups, weight, bias, shift=right, eps=1e-6)
+        else:
+            z, actual = residual_group_norm(x, left, groups, weight, bias, shift=right, eps=1e-6)
+            torch.testing.assert_close(z, total)
+        torch.testing.assert_close(actual, exact(total, groups, weight, bias, False))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (4, 160, 256, 256, 32), (2, 640, 16, 16, 32)], ids=str)
+def test_residuals_and_shifts_on_a_gpu(shape, dtype, poisoned_memory):
+    assert_residual_is_accurate(shape, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_residual_compiled_on_a_gpu():
+    x, groups, weight, bias = inputs(SHAPES["160 of 32"], torch.bfloat16, "cuda")
+
+    def both(x):
+        return residual_group_norm(x, x, groups, weight, bias, shift=bias, silu=True)
+
+    for actual, expected in zip(torch.compile(both, fullgraph=True)(x), both(x), strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("silu", [False, True])
@@ -119,6 +178,7 @@ def test_channel_blocks_divide_the_published_channels():
         ({"num_groups": 3}, "must divide the 4 channels"),
         ({"weight": torch.zeros(3)}, r"must be \[4\]"),
         ({"impl": "cuda"}, "unknown impl"),
+        ({"shift": torch.zeros(2)}, r"shift must be \[4\]"),
         ({"impl": "triton", "x": torch.zeros(2, 4, 3, 3)}, "not channels-last"),
         ({"impl": "triton", "weight": torch.zeros(4, requires_grad=True)}, "no derivative"),
     ],
@@ -128,3 +188,10 @@ def test_bad_input_is_refused(change, message):
     arguments = {"x": x, "num_groups": 2, "weight": torch.zeros(4), "bias": torch.zeros(4)} | change
     with pytest.raises(ValueError, match=message):
         group_norm(**arguments)
+
+
+def test_a_branch_unlike_x_is_refused():
+    x, vector = torch.zeros(2, 4, 3, 3), torch.zeros(4)
+    for branch in (torch.zeros(2, 4, 3, 1), x.half()):
+        with pytest.raises(ValueError, match="branch must be"):
+            residual_group_norm(x, branch, 2, vector, vector)

@@ -2,11 +2,12 @@
 
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; sampling: from logits to codes; group_norm: for the
-decoder. Each in `api.py` of its folder.
+decoder; linear: for generation, where rows are few. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
-from .group_norm import group_norm
+from .group_norm import group_norm, residual_group_norm
+from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mask import SpanMask
 from .modulated_norm import modulated_norm, residual_modulated_norm
@@ -21,9 +22,11 @@ __all__ = [
     "choose",
     "explain",
     "group_norm",
+    "linear",
     "linear_cross_entropy",
     "modulated_norm",
     "qk_norm",
+    "residual_group_norm",
     "residual_modulated_norm",
     "sample_codes",
     "unavailable",

@@ -1,5 +1,8 @@
-"""Group norm of channels-last images, with SiLU behind it: `api.py` checks arguments and picks an implementation."""
+"""Group norm of channels-last images, with the residual before it and SiLU behind it.
 
-from .api import group_norm
+`api.py` checks arguments and picks an implementation.
+"""
 
-__all__ = ["group_norm"]
+from .api import group_norm, residual_group_norm
+
+__all__ = ["group_norm", "residual_group_norm"]

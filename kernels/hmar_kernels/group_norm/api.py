@@ -1,4 +1,4 @@
-"""The group norm operator: argument checks, choice of implementation, torch custom op.
+"""Group norm, alone and with the residual before it: argument checks, choice of implementation, torch custom ops.
 
 The mathematics is in reference.py, the kernels in triton.py.
 """
@@ -19,6 +19,7 @@ def group_norm(
     weight: Tensor,
     bias: Tensor,
     *,
+    shift: Tensor | None = None,
     eps: float = 1e-5,
     silu: bool = False,
     impl: str = "auto",
@@ -29,6 +30,7 @@ def group_norm(
         x: [N, C, H, W].
         num_groups: divides C.
         weight, bias: [C].
+        shift: [C], added to x first: the bias of the convolution that made x, which so costs no pass of its own.
         eps: added to the variance.
         impl: "auto", "reference" or "triton". "auto" takes "triton" for channels-last images on a GPU that need no
             gradient, outside of autocast; it has no derivative. A named implementation runs or raises.
@@ -37,6 +39,53 @@ def group_norm(
     Raises:
         ValueError: shapes do not fit together, or the implementation cannot take them.
     """
+    if _select(impl, num_groups, x, None, weight, bias, shift) == "reference":
+        return reference.forward(x, shift, num_groups, weight, bias, eps, silu)
+    # NOTE: the operator's dispatch takes the host longer than small kernels take, so it is there for tracing only.
+    forward = _group_norm_triton if torch.compiler.is_compiling() else triton.forward
+    return forward(x, shift, num_groups, weight, bias, eps, silu)
+
+
+def residual_group_norm(
+    x: Tensor,
+    branch: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    silu: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """z = x + branch + shift, and `group_norm` of z.
+
+    Args:
+        x, branch: [N, C, H, W] of one dtype.
+        shift: [C] or None, the biases of the convolutions that made them.
+        num_groups, weight, bias, eps, silu, impl: as in `group_norm`.
+    Returns:
+        z and its norm, both [N, C, H, W] in x's dtype (under autocast, of the reference: the norm in float32).
+    Raises:
+        ValueError: shapes do not fit together, or the implementation cannot take them.
+    """
+    if _select(impl, num_groups, x, branch, weight, bias, shift) == "reference":
+        z = reference.total(x, branch, shift)
+        return z, reference.forward(z, None, num_groups, weight, bias, eps, silu)
+    forward = _residual_group_norm_triton if torch.compiler.is_compiling() else triton.residual_forward
+    return forward(x, branch, shift, num_groups, weight, bias, eps, silu)
+
+
+def _select(
+    impl: str,
+    num_groups: int,
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    shift: Tensor | None,
+) -> str:
+    """The implementation to run; ValueError for arguments that do not go together, or that it cannot take."""
     if x.ndim != 4 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(f"x must be floats [N, C, H, W], none of them 0, got {x.dtype} {list(x.shape)}")
     channels = x.shape[1]
@@ -44,28 +93,55 @@ def group_norm(
         raise ValueError(f"num_groups must divide the {channels} channels of x, got {num_groups}")
     if weight.shape != (channels,) or bias.shape != (channels,):
         raise ValueError(f"weight and bias must be [{channels}], got {list(weight.shape)} and {list(bias.shape)}")
+    if shift is not None and shift.shape != (channels,):
+        raise ValueError(f"shift must be [{channels}], one a channel of x, got {list(shift.shape)}")
+    if branch is not None and (branch.shape, branch.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"branch must be {x.dtype} {list(x.shape)} as x is, got {branch.dtype} {list(branch.shape)}; "
+            "branch.to(x.dtype) mends the dtype"
+        )
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+    given = [tensor for tensor in (x, branch, weight, bias, shift) if tensor is not None]
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    reason = triton.unavailable(x) or (None if branch is None else triton.unavailable(branch))
     if impl == "auto":
         plain = needs_grad or not x.is_cuda or torch.is_autocast_enabled("cuda")
-        impl = "reference" if plain or triton.unavailable(x) is not None else "triton"
-    elif impl == "triton":
-        reason = "the kernels have no derivative" if needs_grad else triton.unavailable(x)
+        return "reference" if plain or reason is not None else "triton"
+    if impl == "triton":
+        reason = "the kernels have no derivative" if needs_grad else reason
         if reason is not None:
             raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" would take "reference"')
-    if impl == "reference":
-        return reference.forward(x, num_groups, weight, bias, eps, silu)
-    # NOTE: the operator's dispatch takes the host longer than small kernels take, so it is there for tracing only.
-    forward = _group_norm_triton if torch.compiler.is_compiling() else triton.forward
-    return forward(x, num_groups, weight, bias, eps, silu)
+    return impl
 
 
 @torch.library.custom_op("hmar_kernels::group_norm_triton", mutates_args=())
-def _group_norm_triton(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-    return triton.forward(x, num_groups, weight, bias, eps, silu)
+def _group_norm_triton(
+    x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    return triton.forward(x, shift, num_groups, weight, bias, eps, silu)
 
 
 @_group_norm_triton.register_fake
-def _(x, num_groups, weight, bias, eps, silu):
+def _(x, shift, num_groups, weight, bias, eps, silu):
     return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("hmar_kernels::residual_group_norm_triton", mutates_args=())
+def _residual_group_norm_triton(
+    x: Tensor,
+    branch: Tensor,
+    shift: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    return triton.residual_forward(x, branch, shift, num_groups, weight, bias, eps, silu)
+
+
+@_residual_group_norm_triton.register_fake
+def _(x, branch, shift, num_groups, weight, bias, eps, silu):
+    z = torch.empty_like(x, memory_format=torch.channels_last)
+    return z, torch.empty_like(z)

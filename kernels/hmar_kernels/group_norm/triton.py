@@ -4,6 +4,9 @@
     factors     per group: those of its chunks and channels combined; y = silu(factor x + offset)
     apply       elementwise
 
+A shift of the channels is part of the factors and costs nothing. A residual z = x + branch + shift is added by the
+first kernel, which then reads two images and writes z; the last one reads z.
+
 Grids: (chunks, blocks of channels, images), (groups, images), (blocks of elements, images). All arithmetic is float32.
 Chunks are combined by Chan's rule and take their deviations from the chunk's first value, so that nothing cancels where
 the mean is large.
@@ -25,15 +28,30 @@ ELEMENTS = 2048  # of a program of the last kernel
 MAX_CHANNEL_BLOCK = 128
 
 
+@triton.jit
+def _load(x_ptr, branch_ptr, shift, offs, mask, RESIDUAL: tl.constexpr):
+    """x, or z = x + branch + shift as its dtype rounds it, in float32."""
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        x += tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32) + shift
+        x = x.to(x_ptr.dtype.element_ty).to(tl.float32)
+    return x
+
+
 @triton.jit(do_not_specialize=["num_positions", "num_chunks", "chunk_size"])
 def _statistics_kernel(
     x_ptr,
+    branch_ptr,
+    shift_ptr,
+    z_ptr,
     mean_ptr,
     deviation_ptr,
     num_positions,
     num_channels,
     num_chunks,
     chunk_size,
+    RESIDUAL: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -41,9 +59,15 @@ def _statistics_kernel(
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = channels < num_channels
     x_ptr += image * num_positions * num_channels
+    branch_ptr += image * num_positions * num_channels
+    z_ptr += image * num_positions * num_channels
     begin = chunk * chunk_size
     end = tl.minimum(begin + chunk_size, num_positions)
-    first = tl.load(x_ptr + begin.to(tl.int64) * num_channels + channels, mask=mask_c, other=0.0).to(tl.float32)
+    shift = tl.zeros([BLOCK_C], tl.float32)
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)
+    offs_first = begin.to(tl.int64) * num_channels + channels
+    first = _load(x_ptr, branch_ptr, shift, offs_first, mask_c, RESIDUAL)
 
     sums = tl.zeros([BLOCK_C], tl.float32)
     squares = tl.zeros([BLOCK_C], tl.float32)
@@ -51,7 +75,9 @@ def _statistics_kernel(
         rows = start + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & mask_c[None, :]
         offs = rows.to(tl.int64)[:, None] * num_channels + channels[None, :]
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = _load(x_ptr, branch_ptr, shift[None, :], offs, mask, RESIDUAL)
+        if RESIDUAL:
+            tl.store(z_ptr + offs, x.to(z_ptr.dtype.element_ty), mask=mask)
         x = tl.where(mask, x - first[None, :], 0.0)
         sums += tl.sum(x, 0)
         squares += tl.sum(x * x, 0)
@@ -66,6 +92,7 @@ def _statistics_kernel(
 def _factors_kernel(
     mean_ptr,
     deviation_ptr,
+    shift_ptr,
     weight_ptr,
     bias_ptr,
     factor_ptr,
@@ -76,6 +103,7 @@ def _factors_kernel(
     chunk_size,
     channels_per_group,
     eps,
+    HAS_SHIFT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
@@ -87,6 +115,10 @@ def _factors_kernel(
     offs = (image * num_chunks + chunks) * num_channels + channels[None, :]
     means = tl.load(mean_ptr + offs, mask=mask, other=0.0)
     deviations = tl.load(deviation_ptr + offs, mask=mask, other=0.0)
+    shift = tl.zeros([BLOCK_J], tl.float32)
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + channels, mask=mask_j, other=0.0).to(tl.float32)
+        means += shift[None, :]
 
     counts = tl.minimum(chunk_size, num_positions - chunks * chunk_size).to(tl.float32)
     total = num_positions.to(tl.float32) * channels_per_group.to(tl.float32)
@@ -98,7 +130,7 @@ def _factors_kernel(
     bias = tl.load(bias_ptr + channels, mask=mask_j, other=0.0).to(tl.float32)
     factor = tl.rsqrt(variance + eps) * weight
     tl.store(factor_ptr + image * num_channels + channels, factor, mask=mask_j)
-    tl.store(offset_ptr + image * num_channels + channels, bias - mean * factor, mask=mask_j)
+    tl.store(offset_ptr + image * num_channels + channels, bias + (shift - mean) * factor, mask=mask_j)
 
 
 @triton.jit
@@ -154,30 +186,68 @@ def chunk_size(positions: int) -> int:
     return max(MIN_CHUNK, ROWS * triton.cdiv(positions, ROWS * MAX_CHUNKS))
 
 
-def forward(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
+def forward(
+    x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
     """x [N, C, H, W], channels-last -> y of the same shape, dtype and format."""
+    return _launch(x, None, shift, None, num_groups, weight, bias, eps, silu)
+
+
+def residual_forward(
+    x: Tensor,
+    branch: Tensor,
+    shift: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """x, branch [N, C, H, W], channels-last -> z, y of the same shape, dtype and format."""
+    z = torch.empty_like(x, memory_format=torch.channels_last)
+    return z, _launch(x, branch, shift, z, num_groups, weight, bias, eps, silu)
+
+
+def _launch(
+    x: Tensor,
+    branch: Tensor | None,
+    shift: Tensor | None,
+    z: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+) -> Tensor:
     N, C, H, W = x.shape
     positions, y = H * W, torch.empty_like(x, memory_format=torch.channels_last)
     size, block_c = chunk_size(positions), channel_block(C)
     chunks = triton.cdiv(positions, size)
+    residual, has_shift = branch is not None, shift is not None
     mean, deviation = torch.empty(2, N, chunks, C, dtype=torch.float32, device=x.device)
     factor, offset = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
     # NOTE: Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _statistics_kernel[(chunks, triton.cdiv(C, block_c), N)](
             x_ptr=x,
+            branch_ptr=branch if residual else x,
+            shift_ptr=shift if has_shift else bias,
+            z_ptr=z if residual else y,
             mean_ptr=mean,
             deviation_ptr=deviation,
             num_positions=positions,
             num_channels=C,
             num_chunks=chunks,
             chunk_size=size,
+            RESIDUAL=residual,
+            HAS_SHIFT=has_shift and residual,
             ROWS=ROWS,
             BLOCK_C=block_c,
         )
         _factors_kernel[(num_groups, N)](
             mean_ptr=mean,
             deviation_ptr=deviation,
+            shift_ptr=shift if has_shift else bias,
             weight_ptr=weight,
             bias_ptr=bias,
             factor_ptr=factor,
@@ -188,11 +258,12 @@ def forward(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
             chunk_size=size,
             channels_per_group=C // num_groups,
             eps=eps,
+            HAS_SHIFT=has_shift and not residual,
             BLOCK_K=triton.next_power_of_2(chunks),
             BLOCK_J=triton.next_power_of_2(C // num_groups),
         )
         _apply_kernel[(triton.cdiv(positions * C, ELEMENTS), N)](
-            x_ptr=x,
+            x_ptr=z if residual else x,
             y_ptr=y,
             factor_ptr=factor,
             offset_ptr=offset,

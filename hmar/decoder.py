@@ -1,0 +1,222 @@
+"""The decoder as the engine runs it: the arithmetic of `hmar.tokenizer.Decoder` in fewer passes over the maps.
+
+    convolution            without its bias, which torch adds in a pass of its own
+    norm1, norm_out        add residual, branch and biases in the pass that takes their statistics
+    norm2                  has the bias of the convolution before it in its factors
+    attention              scores in chunks; of 640 channels in one head SDPA has no fused kernel
+    upsampling             repeat and convolve, or one transposed convolution of 4 taps a pixel instead of 9
+
+Passes over a map of one residual block (reads and writes of the whole map; the first number is that of the modules):
+
+    norm1, silu   3 -> 2, in the residual       conv1   2, bias 2 -> 0
+    norm2, silu   3 -> 3                        conv2   2, bias 2 -> 0       residual   3 -> 3, with statistics
+
+17 -> 12. At 256 px a bfloat16 map of 160 channels is 21 MB an image, and three blocks and their upsampling run on it.
+
+Weights are those of the decoder, read in place; what is derived from them is made by `derive`. No gradients. Read
+`hmar.engine` for who calls it.
+
+Shapes: B images, C channels, h w positions, L = h w.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmar.tokenizer import Decoder, Level, ResidualBlock, SpatialAttention, Upsample
+from hmar_kernels import group_norm, residual_group_norm
+
+SCORE_BYTES = 256 << 20  # of attention's scores, at once
+
+
+class Unsummed(NamedTuple):
+    """A map x + branch + shift, not added yet, because the next norm does that in the pass of its statistics."""
+
+    x_BChw: Tensor
+    branch_BChw: Tensor | None = None
+    shift_C: Tensor | None = None
+
+    def norm(self, norm: nn.GroupNorm, silu: bool = False) -> tuple[Unsummed, Tensor]:
+        """The map, added up where that costs nothing, and its norm."""
+        arguments = {"shift": self.shift_C, "eps": norm.eps, "silu": silu}
+        if self.branch_BChw is None:
+            return self, group_norm(self.x_BChw, norm.num_groups, norm.weight, norm.bias, **arguments)
+        x_BChw, h_BChw = residual_group_norm(
+            self.x_BChw, self.branch_BChw, norm.num_groups, norm.weight, norm.bias, **arguments
+        )
+        return Unsummed(x_BChw), h_BChw
+
+    def total(self) -> Tensor:
+        x_BChw = self.x_BChw if self.branch_BChw is None else self.x_BChw + self.branch_BChw
+        return x_BChw if self.shift_C is None else x_BChw + self.shift_C[:, None, None]
+
+    def plus(self, branch_BChw: Tensor, shift_C: Tensor) -> Unsummed:
+        """With a branch more, of a map without one."""
+        assert self.branch_BChw is None, "a norm comes before every branch, and adds the last one"
+        return Unsummed(self.x_BChw, branch_BChw, shift_C if self.shift_C is None else self.shift_C + shift_C)
+
+
+class FusedDecoder(nn.Module):
+    """Latents [B, E, h, w] to images, as the decoder it is made of gives them.
+
+    Args:
+        decoder: whose weights are used, in their place. Call `derive` after they have changed.
+        transposed: whether to upsample by transposed convolutions.
+    """
+
+    def __init__(self, decoder: Decoder, transposed: bool = False):
+        super().__init__()
+        self.decoder = decoder
+        self.upsamples = nn.ModuleList(
+            (TransposedUpsample if transposed else RepeatUpsample)(level.resample)
+            for level in decoder.levels
+            if isinstance(level.resample, Upsample)
+        )
+
+    def derive(self) -> None:
+        """Make what follows from the weights again, in place."""
+        for upsample in self.upsamples:
+            upsample.derive()
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        x = x_BChw
+        for _, stage in self.stages():
+            x = stage(x)
+        return x
+
+    def stages(self) -> Iterator[tuple[str, Callable]]:
+        """What is computed one after another, with names: each takes what the one before returns."""
+        yield "middle", self._middle
+        for i, level in enumerate(self.decoder.levels):
+            yield f"level {i + 1}", partial(blocks_of, level)
+            if i < len(self.upsamples):
+                yield f"upsample {i + 1}", partial(self._upsample, i)
+        yield "out", self._out
+
+    def _middle(self, x_BChw: Tensor) -> Unsummed:
+        conv_in, middle = self.decoder.conv_in, self.decoder.middle
+        x = residual_block(middle.block_in, Unsummed(convolved(conv_in, x_BChw), None, conv_in.bias))
+        return residual_block(middle.block_out, spatial_attention(middle.attention, x))
+
+    def _upsample(self, i: int, x: Unsummed) -> Unsummed:
+        return self.upsamples[i](x.total())
+
+    def _out(self, x: Unsummed) -> Tensor:
+        _, h_BChw = x.norm(self.decoder.norm_out, silu=True)
+        return self.decoder.conv_out(h_BChw)
+
+
+def blocks_of(level: Level, x: Unsummed) -> Unsummed:
+    for block, attention in zip(level.blocks, level.attentions, strict=True):
+        x = residual_block(block, x)
+        if isinstance(attention, SpatialAttention):
+            x = spatial_attention(attention, x)
+    return x
+
+
+def residual_block(block: ResidualBlock, x: Unsummed) -> Unsummed:
+    x, h_BChw = x.norm(block.norm1, silu=True)
+    norm2 = block.norm2
+    h_BChw = group_norm(
+        convolved(block.conv1, h_BChw),
+        norm2.num_groups,
+        norm2.weight,
+        norm2.bias,
+        shift=block.conv1.bias,
+        eps=norm2.eps,
+        silu=True,
+    )
+    if isinstance(block.shortcut, nn.Conv2d):
+        x = pointwise(block.shortcut, x)
+    return x.plus(convolved(block.conv2, h_BChw), block.conv2.bias)
+
+
+def pointwise(conv: nn.Conv2d, x: Unsummed) -> Unsummed:
+    """The 1x1 convolution of a map without a branch; a shift passes through it as a vector."""
+    shift_C = conv.bias if x.shift_C is None else F.linear(x.shift_C, conv.weight.flatten(1), conv.bias)
+    return Unsummed(convolved(conv, x.x_BChw), None, shift_C)
+
+
+def spatial_attention(module: SpatialAttention, x: Unsummed) -> Unsummed:
+    x, h_BChw = x.norm(module.norm)
+    h_BLC = h_BChw.permute(0, 2, 3, 1).flatten(1, 2)
+    q_BLC, k_BLC, v_BLC = F.linear(h_BLC, module.qkv.weight.flatten(1), module.qkv.bias).chunk(3, dim=2)
+    out_BLC = F.linear(attended(q_BLC, k_BLC, v_BLC), module.proj.weight.flatten(1))
+    out_BChw = out_BLC.unflatten(1, h_BChw.shape[2:]).permute(0, 3, 1, 2)
+    return x.plus(out_BChw, module.proj.bias)
+
+
+def attended(q_BLC: Tensor, k_BLC: Tensor, v_BLC: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(C)) v of one head, with scores and softmax in float32 (or float64, of such inputs)."""
+    # NOTE: of 640 channels SDPA computes everything in float32 on a GPU, at a tenth of the speed of bfloat16.
+    batch, length, channels = q_BLC.shape
+    scores_dtype = torch.promote_types(q_BLC.dtype, torch.float32)
+    rows = max(1, SCORE_BYTES // (batch * length * scores_dtype.itemsize))
+    k_BCL, parts = k_BLC.transpose(1, 2), []
+    for part_BRC in q_BLC.split(min(rows, length), dim=1):
+        if part_BRC.is_cuda and part_BRC.dtype != scores_dtype:
+            scores_BRL = torch.bmm(part_BRC, k_BCL, out_dtype=scores_dtype)
+        else:
+            scores_BRL = torch.bmm(part_BRC.to(scores_dtype), k_BCL.to(scores_dtype))
+        weights_BRL = scores_BRL.mul_(1 / math.sqrt(channels)).softmax(-1)
+        parts.append(torch.bmm(weights_BRL.to(v_BLC.dtype), v_BLC))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class RepeatUpsample(nn.Module):
+    """`Upsample` with its bias left for the next norm."""
+
+    def __init__(self, upsample: Upsample):
+        super().__init__()
+        self.conv = upsample.conv
+
+    def derive(self) -> None:
+        """Nothing follows from the weights."""
+
+    def forward(self, x_BChw: Tensor) -> Unsummed:
+        repeated_BCHW = F.interpolate(x_BChw, scale_factor=2, mode="nearest")
+        return Unsummed(convolved(self.conv, repeated_BCHW), None, self.conv.bias)
+
+
+class TransposedUpsample(nn.Module):
+    """The same as one transposed convolution of 4x4 taps and stride 2.
+
+    Of the three taps of a 3x3 convolution two fall onto the same repeated position: output 2i sees w_0 x_{i-1} +
+    (w_1 + w_2) x_i, and 2i + 1 sees (w_0 + w_1) x_i + w_2 x_{i+1}. The sums are made in float64 and rounded once.
+    """
+
+    def __init__(self, upsample: Upsample):
+        super().__init__()
+        self.conv = upsample.conv
+        weight = self._transposed()
+        channels_last = self.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.register_buffer("weight", weight.contiguous(memory_format=layout), persistent=False)
+
+    def derive(self) -> None:
+        self.weight.copy_(self._transposed())
+
+    def _transposed(self) -> Tensor:
+        # A transposed convolution spreads x_i over outputs 2i - 1 .. 2i + 2, tap t onto output 2i - 1 + t.
+        # taps of x_i: in 2i - 1 as the right neighbour, in 2i and 2i + 1 as the position itself, in 2i + 2 as the left
+        weight = self.conv.weight.detach()
+        spread = weight.new_tensor(((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0)), dtype=torch.float64)
+        taps = torch.einsum("ys,oisr,xr->ioyx", spread, weight.double(), spread)
+        return taps.to(weight.dtype)
+
+    def forward(self, x_BChw: Tensor) -> Unsummed:
+        out_BCHW = F.conv_transpose2d(x_BChw, self.weight, stride=2, padding=1)
+        return Unsummed(out_BCHW, None, self.conv.bias)
+
+
+def convolved(conv: nn.Conv2d, x_BChw: Tensor) -> Tensor:
+    """The convolution without its bias."""
+    return F.conv2d(x_BChw, conv.weight, None, conv.stride, conv.padding)

@@ -1,0 +1,127 @@
+"""The quantizer's maps as the engine computes them: for a scale one gather and two products of matrices.
+
+    contribution   phi_k(bicubic_resize(codebook[z], n_K))                  to f_hat
+    own_residual   area_resize(contribution, n_k)                           to masked passes
+    inputs         area_resize(f_hat, n_k)                                  to the next scale
+
+All of `hmar.quantizer`'s maps are linear, and resizing treats rows and columns alike. With A_k the matrix [n_K, n_k] of
+bicubic resizing, S_d that which shifts rows by d - 1, P_k [n_k, n_K] that of area resizing, W_dd' the taps of
+(1 - r) h + r conv3x3(h), and T_dd' = codebook W_dd' (a row for each code, made beforehand, the bias in the middle tap,
+for rows of A_k add up to 1):
+
+    contribution = sum_dd' (S_d A_k) T_dd'[z] (S_d' A_k)^T;     own_residual: the same with P_k S_d A_k
+
+So nothing is convolved or interpolated (torch's bicubic kernel goes through images and channels one after another).
+Read `hmar.engine` for who calls it.
+
+Shapes: B images, n = n_k^2 tokens of scale k, E code dimensions, V codes, h w latent sides, m rows of a result; d of
+three taps.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from hmar.quantizer import MultiScaleQuantizer
+
+
+class ScaleMaps(nn.Module):
+    """Maps of one quantizer, in its codebook's dtype.
+
+    What follows from codebook and phis is kept; call `derive` after they have changed. No gradients.
+    """
+
+    def __init__(self, quantizer: MultiScaleQuantizer):
+        super().__init__()
+        self.pyramid, self.config = quantizer.pyramid, quantizer.config
+        self.phi_of_scale = quantizer.phi_of_scale
+        # NOTE: not a submodule, for its weights are not this module's to move.
+        self._quantizer = (quantizer,)
+        weight = quantizer.codebook.weight
+        sides, side = self.pyramid.sides, self.pyramid.side
+        self.grow, self.own, self.shrink = [], [], []
+        for n in sides:
+            up, down = resizing(n, side, "bicubic"), resizing(side, n, "area")
+            padded = F.pad(up, (0, 0, 1, 1))
+            shifted = torch.stack([padded[d : d + side] for d in range(3)], dim=1)  # [n_K, d, n_k]
+            self.grow.append(both_orders(shifted, weight))
+            self.own.append(both_orders(torch.einsum("mi,idn->mdn", down, shifted), weight))
+            self.shrink.append(down.to(weight))
+        self.first_rows_d = torch.arange(3, device=weight.device)[:, None] * self.config.vocab_size
+        self.tables = [torch.empty_like(table) for table in self._tables()]
+        self.derive()
+
+    def derive(self) -> None:
+        """Make the tables again, in place, from codebook and phis."""
+        for table, new in zip(self.tables, self._tables(), strict=True):
+            table.copy_(new)
+
+    def _tables(self) -> list[Tensor]:
+        """By phi: T of every code, [3 V, 3 E], rows (d, code), columns (d', e)."""
+        (quantizer,), ratio = self._quantizer, self.config.phi_ratio
+        codebook_VE = quantizer.codebook.weight.detach().double()
+        tables = []
+        for phi in quantizer.phis:
+            taps = ratio * torch.einsum("vc,ecdx->dvxe", codebook_VE, phi.weight.detach().double())
+            taps[1, :, 1] += (1 - ratio) * codebook_VE + ratio * phi.bias.detach().double()
+            tables.append(taps.flatten(2).flatten(0, 1).to(quantizer.codebook.weight))
+        return tables
+
+    def empty_f_hat(self, batch: int) -> Tensor:
+        """f_hat [B, E, h, w] before the first scale: zeros, with channels side by side in memory."""
+        side = self.pyramid.side
+        return self.tables[0].new_zeros(batch, side, side, self.config.code_dim).permute(0, 3, 1, 2)
+
+    def accumulate_(self, f_hat_BEhw: Tensor, codes_Bn: Tensor, k: int) -> None:
+        """Add what the codes [B, n] of scale k (from 0) contribute to f_hat, which is laid out as `empty_f_hat`."""
+        f_hat_BhwE = f_hat_BEhw.permute(0, 2, 3, 1)
+        with self._full_precision():
+            left, right = self._products(codes_Bn, k, *self.grow[k])
+            f_hat_BhwE.flatten(0, 1).baddbmm_(left, right)
+
+    def own_residual(self, codes_Bn: Tensor, k: int) -> Tensor:
+        """`MultiScaleQuantizer.own_residual`: [B, n, E]."""
+        with self._full_precision():
+            left, right = self._products(codes_Bn, k, *self.own[k])
+            return torch.bmm(left, right).view(*codes_Bn.shape, -1)
+
+    def inputs(self, f_hat_BEhw: Tensor, k: int) -> Tensor:
+        """What scale k reads, [B, n, E]: `MultiScaleQuantizer.resize_input`, and nothing [B, 0, E] for the first."""
+        f_hat_BhwE = f_hat_BEhw.permute(0, 2, 3, 1)
+        batch, side, _, dims = f_hat_BhwE.shape
+        n = self.pyramid.sides[k]
+        if k == 0:
+            return f_hat_BhwE.new_empty(batch, 0, dims)
+        if n == side:
+            return f_hat_BhwE.flatten(1, 2)
+        with self._full_precision():
+            shrink = self.shrink[k]
+            rows = torch.bmm(shrink.expand(batch, -1, -1), f_hat_BhwE.flatten(2)).view(batch * n, side, dims)
+            return torch.bmm(shrink.expand(batch * n, -1, -1), rows).view(batch, n * n, dims)
+
+    def _products(self, codes_Bn: Tensor, k: int, row_matrix: Tensor, column_matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Two factors [B m, m, 3 n_k] and [B m, 3 n_k, E] whose product is the map [B m, m, E]."""
+        batch, n, m = codes_Bn.shape[0], self.pyramid.sides[k], row_matrix.shape[0]
+        table = self.tables[self.phi_of_scale[k]]
+        taps = F.embedding(codes_Bn[:, None] + self.first_rows_d, table).view(batch, 3 * n, -1)
+        rows = torch.bmm(row_matrix.expand(batch, -1, -1), taps).view(batch * m, 3 * n, self.config.code_dim)
+        return column_matrix.expand(batch * m, -1, -1), rows
+
+    def _full_precision(self):
+        # NOTE: as in the quantizer: training reads f_hat in the codebook's precision, whatever autocast says.
+        return torch.autocast(self.tables[0].device.type, enabled=False)
+
+
+def resizing(source: int, target: int, mode: str) -> Tensor:
+    """The matrix [target, source] by which `F.interpolate` resizes one side of a map, in float64."""
+    identity = torch.eye(source, dtype=torch.float64)
+    return F.interpolate(identity[None, None], size=(target, source), mode=mode)[0, 0]
+
+
+def both_orders(matrix_mdn: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix for rows, whose taps lie (d, position) in memory, and for columns, where they lie (position, d)."""
+    row_matrix, column_matrix = matrix_mdn.flatten(1), matrix_mdn.transpose(1, 2).flatten(1)
+    return row_matrix.to(like), column_matrix.contiguous().to(like)
