@@ -21,6 +21,7 @@ from hmar.config import PRESETS
 from hmar.flops import training_flops
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.optimizer import LossScale
+from hmar.processes import find_device
 from hmar.progress import read_metrics
 from hmar.recipe import apply_overrides, make_config, read_config
 from hmar.stages import MaskedStage, NextScaleStage, parameter_groups
@@ -29,7 +30,6 @@ from hmar.train import (
     Interrupted,
     NonFiniteError,
     Trainer,
-    find_device,
     find_precision,
     open_images,
     step_generator,
