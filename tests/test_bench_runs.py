@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.attention_results import AttentionResults, row_without_numbers
 from bench.environment import environment
-from bench.results import Results, row_without_numbers
 from bench.shapes import Cell
 from rival_files import GOOD_RIVAL, written
 
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on(tmp_path):
     """From what the killed process has left: a row that counts, one that failed, something at work."""
     raw, partial = tmp_path / "raw.json", tmp_path / "raw.json.partial"
     raw.write_text("of an earlier run")
-    left = Results(partial)
+    left = AttentionResults(partial)
     left.head = {"environment": environment(torch.device("cpu"), "one"), "ceilings": {"copy_gb_per_s": 7}, "method": {}}
     cell = Cell("block_causal", (1, 2, 5), batch=2, heads=3, head_dim=16, dtype="bfloat16")
     row = row_without_numbers(cell, "sdpa_dense", False, "forward", "ok", None)

@@ -14,7 +14,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
 from bench import shapes
-from bench.results import describe
+from bench.attention_results import describe
 from reports import attention, attention_data, attention_plots, build, training
 from reports.attention_data import DIRECTIONS
 from reports.markdown import number
