@@ -24,6 +24,7 @@ from hmar.config import ModelConfig
 from hmar.engine import Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
+from hmar_kernels import triton_device
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,22 @@ def test_half_precision_is_that_of_autocast(kind):
         p.dtype for module in engine.model.modules() if isinstance(module, torch.nn.Linear) for p in module.parameters()
     }
     assert kept == {torch.bfloat16} and engine.decoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_engine_gpu.py runs the kernels")
+@pytest.mark.parametrize("kind", ["hmar", "var"])
+def test_half_precision_with_the_kernels_of_a_block(kind, monkeypatch):
+    """Norms and heads by Triton under the interpreter: the codes of the references but for near ties."""
+    model, tokenizer = build(kind), build_tokenizer()
+    sampling = SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    expected = Engine(model, tokenizer, dtype=torch.bfloat16).generate(CLASSES, sampling)
+    chosen = []
+    monkeypatch.setattr(triton_device, "choose", lambda *_: (chosen.append("triton") or "triton", "for this test"))
+    actual = Engine(model, tokenizer, dtype=torch.bfloat16).generate(CLASSES, sampling)
+    assert chosen
+    first = PYRAMID.offsets[2]
+    assert torch.equal(actual.codes_BL[:, :first], expected.codes_BL[:, :first])
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
 
 
 def test_compiled_blocks_give_the_same_images(hmar, tokenizer):

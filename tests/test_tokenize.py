@@ -440,12 +440,14 @@ def test_training_on_codes_is_training_on_the_images(
     assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("options", [(), ("accumulate=2", "activation_checkpointing=mlp", "ema=0.9")])
 def test_a_resumed_run_on_codes_ends_with_the_same_bits_whatever_the_workers(
-    tokenizer_folder, whole, tmp_path, monkeypatch
+    options, tokenizer_folder, whole, tmp_path, monkeypatch
 ):
-    def run(name, workers=0, **options):
+    def run(name, workers=0, resume=False):
         data = f"data={{name: codes, path: {whole}, workers: {workers}}}"
-        return train(configure("next-scale", tmp_path / name, tokenizer_folder, data), progress=False, **options)
+        config = configure("next-scale", tmp_path / name, tokenizer_folder, data, *options)
+        return train(config, progress=False, resume=resume)
 
     run("uninterrupted")
     advance = Trainer._advance
