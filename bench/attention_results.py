@@ -1,4 +1,7 @@
-"""The raw results of attention: kind "attention", version 2, one row per cell, implementation and direction."""
+"""The raw results of attention: kind "attention", version 2, one row per cell, implementation and direction.
+
+Read next: results.py, the file; work.py, the FLOPs and bytes of a row.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ For every shape of a training step and every operator of `operator_rivals.py`: e
 the reference in float64 by the rule of `hmar_kernels.accuracy`, outputs and gradients, then timed by the method of the
 package's docstring (device events, L2 flushed, warm-up, median and spread): the forward with gradients enabled, the
 backward alone on a fresh graph, and both in one call, since an operator may do work of the backward in the forward.
-Results are one JSON file of kind "operators", rewritten after every measurement.
+Results are one JSON file of kind "operators", rewritten after every measurement. Read next: operator_rivals.py.
 """
 
 from __future__ import annotations

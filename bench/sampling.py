@@ -4,7 +4,7 @@ The last scale of each pyramid with guidance, bfloat16 logits, as generation has
 before it is timed: its codes lie in the set that truncation keeps, and its confidence is their probability there. Then
 the package's method: device events, L2 flushed, warm-up, median and spread. Rivals are what one writes in torch, with a
 sort, run eagerly and through torch.compile; they draw from torch's generator, which is cheaper than numbers by image.
-Results are one JSON file of kind "sampling", rewritten after every measurement.
+Results are one JSON file of kind "sampling", rewritten after every measurement. Read next: timing.py.
 """
 
 from __future__ import annotations

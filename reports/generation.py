@@ -1,4 +1,7 @@
-"""Generation: data files of kind "generation" (written by `python -m bench.generation`), their tables and plots."""
+"""Generation: data files of kind "generation" (written by `python -m bench.generation`), their tables and plots.
+
+Read next: results.py, style.py; bench/generation.py for the method.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The raw results in reports/data: which files are of a kind, and where their numbers come from."""
+"""The raw results in reports/data: which files are of a kind, and where their numbers come from.
+
+Read next: attention_data.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How implementations look in every plot, and what the plots' axes have in common."""
+"""How implementations look in every plot, and what the plots' axes have in common. Read next: attention_plots.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Training steps: data files of kind "training" (written by `python -m bench.training`), their tables and plots."""
+"""Training steps: data files of kind "training" (written by `python -m bench.training`), their tables and plots.
+
+Read next: results.py, style.py; bench/training.py for the method.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def bench(*arguments):
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *arguments]
     # Under xdist pytest-benchmark measures nothing, and these runs are not part of it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
 
 QUICK = ("--benchmark-only", "--device", "cpu", "--seconds", "0.01")
