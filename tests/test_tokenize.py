@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hmar import tokenize as module
@@ -27,6 +26,7 @@ from hmar.stages import CodesStage
 from hmar.tokenize import Interrupted, tokenize
 from hmar.tokenizer import Encoder, Tokenizer
 from hmar.train import Trainer, train
+from run_files import assert_same_bits, weights
 
 NUM_IMAGES = 23
 SMALL = {"shard_size": 4, "batch_size": 3, "crops": 2, "device": "cpu", "progress": False}
@@ -407,15 +407,6 @@ def configure(stage, folder, tokenizer_folder, *overrides):
     base = [f"stage={stage}", f"output_dir={folder}", "preset=tiny", "model.num_classes=2", "device=cpu"]
     base += [f"tokenizer_weights={tokenizer_folder}", "steps=8", "batch_size=4", "log_every=4", "checkpoint_every=100"]
     return make_config(apply_overrides({}, [*base, *overrides]))
-
-
-def weights(folder):
-    return load_file(folder / "weights" / "model.safetensors")
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -35,6 +34,7 @@ from hmar.train import (
     step_generator,
     train,
 )
+from run_files import assert_same_bits, weights
 
 CODE_STAGES = ("next-scale", "masked", "var")
 STAGES = ("tokenizer", *CODE_STAGES)
@@ -54,16 +54,6 @@ def configure(stage, folder, *overrides, runs=None):
 
 def run(config, **options):
     return train(config, progress=False, **options)
-
-
-def weights(folder):
-    return load_file(folder / "weights" / "model.safetensors")
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    differing = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not differing
 
 
 @pytest.fixture(scope="module")
