@@ -22,9 +22,12 @@ The default run has the cells of `shapes.BATCH_HEADS` at head dims 64 and 128 (h
 that take a minute to compile at head dim 64 only: 8 to 9 minutes on an H100, estimated. `--full` has batches 8 and 1,
 two densities in between, and slow rivals everywhere. A rival of your own is a file, `--rival FILE.py` (`rivals.py`).
 
-Beside the attention benchmark: `generation.py` (images, from classes to pixels) and `sampling.py` (drawing codes).
-
 Read `shapes.py` (what is measured), `rivals.py` (who takes part), `test_attention.py` (how), `conftest.py` (options),
-`results.py` (the raw JSON that `reports/build.py` turns into tables and plots), `compare.py` (one commit against
-another). `operators.py` and `operator_rivals.py` are the same for the operators beside attention.
+`results.py` and `attention_results.py` (the raw JSON that `reports/build.py` turns into tables and plots), `compare.py`
+(one commit against another).
+
+Beside the attention benchmark, each with its method in its docstring: `training.py` (steps), `loss_curve.py` (fast
+training learns like plain training), `scaling.py` (several GPUs), `loader.py` (training data), `generation.py` (images,
+from classes to pixels), `sampling.py` (drawing codes), `operators.py` with `operator_rivals.py` (what stands beside
+attention); `tune_attention.py` and `tune_operators.py` find tiles.
 """

@@ -31,8 +31,9 @@ from pathlib import Path
 import torch
 
 from . import options, rivals
+from .attention_results import describe
 from .environment import environment
-from .results import describe, rounded
+from .results import rounded
 from .shapes import DTYPES, Cell, cells
 from .subject import DIRECTIONS
 

@@ -1,6 +1,7 @@
 """Options of the benchmarks, the fixtures that share one cell's inputs, and what a run still has to measure.
 
-Read next: `results.py` (the raw JSON), `supervisor.py` (the process that starts the measuring one again if it dies).
+Read next: `attention_results.py` (the raw JSON), `supervisor.py` (the process that starts the measuring one again if
+it dies).
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import options, results, rivals, shapes, supervisor
+from . import attention_results, options, results, rivals, shapes, supervisor
+from .attention_results import AttentionResults
 from .environment import ceilings, environment
-from .results import Results
 from .subject import DIRECTIONS, Inputs, Subject, device_is_lost, examine, release
 from .timing import Stopwatch, clock, quantile
 
@@ -96,7 +97,7 @@ class Run:
         self.default = not any(option(name) for name in narrowed) and option("--dtype") == "bfloat16"
         self.output = option("--output")
         self._stopwatch: Stopwatch | None = None
-        self.results = Results(None)
+        self.results = AttentionResults(None)
 
     def journal(self, folder: Path) -> Path:
         """Where results go while the run goes on. A part of a run is kept only where that was asked for."""
@@ -119,7 +120,7 @@ class Run:
         sources = [path for path in (journal, self.output) if path is not None and path.is_file()]
         try:
             if keep and sources:
-                self.results = Results.read(sources[0], journal)
+                self.results = AttentionResults.read(sources[0], journal)
                 self.results.check_environment(facts)
                 if not restarted:
                     self.results.keep(lambda row: self.is_valid(row, facts["commit"]))
@@ -157,15 +158,15 @@ class Run:
     def without_numbers(self, subject: Subject, direction: str) -> dict:
         name, ours = subject.implementation.name, subject.implementation.ours
         status, reason = subject.status, subject.reason
-        return results.row_without_numbers(subject.inputs.cell, name, ours, direction, status, reason)
+        return attention_results.row_without_numbers(subject.inputs.cell, name, ours, direction, status, reason)
 
     def begin(self, cell: shapes.Cell, implementation: rivals.Implementation) -> None:
         """Say what is at work, so that it is known if this process does not survive it."""
         rows = [
-            results.row_without_numbers(cell, implementation.name, implementation.ours, d, "crashed", None)
+            attention_results.row_without_numbers(cell, implementation.name, implementation.ours, d, "crashed", None)
             | {"commit": self.results.head["environment"]["commit"]}
             for d in self.directions
-            if results.key(cell, implementation.name, d) in self.planned - set(self.results.rows)
+            if attention_results.key(cell, implementation.name, d) in self.planned - set(self.results.rows)
         ]
         self.results.begin(rows)
 
@@ -254,7 +255,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         measured.append(item)
         params = item.callspec.params
-        key = results.key(params["inputs"], params["subject"].name, params["direction"])
+        key = attention_results.key(params["inputs"], params["subject"].name, params["direction"])
         if run.includes(params["inputs"], params["subject"]):
             run.planned.add(key)
             if key not in run.results.rows:

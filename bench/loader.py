@@ -34,7 +34,8 @@ from hmar.data import PHOTOGRAPHS, EpochSampler, ImageFolder, Photographs, leave
 from hmar.pyramid import SIDES_BY_RESOLUTION
 
 from .environment import environment
-from .results import rounded
+from .options import add_record
+from .results import rounded, write
 
 KIND, VERSION = "loader", 1
 WARM_UP = 4  # batches
@@ -175,12 +176,12 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="images of random codes")
     parser.add_argument("--files", type=int, default=512, help="JPEG files to make")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--commit", help="instead of git's answer")
-    parser.add_argument("--output", type=Path, help="JSON file for all figures")
+    add_record(parser)
     args = parser.parse_args()
     device = torch.device(args.device)
 
-    content = {"kind": KIND, "version": VERSION, "environment": environment(device, args.commit), "results": []}
+    content = {"kind": KIND, "version": VERSION, "environment": environment(device, args.commit)}
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         codes = CodesFolder(args.codes or make_codes(root / "codes", args.resolution, args.count))
@@ -190,7 +191,7 @@ def main() -> None:
                 row = {"source": source, "codes_an_image": codes.layout.num_codes, "resolution": args.resolution}
                 row |= {"batch": args.batch_size, "workers": workers, "cpus": os.cpu_count()}
                 row |= measure_loader(dataset, args.batch_size, workers, device, args.seconds)
-                content["results"].append(rounded(row))
+                rows.append(row)
                 print(
                     f"{source:7}{workers:3} workers {row['items_per_s']:10,.0f} items/s, longest wait "
                     f"{row['longest_wait_ms']:.1f} ms",
@@ -202,8 +203,7 @@ def main() -> None:
         if device.type == "cuda":
             content["copy"] = rounded(measure_copies(args.batch_size, codes.layout.num_codes))
             print(json.dumps(content["copy"]))
-    if args.output:
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+    write(args.output, content, rows)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,15 @@ import torch
 
 from hmar import checkpoint
 from hmar.codes import CodesIndex, tokenizer_fingerprint, write_index, write_shard
-from hmar.processes import Processes
+from hmar.processes import Processes, find_device
 from hmar.progress import read_metrics
 from hmar.recipe import TrainConfig, learning_rate, make_config
 from hmar.stages import make_stage, parameter_groups
 from hmar.tokenizer import Tokenizer
-from hmar.train import find_device, load_batches, open_images, step_generator, train
+from hmar.train import load_batches, open_images, step_generator, train
 
 from .environment import environment
+from .options import add_record
 from .plain import plain_operators
 from .results import rounded
 
@@ -66,6 +67,15 @@ def write_codes(folder: Path, tokenizer: Tokenizer, num_images: int, num_classes
     (shard,) = index.shards()
     write_shard(folder, index, shard, codes_NL, classes_N)
     write_index(folder, index, complete=True)
+
+
+def write_inputs(folder: Path, preset: str, num_images: int, num_classes: int | None = None) -> None:
+    """folder/tokenizer, of random weights and the preset's sizes, and folder/codes for it."""
+    sizes = make_config({"stage": "tokenizer", "preset": preset, "output_dir": "unused"})
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(sizes.tokenizer, sizes.model.pyramid)
+    checkpoint.save_pretrained(folder / "tokenizer", tokenizer)
+    write_codes(folder / "codes", tokenizer, num_images, num_classes or sizes.model.num_classes)
 
 
 def engine_curve(config: TrainConfig) -> list[float]:
@@ -167,8 +177,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     takes("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     takes("--compile", choices=("false", "blocks", "model"), default="blocks")
     takes("--device", default="auto")
-    takes("--commit", help="commit to record where git cannot be asked")
-    takes("--output", type=Path, metavar="FILE", help="curves and verdict as JSON")
+    add_record(parser)
     chosen = parser.parse_args(arguments)
     if chosen.seeds < 2:
         parser.error("--seeds is below 2: one seed has no spread")
@@ -180,11 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     curves: dict[str, list[list[float]]] = {"engine": [], "plain": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = make_config({"stage": "tokenizer", "preset": chosen.preset, "output_dir": "unused"})
-        torch.manual_seed(0)
-        tokenizer = Tokenizer(sizes.tokenizer, sizes.model.pyramid)
-        checkpoint.save_pretrained(folder / "tokenizer", tokenizer)
-        write_codes(folder / "codes", tokenizer, chosen.images, chosen.classes)
+        write_inputs(folder, chosen.preset, chosen.images, chosen.classes)
         for seed in range(chosen.seeds):
             curves["engine"].append(engine_curve(configure(chosen, folder, seed, plain=False)))
             curves["plain"].append(plain_curve(configure(chosen, folder, seed, plain=True)))

@@ -4,19 +4,15 @@ For every shape of a training step and every operator of `operator_rivals.py`: e
 the reference in float64 by the rule of `hmar_kernels.accuracy`, outputs and gradients, then timed by the method of the
 package's docstring (device events, L2 flushed, warm-up, median and spread): the forward with gradients enabled, the
 backward alone on a fresh graph, and both in one call, since an operator may do work of the backward in the forward.
-Results are one JSON file of kind "operators", rewritten after every measurement.
+Results are one JSON file of kind "operators", rewritten after every measurement. Read next: operator_rivals.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import math
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -27,15 +23,13 @@ from . import operator_rivals as rivals
 from .check import CheckFailed, poison
 from .environment import ceilings, environment
 from .operator_rivals import OperatorCase, Shape, Tensors
-from .options import names
-from .results import rounded
-from .subject import ERRORS, release, requested_bytes
-from .timing import Stopwatch, quantile
+from .options import add_device, add_record, find_device, names
+from .results import write
+from .subject import ERRORS, failure, release, requested_bytes
+from .timing import Stopwatch
 
 KIND, VERSION = "operators", 1
 DIRECTIONS = ("forward", "backward", "forward_backward")
-MIN_ROUNDS, MAX_ROUNDS = 10, 200
-WARMUP_SHARE = 0.25
 
 
 class Run:
@@ -128,19 +122,8 @@ def draw_seeds(case: OperatorCase, inputs: Tensors) -> Tensors:
 def measure(run: Run, direction: str, stopwatch: Stopwatch, seconds: float) -> dict[str, float | int]:
     """Times of one direction and, on a GPU, its memory."""
     call, prepare = run.timed(direction)
-    host_seconds = stopwatch.host_seconds(call, prepare)
-    estimate = stopwatch.seconds(call, prepare)
-    rounds = min(max(math.ceil(seconds / estimate), MIN_ROUNDS), MAX_ROUNDS)
-    stopwatch.samples(call, prepare, host_seconds, math.ceil(WARMUP_SHARE * rounds))
-    samples = [1e3 * s for s in stopwatch.samples(call, prepare, host_seconds, rounds)]
-    return {
-        "ms": quantile(samples, 0.5),
-        "p10_ms": quantile(samples, 0.1),
-        "p90_ms": quantile(samples, 0.9),
-        "rounds": rounds,
-        "host_us": 1e6 * stopwatch.overhead_seconds(call, prepare),
-        "extra_bytes": extra_bytes(run, direction, stopwatch.device),
-    }
+    found = stopwatch.measure(call, prepare, seconds)
+    return found | {"extra_bytes": extra_bytes(run, direction, stopwatch.device)}
 
 
 def extra_bytes(run: Run, direction: str, device: torch.device) -> int | None:
@@ -185,9 +168,7 @@ def examine(
         for direction in DIRECTIONS:
             measured[direction] = measure(run, direction, stopwatch, seconds)
     except ERRORS as error:
-        status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-        message = (str(error).strip().splitlines() or [""])[0]
-        known |= {"status": status, "reason": f"{type(error).__name__}: {message}"[:300]}
+        known["status"], known["reason"] = failure(error)
     return [{"direction": direction, **known, **measured[direction]} for direction in DIRECTIONS]
 
 
@@ -206,18 +187,6 @@ def describe(case: OperatorCase, shape: Shape, direction: str) -> dict:
     }
 
 
-def write(path: Path | None, head: dict, rows: list[dict], complete: bool) -> None:
-    """One result a line; the file is never seen half written."""
-    if path is None:
-        return
-    lines = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in {**head, "complete": complete}.items()]
-    body = ",\n".join(f"    {json.dumps(rounded(row))}" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text("{\n" + "\n".join(lines) + '\n  "results": [\n' + body + "\n  ]\n}\n")
-    os.replace(beside, path)
-
-
 def line(row: dict) -> str:
     place = f"{row['operator']:<24} d{row['depth']} {row['resolution']} x{row['batch']:<3} {row['direction']:<17}"
     if row["status"] != "ok":
@@ -229,24 +198,20 @@ def line(row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.operators", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the harness on tiny sizes")
+    add_device(parser)
     parser.add_argument("--operators", type=names, help=f"default: {','.join(rivals.NAMES)}")
     parser.add_argument("--impl", type=names, help=f"default: {','.join(rivals.IMPLEMENTATIONS)}")
     parser.add_argument("--shapes", type=names, help=f"default: {','.join(map(str, rivals.SHAPES))}")
     parser.add_argument("--seconds", type=float, default=0.2, help="time to spend on one measurement (default 0.2)")
-    parser.add_argument("--commit", help="commit to record where git cannot be asked")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="raw results")
+    add_record(parser)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = find_device(parser, options)
     shapes = {str(s): s for s in (rivals.SMOKE_SHAPES if device.type == "cpu" else rivals.SHAPES)}
     known = {"operators": rivals.NAMES, "impl": rivals.IMPLEMENTATIONS, "shapes": tuple(shapes)}
     for option, values in known.items():
         for name in getattr(options, option) or ():
             if name not in values:
                 parser.error(f"--{option}: unknown {name!r}; known are {', '.join(values)}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tries the harness on tiny sizes")
-
     stopwatch = Stopwatch(device)
     head = {
         "kind": KIND,
@@ -275,9 +240,9 @@ def main(arguments: list[str] | None = None) -> int:
                 for found in examine(case, impl, inputs, seeds, oracle, stopwatch, options.seconds):
                     rows.append(describe(case, shape, found["direction"]) | {"impl": impl} | found)
                     print(line(rows[-1]), flush=True)
-                write(options.output, head, rows, complete=False)
+                write(options.output, {**head, "complete": False}, rows)
             del inputs, seeds, oracle
-    write(options.output, head, rows, complete=True)
+    write(options.output, {**head, "complete": True}, rows)
     return int(any(row["status"] == "failed" and row["impl"] == "triton" for row in rows))
 
 

@@ -1,8 +1,11 @@
-"""Lists on the command line, separated by commas: the types that conftest.py and compare.py give their options."""
+"""The command line: lists separated by commas, and what the benchmarks have in common."""
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+
+import torch
 
 from .shapes import ANCHOR
 from .subject import DIRECTIONS
@@ -28,3 +31,20 @@ def directions(text: str) -> list[str]:
         if name not in DIRECTIONS:
             raise ArgumentTypeError(f"unknown direction {name!r}; known are {', '.join(DIRECTIONS)}")
     return found
+
+
+def add_record(parser: ArgumentParser) -> None:
+    """--commit and --output."""
+    parser.add_argument("--commit", help="commit to record where git cannot be asked")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="raw results")
+
+
+def add_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the harness on tiny sizes")
+
+
+def find_device(parser: ArgumentParser, chosen: Namespace) -> torch.device:
+    """That of --device; ends with an error where there is none."""
+    if chosen.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device; --device cpu tries the harness on tiny sizes")
+    return torch.device(chosen.device)

@@ -1,22 +1,20 @@
 """The raw results of a run: one JSON file, valid after every measurement.
 
-Kind "attention", version 2: environment, ceilings, method, whether the run is complete, and one entry in `results` per
-cell, implementation and direction. Numbers that were not measured are null; `status` and `reason` say why.
+Its kind and version, environment, method, whether the run is complete, and one row a measurement in `results`. Numbers
+that were not measured are null; `status` and `reason` say why.
 
 While a run goes on they lie in a file beside the wanted one, named with `.partial` at the end, which takes its place
-when the run is complete. A run that was killed leaves the partial file; `--continue` goes on from it.
+when the run is complete. A run that was killed leaves the partial file; `--continue` goes on from it. Read next:
+attention_results.py and training.py, the kinds that can be continued.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import work
-from .shapes import Cell
-
-KIND, VERSION = "attention", 2
 # A file of another machine or other libraries cannot be continued.
 FIXED = ("gpu", "driver", "torch", "cuda", "triton", "flash_attn_4")
 
@@ -25,50 +23,39 @@ def partial_of(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def key(cell: Cell, implementation: str, direction: str) -> tuple:
-    return cell.pattern, cell.sides, cell.batch, cell.heads, cell.head_dim, cell.dtype, implementation, direction
+def rounded(value):
+    """Six significant digits are more than any of these is known to."""
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def key_of(row: dict) -> tuple:
-    names = ("pattern", "sides", "batch", "heads", "head_dim", "dtype", "impl", "direction")
-    return tuple(tuple(row[name]) if name == "sides" else row[name] for name in names)
-
-
-def describe(cell: Cell, direction: str) -> dict:
-    """What a row says of its cell."""
-    return {
-        "pattern": cell.pattern,
-        "resolution": cell.resolution,
-        "sides": list(cell.sides),
-        "length": cell.length,
-        "pairs": cell.pairs,
-        "batch": cell.batch,
-        "heads": cell.heads,
-        "head_dim": cell.head_dim,
-        "dtype": cell.dtype,
-        "direction": direction,
-        "flops": work.flops(cell, direction),
-        "bytes": work.fewest_bytes(cell, direction),
-        "fewest_extra_bytes": work.fewest_extra_bytes(cell, direction),
-    }
-
-
-NUMBERS = ("ms", "p10_ms", "p90_ms", "rounds", "host_us", "first_call_s", "peak_bytes", "extra_bytes", "check")
-
-
-def row_without_numbers(cell: Cell, implementation: str, ours: bool, direction: str, status: str, reason: str) -> dict:
-    found = {"impl": implementation, "ours": ours, "status": status, "reason": reason}
-    return describe(cell, direction) | found | dict.fromkeys(NUMBERS)
+def write(path: Path | None, head: dict, rows: Iterable[dict]) -> None:
+    """`head` and one result a line; the file is never seen half written. No file without a path."""
+    if path is None:
+        return
+    lines = "\n".join(f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items())
+    body = ",\n".join(f"    {json.dumps(rounded(row))}" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text("{\n" + lines + '\n  "results": [\n' + body + "\n  ]\n}\n")
+    os.replace(beside, path)
 
 
 class Results:
-    """Rows by (cell, implementation, direction), in a file that is rewritten whenever one is added.
+    """Rows by key, in a file that is rewritten whenever one is added. A kind of results is a subclass.
 
     Attributes:
-        head: environment, ceilings and method; filled by the run before the first row.
-        running: the rows, without numbers, that the implementation at work has yet to give: what will be said of it
-            if the process does not survive it.
+        kind, version: of the file.
+        key_of: what tells a row from the others.
+        head: environment, method and the like; filled by the run before the first row.
+        running: the rows, without numbers, that the measurement at work has yet to give: what will be said of it if
+            the process does not survive it.
     """
+
+    kind: str
+    version: int
+    key_of: Callable[[dict], tuple]
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -78,18 +65,19 @@ class Results:
 
     @classmethod
     def read(cls, source: Path, path: Path | None) -> Results:
-        """What `source` holds, to be written to `path`. ValueError when it is no file of results of this version."""
+        """What `source` holds, to be written to `path`. ValueError when it is no file of this kind and version."""
         try:
             content = json.loads(source.read_text())
             kind, version = content["kind"], content["version"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{source} cannot be continued: {type(error).__name__}: {error}") from error
-        if (kind, version) != (KIND, VERSION):
-            raise ValueError(f"{source} holds {kind!r} version {version}; only {KIND!r} version {VERSION} is continued")
+        if (kind, version) != (cls.kind, cls.version):
+            wanted = f"{cls.kind!r} version {cls.version}"
+            raise ValueError(f"{source} holds {kind!r} version {version}; only {wanted} is continued")
         results = cls(path)
-        results.head = {name: content[name] for name in ("environment", "ceilings", "method")}
-        results.rows = {key_of(row): row for row in content["results"]}
-        results.running = content["running"]
+        results.rows = {cls.key_of(row): row for row in content.pop("results")}
+        results.running = content.pop("running")
+        results.head = {name: x for name, x in content.items() if name not in ("kind", "version", "complete")}
         return results
 
     def check_environment(self, now: dict) -> None:
@@ -109,21 +97,13 @@ class Results:
         self.write(complete=False)
 
     def add(self, row: dict) -> None:
-        self.rows[key_of(row)] = rounded(row)
-        self.running = [other for other in self.running if key_of(other) != key_of(row)]
+        self.rows[self.key_of(row)] = rounded(row)
+        self.running = [other for other in self.running if self.key_of(other) != self.key_of(row)]
         self.write(complete=False)
 
     def write(self, complete: bool) -> None:
-        """One result a line; the file is never seen half written."""
-        if self.path is None:
-            return
-        head = {"kind": KIND, "version": VERSION, **self.head, "complete": complete, "running": self.running}
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows.values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(self.path.name + ".new")
-        beside.write_text("{\n" + "\n".join(lines) + '\n  "results": [\n' + rows + "\n  ]\n}\n")
-        os.replace(beside, self.path)
+        head = {"kind": self.kind, "version": self.version, **self.head, "complete": complete, "running": self.running}
+        write(self.path, head, self.rows.values())
 
     def finish(self, path: Path) -> None:
         """The complete results at `path`, and no partial file any more."""
@@ -131,10 +111,3 @@ class Results:
         self.write(complete=True)
         if partial is not None and partial != path:
             partial.unlink(missing_ok=True)
-
-
-def rounded(value):
-    """Six significant digits are more than any of these is known to."""
-    if isinstance(value, dict):
-        return {k: rounded(v) for k, v in value.items()}
-    return float(f"{value:.6g}") if isinstance(value, float) else value

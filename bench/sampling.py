@@ -4,19 +4,16 @@ The last scale of each pyramid with guidance, bfloat16 logits, as generation has
 before it is timed: its codes lie in the set that truncation keeps, and its confidence is their probability there. Then
 the package's method: device events, L2 flushed, warm-up, median and spread. Rivals are what one writes in torch, with a
 sort, run eagerly and through torch.compile; they draw from torch's generator, which is cheaper than numbers by image.
-Results are one JSON file of kind "sampling", rewritten after every measurement.
+Results are one JSON file of kind "sampling", rewritten after every measurement. Read next: timing.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -27,14 +24,12 @@ from hmar_kernels.sampling import reference, triton
 
 from .check import CheckFailed
 from .environment import ceilings, environment
-from .options import names
-from .results import rounded
-from .subject import ERRORS, release, requested_bytes
-from .timing import Stopwatch, quantile
+from .options import add_device, add_record, find_device, names
+from .results import write
+from .subject import ERRORS, failure, release, requested_bytes
+from .timing import Stopwatch
 
 KIND, VERSION = "sampling", 1
-MIN_ROUNDS, MAX_ROUNDS = 10, 200
-WARMUP_SHARE = 0.25
 OUTSIDE_SHARE = 2e-3  # codes at the edge of the kept set, which sums in another order move
 TOLERANCE = 2e-3
 Draw = Callable[[Tensor, Tensor, float, int, float], tuple[Tensor, Tensor]]
@@ -165,37 +160,18 @@ def examine(name: str, inputs: Inputs, stopwatch: Stopwatch, seconds: float) -> 
         def call(_):
             return draw(*inputs.arguments)
 
-        host_seconds = stopwatch.host_seconds(call)
-        rounds = min(max(math.ceil(seconds / stopwatch.seconds(call)), MIN_ROUNDS), MAX_ROUNDS)
-        stopwatch.samples(call, lambda: None, host_seconds, math.ceil(WARMUP_SHARE * rounds))
-        samples = [1e3 * s for s in stopwatch.samples(call, lambda: None, host_seconds, rounds)]
-        row |= {"ms": quantile(samples, 0.5), "p10_ms": quantile(samples, 0.1), "p90_ms": quantile(samples, 0.9)}
-        row |= {"rounds": rounds, "host_us": 1e6 * stopwatch.overhead_seconds(call)}
+        row |= stopwatch.measure(call, lambda: None, seconds)
         if device.type == "cuda":
             held = requested_bytes(device, "current")
             torch.cuda.reset_peak_memory_stats(device)
             call(None)
             row["extra_bytes"] = requested_bytes(device, "peak") - held
     except ERRORS as error:
-        status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-        message = (str(error).strip().splitlines() or [""])[0]
-        row |= {"status": status, "reason": f"{type(error).__name__}: {message}"[:300]}
+        row["status"], row["reason"] = failure(error)
     return row
 
 
 NUMBERS = ("ms", "p10_ms", "p90_ms", "rounds", "host_us", "extra_bytes", "first_call_s", "check")
-
-
-def write(path: Path | None, head: dict, rows: list[dict], complete: bool) -> None:
-    """One result a line; the file is never seen half written."""
-    if path is None:
-        return
-    lines = [f"  {json.dumps(k)}: {json.dumps(v)}," for k, v in {**head, "complete": complete}.items()]
-    body = ",\n".join(f"    {json.dumps(rounded(row))}" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".new")
-    beside.write_text("{\n" + "\n".join(lines) + '\n  "results": [\n' + body + "\n  ]\n}\n")
-    os.replace(beside, path)
 
 
 def line(row: dict) -> str:
@@ -209,18 +185,15 @@ def line(row: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.sampling", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the harness on tiny sizes")
+    add_device(parser)
     parser.add_argument("--impl", type=names, metavar="A,B", help=f"default: {','.join(IMPLEMENTATIONS)}")
     parser.add_argument("--seconds", type=float, default=0.2, help="time to spend on one measurement (default 0.2)")
-    parser.add_argument("--commit", help="commit to record where git cannot be asked")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="raw results")
+    add_record(parser)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = find_device(parser, options)
     for name in options.impl or ():
         if name not in IMPLEMENTATIONS:
             parser.error(f"--impl: unknown {name!r}; known are {', '.join(IMPLEMENTATIONS)}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA device; --device cpu tries the harness on tiny sizes")
     stopwatch = Stopwatch(device)
     facts = environment(device, options.commit)
     head = {"kind": KIND, "version": VERSION, "environment": facts, "ceilings": ceilings(stopwatch)}
@@ -233,9 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
             found = examine(impl, inputs, stopwatch, options.seconds)
             rows.append(asdict(cell) | {"bytes": cell.bytes, "impl": impl, "commit": facts["commit"]} | found)
             print(line(rows[-1]), flush=True)
-            write(options.output, head, rows, complete=False)
+            write(options.output, {**head, "complete": False}, rows)
         del inputs
-    write(options.output, head, rows, complete=True)
+    write(options.output, {**head, "complete": True}, rows)
     return int(any(row["status"] == "failed" and row["impl"] in ("triton", "reference") for row in rows))
 
 

@@ -10,25 +10,19 @@ together stays the same, and so does the loss but for rounding. Read next: hmar/
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from hmar import checkpoint
+from hmar.processes import find_device
 from hmar.progress import read_metrics
-from hmar.recipe import make_config
-from hmar.tokenizer import Tokenizer
-from hmar.train import find_device
 
 from . import options
 from .environment import environment
-from .loss_curve import write_codes
-from .results import rounded
+from .loss_curve import write_inputs
+from .results import write
 
 KIND, VERSION = "scaling", 1
 COLUMNS = ("tokens_per_second", "images_per_second", "mfu", "peak_memory_gb")
@@ -77,8 +71,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     takes("--workers", type=int, default=2, help="loader processes, of each process")
     takes("--compile", choices=("false", "blocks"), default="blocks")
     takes("--device", choices=("cuda", "cpu"), default="cuda")
-    takes("--commit", help="commit to record where git cannot be asked")
-    takes("--output", type=Path, metavar="FILE", help="numbers as JSON")
+    options.add_record(parser)
     chosen = parser.parse_args(arguments)
     if chosen.processes[0] != 1:
         parser.error(f"--processes begins with {chosen.processes[0]}: speed is compared with one process, as in 1,2")
@@ -90,11 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     results: list[dict] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = make_config({"stage": "tokenizer", "preset": chosen.preset, "output_dir": "unused"})
-        torch.manual_seed(0)
-        tokenizer = Tokenizer(sizes.tokenizer, sizes.model.pyramid)
-        checkpoint.save_pretrained(folder / "tokenizer", tokenizer)
-        write_codes(folder / "codes", tokenizer, 4096, sizes.model.num_classes)
+        write_inputs(folder, chosen.preset, 4096)
         for parallel in chosen.parallel:
             for processes in chosen.processes:
                 alone = next((row for row in results if row["processes"] == 1), None)
@@ -102,15 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
                     continue  # one process shares nothing, whatever the way
                 row = run(chosen, folder, processes, parallel)
                 row["speedup"] = row["tokens_per_second"] / (alone or row)["tokens_per_second"]
-                results.append(rounded(row))
+                results.append(row)
                 speed = f"{row['tokens_per_second']:.4g} tokens/s, {row['speedup']:.3f} times one process"
                 print(f"{parallel} {processes}: {speed}, loss {row['loss']:.4f}", flush=True)
-    if chosen.output:
-        settings = {name: value for name, value in vars(chosen).items() if name not in ("output", "commit")}
-        facts = environment(find_device(chosen.device), chosen.commit)
-        content = {"kind": KIND, "version": VERSION, "environment": facts, "settings": settings, "results": results}
-        chosen.output.parent.mkdir(parents=True, exist_ok=True)
-        chosen.output.write_text(json.dumps(content) + "\n")
+    settings = {name: value for name, value in vars(chosen).items() if name not in ("output", "commit")}
+    facts = environment(find_device(chosen.device), chosen.commit)
+    write(chosen.output, {"kind": KIND, "version": VERSION, "environment": facts, "settings": settings}, results)
     return 0
 
 

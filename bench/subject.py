@@ -77,13 +77,18 @@ class Subject:
 
     def give_up(self, error: BaseException) -> None:
         self.attend = None
-        self.status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-        message = str(error).strip().splitlines() or [""]
-        self.reason = f"{type(error).__name__}: {message[0]}"[:300]
+        self.status, self.reason = failure(error)
 
 
 # What an implementation may raise: recorded, and the run goes on. SystemExit, because somebody else's code may exit.
 ERRORS = (Exception, SystemExit)
+
+
+def failure(error: BaseException) -> tuple[str, str]:
+    """Status and reason of what raised."""
+    status = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
+    message = str(error).strip().splitlines() or [""]
+    return status, f"{type(error).__name__}: {message[0]}"[:300]
 
 
 def examine(implementation: Implementation, inputs: Inputs) -> Subject:

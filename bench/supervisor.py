@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from .results import Results
+from .attention_results import AttentionResults
 
 START_AGAIN = 75
 """Exit status of a measuring process that has recorded all it knows and cannot go on."""
@@ -75,7 +75,7 @@ def _record_crash(journal: Path, reason: str) -> bool:
     """Write crashed rows for what was at work; whether there was anything."""
     if not journal.exists():
         return False
-    results = Results.read(journal, journal)
+    results = AttentionResults.read(journal, journal)
     running = results.running
     for row in running:
         results.add(row | {"reason": reason})
@@ -83,7 +83,7 @@ def _record_crash(journal: Path, reason: str) -> bool:
 
 
 def _rows(journal: Path) -> list[dict]:
-    return list(Results.read(journal, journal).rows.values()) if journal.exists() else []
+    return list(AttentionResults.read(journal, journal).rows.values()) if journal.exists() else []
 
 
 def end_with_parent() -> None:

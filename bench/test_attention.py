@@ -5,9 +5,7 @@ import math
 import pytest
 
 from .subject import ERRORS
-
-MIN_ROUNDS, MAX_ROUNDS = 10, 200
-WARMUP_SHARE = 0.25
+from .timing import WARMUP_SHARE
 
 
 def test_attention(benchmark, run, inputs, subject, direction):
@@ -32,8 +30,7 @@ def measure(benchmark, run, subject, direction):
     call, prepare = subject.timed(direction)
     host_seconds = stopwatch.host_seconds(call, prepare)
     overhead_seconds = stopwatch.overhead_seconds(call, prepare)
-    estimate = stopwatch.seconds(call, prepare)
-    rounds = min(max(math.ceil(run.seconds / estimate), MIN_ROUNDS), MAX_ROUNDS)
+    rounds = stopwatch.rounds(call, prepare, run.seconds)
 
     def setup():
         argument = prepare()

@@ -19,6 +19,8 @@ FLUSH_BYTES = 256 << 20
 L2_FACTOR = 4
 # NOTE: a device queue takes about a thousand launches before the host has to wait; some rivals need 200 a call.
 OVERHEAD_CALLS, OVERHEAD_LOOPS = 4, 9
+MIN_ROUNDS, MAX_ROUNDS = 10, 200
+WARMUP_SHARE = 0.25
 MAX_HEAD_START = 0.05  # seconds; a call that the host needs longer to queue than this is timed with its gaps
 
 
@@ -117,6 +119,24 @@ class Stopwatch:
             samples.append(self.clock() - start)
             del result
         return samples
+
+    def rounds(self, call: Callable, prepare: Callable[[], object], seconds: float) -> int:
+        """How many rounds fill about so many seconds."""
+        return min(max(math.ceil(seconds / self.seconds(call, prepare)), MIN_ROUNDS), MAX_ROUNDS)
+
+    def measure(self, call: Callable, prepare: Callable[[], object], seconds: float) -> dict[str, float | int]:
+        """Median and spread of rounds that fill about so many seconds, after a warm-up, and the host's time a call."""
+        host_seconds = self.host_seconds(call, prepare)
+        rounds = self.rounds(call, prepare, seconds)
+        self.samples(call, prepare, host_seconds, math.ceil(WARMUP_SHARE * rounds))
+        samples = [1e3 * s for s in self.samples(call, prepare, host_seconds, rounds)]
+        return {
+            "ms": quantile(samples, 0.5),
+            "p10_ms": quantile(samples, 0.1),
+            "p90_ms": quantile(samples, 0.9),
+            "rounds": rounds,
+            "host_us": 1e6 * self.overhead_seconds(call, prepare),
+        }
 
 
 def quantile(samples: list[float], q: float) -> float:

@@ -19,22 +19,18 @@ measured with our other operators, compiled. The method:
 
 Nothing that one measurement does ends the run: what raises or runs out of memory is recorded with the reason. Results
 are in the file as soon as they are known; after Ctrl-C, a crash or --minutes the same command with --continue goes on.
-reports/build.py makes tables/training.csv and the plots. Read next: hmar/train.py, whose parts are measured here.
+reports/training.py makes tables/training.csv and the plots. Read next: hmar/train.py, whose parts are measured here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import itertools
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,13 +50,14 @@ from hmar.stages import NextScaleObjective, parameter_groups
 from hmar_kernels import IMPLEMENTATIONS, SpanMask
 
 from . import options
+from .check import CheckFailed
 from .environment import environment
 from .plain import plain_operators
-from .results import FIXED, partial_of, rounded
+from .results import Results, partial_of
 from .shapes import DTYPES
+from .subject import failure, release
 from .timing import clock, quantile
 
-KIND, VERSION = "training", 1
 PATTERNS = {"hmar": "block_diagonal", "var": "block_causal"}
 ATTENTION = ("auto", *IMPLEMENTATIONS, "sdpa_dense")
 # (resolution, depth, batch): the targets, then larger models of the same tokens a step.
@@ -119,10 +116,6 @@ class Case:
         size = f"{self.model} {self.resolution} px d{self.depth} B{self.batch} {self.dtype}"
         ways = f"{self.attention} operators={self.operators} compile={self.compile}"
         return f"{size} {ways} recompute={self.activation_checkpointing}"
-
-
-class CheckFailed(Exception):
-    """Loss or gradients are wrong; the message says by how much."""
 
 
 class Step:
@@ -345,73 +338,31 @@ def _time_steps(step: Step, steps: int, ema: float) -> dict:
     }
 
 
-def release(device: torch.device) -> None:
-    """Forget compiled graphs and free what the last case has left."""
-    torch.compiler.reset()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 NUMBERS = (
     *("ms", "p10_ms", "p90_ms", "steps", "forward_ms", "peak_bytes", "step_ms", "optimizer_ms", "optimizer_share"),
     *("ema", "step_peak_bytes", "flops", "mfu", "loss", "first_step_s", "check"),
 )
 
 
-class Results:
-    """Rows by case in a JSON file that is rewritten after each; `running` is the case at work."""
+class TrainingResults(Results):
+    kind, version = "training", 1
 
-    def __init__(self, path: Path | None, facts: dict, method: dict):
-        self.path, self.head = path, {"environment": facts, "method": method}
-        self.rows: dict[tuple, dict] = {}
+    @staticmethod
+    def key_of(row: dict) -> tuple:
+        return tuple(row[name] for name in Case.__dataclass_fields__)
 
-    def take_over(self, source: Path) -> None:
-        """The measured rows of an earlier run on the same machine and commit; ValueError if it is of another kind."""
-        try:
-            content = json.loads(source.read_text())
-            kind, version = content["kind"], content["version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{source} cannot be continued: {type(error).__name__}: {error}") from error
-        if (kind, version) != (KIND, VERSION):
-            raise ValueError(f"{source} holds {kind!r} version {version}; only {KIND!r} version {VERSION} is continued")
-        for name in FIXED:
-            then, now = content["environment"].get(name), self.head["environment"].get(name)
-            if then != now:
-                raise ValueError(f"{source} cannot be continued: it was measured with {name} {then}, here it is {now}")
-        commit = self.head["environment"]["commit"]
-        rows = [row for row in content["results"] if row["status"] == "ok" and row["commit"] == commit]
-        if content["running"] is not None:
-            rows.append({**content["running"], "status": "crashed", "reason": "the process did not survive it"})
-        self.rows = {row_key(row): row for row in rows}
-
-    def add(self, row: dict) -> None:
-        self.rows[row_key(row)] = rounded(row)
-        self.write(running=None, complete=False)
-
-    def write(self, running: dict | None, complete: bool) -> None:
-        if self.path is None:
-            return
-        head = {"kind": KIND, "version": VERSION, **self.head, "complete": complete, "running": running}
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items()]
-        rows = ",\n".join(f"    {json.dumps(row)}" for row in self.rows.values())
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(self.path.name + ".new")
-        beside.write_text("{\n" + "\n".join(lines) + '\n  "results": [\n' + rows + "\n  ]\n}\n")
-        os.replace(beside, self.path)
-
-    def finish(self, path: Path) -> None:
-        partial, self.path = self.path, path
-        self.write(running=None, complete=True)
-        if partial is not None and partial != path:
-            partial.unlink(missing_ok=True)
+    def go_on(self, facts: dict) -> None:
+        """Keep what was measured on this machine and commit, and say of what was at work that it crashed."""
+        self.check_environment(facts)
+        self.keep(lambda row: row["status"] == "ok" and row["commit"] == facts["commit"])
+        for row in self.running:
+            self.rows[self.key_of(row)] = {**row, "status": "crashed", "reason": "the process did not survive it"}
+        self.running = []
 
 
-def row_key(row: dict) -> tuple:
-    return tuple(row[name] for name in Case.__dataclass_fields__)
-
-
-def run(cases: list[Case], results: Results, device: torch.device, steps: int, ema: float, minutes: float) -> bool:
+def run(
+    cases: list[Case], results: TrainingResults, device: torch.device, steps: int, ema: float, minutes: float
+) -> bool:
     """Measure what is not in the results yet; whether nothing is left."""
     deadline = time.monotonic() + 60 * minutes
     oracles: dict[tuple, Oracle] = {}
@@ -422,7 +373,7 @@ def run(cases: list[Case], results: Results, device: torch.device, steps: int, e
         if time.monotonic() > deadline:
             return False
         row = {**asdict(case), "commit": commit, "status": "ok", "reason": None, **dict.fromkeys(NUMBERS)}
-        results.write(running=row, complete=False)
+        results.begin([row])
 
         def oracle(case: Case = case) -> Oracle:
             if case.cell not in oracles:
@@ -433,9 +384,7 @@ def run(cases: list[Case], results: Results, device: torch.device, steps: int, e
         try:
             row |= measure(case, oracle, device, steps, ema)
         except Exception as error:
-            row["status"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
-            message = str(error).strip().splitlines() or [""]
-            row["reason"] = f"{type(error).__name__}: {message[0]}"[:300]
+            row["status"], row["reason"] = failure(error)
         release(device)
         results.add(row)
         print(describe(case, row), flush=True)
@@ -471,7 +420,7 @@ def chosen_from(known: tuple[str, ...]) -> Callable[[str], list[str]]:
     return parse
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.training", description=__doc__.splitlines()[0])
     takes = parser.add_argument
     takes("--cells", type=parse_cells, help="resolution:depth:batch,...; default: those of the targets")
@@ -484,20 +433,17 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     takes("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     takes("--ema", type=float, default=0.0, help="decay of averaged weights in whole steps; default: none")
     takes("--steps", type=int, default=20, help="measured steps (20)")
-    takes("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the benchmark on a tiny model")
     takes("--minutes", type=float, default=math.inf, help="begin nothing new after so long; --continue goes on")
     takes("--continue", dest="go_on", action="store_true", help="keep what the file, or the partial one, holds")
-    takes("--commit", help="commit to record where git cannot be asked")
-    takes("--output", type=Path, metavar="FILE", help="raw results")
-    return parser.parse_args(arguments)
+    options.add_device(parser)
+    options.add_record(parser)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    chosen = parse_arguments(arguments)
-    if chosen.device == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device; --device cpu tries the benchmark on a tiny model")
-        return 2
-    device = torch.device(chosen.device)
+    parser = make_parser()
+    chosen = parser.parse_args(arguments)
+    device = options.find_device(parser, chosen)
     smoke = device.type == "cpu"
     cells = chosen.cells or ([(64, 3, 2)] if smoke else [*CELLS, *(MORE_CELLS if chosen.full else ())])
     ways = SMOKE_WAYS if smoke else WAYS
@@ -512,15 +458,19 @@ def main(arguments: list[str] | None = None) -> int:
         )
     ]
     method = {"clock": "device events" if device.type == "cuda" else "host clock", "warm_up_steps": 3}
-    path = chosen.output and partial_of(chosen.output)
-    results = Results(path, environment(device, chosen.commit), method)
+    path, facts = chosen.output and partial_of(chosen.output), environment(device, chosen.commit)
+    results = TrainingResults(path)
     if chosen.go_on:
         sources = [source for source in (path, chosen.output) if source is not None and source.is_file()]
         if not sources:
-            print(f"--continue: neither {path} nor the file of --output is there to go on from")
-            return 2
-        results.take_over(sources[0])
-    results.write(running=None, complete=False)
+            parser.error(f"--continue: neither {path} nor the file of --output is there to go on from")
+        try:
+            results = TrainingResults.read(sources[0], path)
+            results.go_on(facts)
+        except ValueError as error:
+            parser.error(str(error))
+    results.head = {"environment": facts, "method": method}
+    results.write(complete=False)
     try:
         complete = run(cases, results, device, chosen.steps, chosen.ema, chosen.minutes)
     except KeyboardInterrupt:

@@ -150,7 +150,7 @@ def tokenize(
     together take --rank and --world-size; the same command without them completes the index in the end.
     """
     from hmar.codes import read_index_file
-    from hmar.shared_work import joined_processes
+    from hmar.processes import joined_processes
     from hmar.tokenize import Interrupted
     from hmar.tokenize import tokenize as tokenize_images
 
@@ -419,8 +419,8 @@ def evaluate(
     from hmar.evaluate import METRICS, MetricsConfig
     from hmar.evaluate import evaluate as evaluate_model
     from hmar.generate import SamplingConfig
+    from hmar.processes import joined_processes
     from hmar.sample import parse_ramp, parse_schedule
-    from hmar.shared_work import joined_processes
 
     names = {"all": METRICS, "none": ()}.get(metrics, [name.strip() for name in metrics.split(",")])
     config = MetricsConfig(

@@ -48,11 +48,12 @@ from hmar.data import Digits
 from hmar.edit import KnownImage, box_hole, paint
 from hmar.generate import GenerationOutput, SamplingConfig, even_schedule, generate_hmar, generate_var, resolve_schedule
 from hmar.model import HMAR
+from hmar.processes import find_device
 from hmar.progress import loss_curve
 from hmar.pyramid import Pyramid
 from hmar.recipe import DataConfig, OptimizerConfig, TrainConfig
 from hmar.tokenizer import Tokenizer
-from hmar.train import find_device, train
+from hmar.train import train
 
 STAGES = ("tokenizer", "next-scale", "masked", "var")
 

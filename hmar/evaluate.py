@@ -29,16 +29,15 @@ import torch
 from numpy.lib import format as npy
 from rich.console import Console
 from torch import Tensor
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from hmar.checkpoint import replacing, temporary_beside
 from hmar.data import IMAGE_SUFFIXES, SPLITS, BrokenImageError, open_dataset, read_image
 from hmar.extractors import INCEPTION, Extractor, Features, import_torch_fidelity, open_extractor
 from hmar.generate import SamplingConfig
+from hmar.processes import device_of, know_each_other, sharing_failures
 from hmar.recipe import unknown, unstructure
 from hmar.sample import ImageSet, Meter, open_image_set, to_pixels
-from hmar.shared_work import device_of, sharing_failures
 
 METRICS = ("fid", "is", "kid", "precision", "recall")
 COMPARE_FEATURES = ("kid", "precision", "recall")  # these need the reference's features, not only mean and covariance
@@ -147,7 +146,7 @@ def evaluate(
         save_reference: .npz for the reference's statistics and features, to be given as `reference` next time.
         npz: whether to write samples.npz (N x H x W x 3 bytes).
         rank, world_size: of several processes this one draws its share. If torch.distributed is initialised
-            (`hmar.shared_work.joined_processes`) they wait for each other and process 0 measures; without, this one
+            (`hmar.processes.joined_processes`) they wait for each other and process 0 measures; without, this one
             draws its share only, and a last call with world_size=1 measures.
     Returns:
         What evaluation.json holds; None where this process only drew images.
@@ -155,16 +154,12 @@ def evaluate(
         ValueError: for bad input, before anything is drawn.
     """
     config = config or MetricsConfig()
-    together = world_size > 1 and dist.is_initialized()
+    together = know_each_other(rank, world_size, overwrite)
     console = Console(
         stderr=True, quiet=not progress or (together and rank > 0), highlight=False, markup=False, soft_wrap=True
     )
     if count < 1 or batch_size < 1:
         raise ValueError(f"count is {count} and batch size {batch_size}; both must be at least 1")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank} of {world_size} processes; it must be from 0 to {world_size - 1}")
-    if world_size > 1 and overwrite and not together:
-        raise ValueError("processes that do not know each other cannot overwrite: delete the output folder first")
     output = Path(output)
     images = open_image_set(
         model_folder,

@@ -1,7 +1,9 @@
 """Training objectives: next-scale and masked prediction over codes, and the tokenizer's image losses.
 
 HMAR, arXiv 2506.04421, section 4.2 (weights of scales) and 4.3 (masked prediction); VQGAN, arXiv 2012.09841, section 3
-(tokenizer). The quantizer's own loss comes from `MultiScaleQuantizer.forward`.
+(tokenizer). The quantizer's own loss comes from `MultiScaleQuantizer.forward`. `next_scale_loss` and `masked_loss` say
+what is computed from logits; training has no logits (`Head.loss`) and hands over targets with a weight each. Read next:
+stages.py, model.py.
 
 Shapes: B images, L tokens of the pyramid, V codes, S scales, C channels, H W pixels.
 """
@@ -66,11 +68,6 @@ def masked_targets(codes_BL: Tensor, masked: Tensor) -> Targets:
     """What makes `Head.loss` the `masked_loss` of its logits."""
     hidden_BL = masked.expand_as(codes_BL)
     return Targets(codes_BL, hidden_BL / hidden_BL.sum().clamp_min(1))
-
-
-def token_accuracy(logits_BLV: Tensor, codes_BL: Tensor, masked: Tensor | None = None) -> Tensor:
-    """Share of tokens, or of hidden tokens, whose most likely code is the true one: a scalar."""
-    return share(logits_BLV.argmax(-1) == codes_BL, masked)
 
 
 def share(correct_BL: Tensor, masked: Tensor | None = None) -> Tensor:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from hmar.checkpoint import replacing
 from hmar.generate import GenerationOutput, SamplingConfig, generate_hmar, generate_var
+from hmar.processes import find_device
 from hmar.published import import_published
-from hmar.train import find_device
 from hmar.weightfile import read_weightfile
 
 LIMIT = 2e-4

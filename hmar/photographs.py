@@ -30,9 +30,10 @@ from hmar.classifier import PixelClassifier
 from hmar.data import Photographs
 from hmar.demo import machine_record, reconstruct, weights_before
 from hmar.generate import SamplingConfig, generate_hmar
+from hmar.processes import find_device
 from hmar.progress import loss_curve, read_metrics
 from hmar.recipe import DataConfig, OptimizerConfig, TrainConfig
-from hmar.train import find_device, train
+from hmar.train import train
 
 STAGES = ("tokenizer", "next-scale", "masked")
 PHOTOGRAPH_INCHES = 1.15  # side of a crop in the pictures

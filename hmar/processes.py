@@ -1,8 +1,11 @@
-"""The processes that share one training run: started by torchrun, or this one alone.
+"""Processes that share work: those of one torchrun, or this one alone.
 
-They agree on everything that one of them learns alone: a signal to stop, a checkpoint that is damaged, the reason for
-which one of them fails. Agreement travels over gloo on the CPU, beside the GPUs' NCCL. Read next: parallelize.py for
-how they share a model, train.py.
+A training run is shared step by step (`Processes`): all agree on everything that one of them learns alone, a signal to
+stop, a checkpoint that is damaged, the reason for which one of them fails. Agreement travels over gloo on the CPU,
+beside the GPUs' NCCL. Drawing and encoding images are shared through files (`joined_processes`): each process does its
+part, and all wait for each other at the end. These can also be started one by one, with a rank each and without knowing
+each other. Read next: parallelize.py for how a run shares a model, train.py; evaluate.py and tokenize.py, which share
+images.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,6 +26,7 @@ FAILURE = "failure"
 SECONDS_BETWEEN_LOOKS = 1.0
 # For a process that is about to say itself what is wrong, as all do when all meet the same error.
 SECONDS_OF_GRACE = 3.0
+LONGEST_WAIT = timedelta(days=14)  # of a process that has done its part for the others
 
 
 class ProcessFailedError(RuntimeError):
@@ -52,7 +58,7 @@ class Processes:
             raise ValueError("torch.distributed is initialised already: hmar.train.train forms the group itself")
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(processes.local_rank % torch.cuda.device_count())
+            take_gpu(processes.local_rank)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend)
         processes._owns_group = True
@@ -165,3 +171,92 @@ class Processes:
         if self._owns_group:
             dist.destroy_process_group()
             self._owns_group = False
+
+
+def find_device(name: str, processes: Processes | None = None) -> torch.device:
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N"; ValueError if it is not there.
+
+    "auto" and "cuda" give each of several processes of a host a GPU of its own.
+    """
+    local_rank = processes.local_rank if processes is not None and processes.size > 1 else None
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'device="{name}" is not a device: expected auto, cpu, cuda or cuda:N') from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f'device="{name}" is not supported: expected auto, cpu, cuda or cuda:N')
+    if device.type == "cuda" and local_rank is not None:
+        if device.index is not None:
+            raise ValueError(f'device="{name}" is one GPU for {processes.size} processes: use device=cuda')
+        device = torch.device("cuda", local_rank)
+        name = str(device)
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f'device="{name}" is not there: torch finds {torch.cuda.device_count()} GPUs; use device=cpu')
+    return device
+
+
+def take_gpu(local_rank: int) -> torch.device:
+    """Make the GPU of this process of the host the current one."""
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_of(device: str, rank: int, world_size: int) -> str:
+    """A GPU for each process of this host, where a device was left open; else the named one."""
+    if world_size == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    return str(take_gpu(int(os.environ.get("LOCAL_RANK", rank))))
+
+
+def know_each_other(rank: int, world_size: int, overwrite: bool) -> bool:
+    """Whether the processes can wait for each other. ValueError if a rank is not one of theirs, or where processes that
+    do not know each other are to overwrite what others may have just written."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} of {world_size} processes; it must be from 0 to {world_size - 1}")
+    together = world_size > 1 and dist.is_initialized()
+    if world_size > 1 and overwrite and not together:
+        raise ValueError("processes that do not know each other cannot overwrite: delete the output folder first")
+    return together
+
+
+@contextmanager
+def joined_processes(rank: int, world_size: int) -> Iterator[None]:
+    """Within the block the processes of one torchrun know each other, so that they can wait for all."""
+    joins = world_size > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized()
+    if joins:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=LONGEST_WAIT)
+    try:
+        yield
+    finally:
+        if joins:
+            # NOTE: a process that ends with gloo's threads running is often aborted, "without an active exception".
+            dist.destroy_process_group()
+
+
+@contextmanager
+def sharing_failures(together: bool) -> Iterator[None]:
+    """At the end of the block the processes wait for each other; if it failed in one, it fails in all."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if together:
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, None if failure is None else str(failure))
+        failed = [rank for rank, message in enumerate(messages) if message is not None]
+        if failure is None and failed:
+            raise ValueError(f"stopped, because process {failed[0]} failed: {messages[failed[0]]}")
+    if failure is not None:
+        raise failure
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here. ValueError if one of them has ended instead."""
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        raise ValueError("stopped, because another process ended before its part was done") from error

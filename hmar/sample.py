@@ -46,10 +46,11 @@ from hmar.checkpoint import (
 from hmar.engine import Engine
 from hmar.generate import KnownCodes, RampLike, SamplingConfig, ScheduleLike, resolve_ramp, resolve_schedule
 from hmar.model import HMAR, NextScaleTransformer
+from hmar.processes import find_device
 from hmar.progress import SECONDS_BETWEEN_LINES
 from hmar.serve import Request, Server
 from hmar.tokenizer import Tokenizer
-from hmar.train import find_device, find_precision
+from hmar.train import find_precision
 
 GRID_ROWS, GRID_COLUMNS = 10, 20
 NUM_WRITERS = 4  # threads that compress and write images while the next batch is drawn

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
-from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from hmar.checkpoint import load_tokenizer
@@ -41,12 +40,11 @@ from hmar.data import (
     to_device,
     without_traceback,
 )
+from hmar.processes import device_of, find_device, know_each_other, sharing_failures, wait_for_all
 from hmar.progress import StopSignals
 from hmar.recipe import differences
 from hmar.sample import Meter
-from hmar.shared_work import device_of, sharing_failures, wait_for_all
 from hmar.tokenizer import Tokenizer
-from hmar.train import find_device
 
 DEFAULT_CROPS = 8  # of images that are cropped at random
 # A folder of codes goes on with the same of these.
@@ -94,7 +92,7 @@ def tokenize(
             ("skip"); the index names them.
         batch_size: images encoded at once. Another size may round otherwise and change codes that are near ties.
         rank, world_size: of several processes this one makes its share. If torch.distributed is initialised
-            (`hmar.shared_work.joined_processes`) they wait for each other; without, a last call with world_size=1
+            (`hmar.processes.joined_processes`) they wait for each other; without, a last call with world_size=1
             completes the index.
         overwrite: delete other codes in the folder first.
     Returns:
@@ -105,7 +103,7 @@ def tokenize(
         OSError: if the disk is full. Shards written before are good.
         Interrupted: after SIGINT or SIGTERM.
     """
-    together = world_size > 1 and dist.is_initialized()
+    together = know_each_other(rank, world_size, overwrite)
     quiet = not progress or (together and rank > 0)
     console = Console(stderr=True, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
@@ -113,10 +111,6 @@ def tokenize(
             raise ValueError(f"{name} is {value}; it must be at least 1")
     if workers < 0:
         raise ValueError(f"workers is {workers}; it must be 0 or more")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank} of {world_size} processes; it must be from 0 to {world_size - 1}")
-    if world_size > 1 and overwrite and not together:
-        raise ValueError("processes that do not know each other cannot overwrite: delete the output folder first")
     output = Path(output)
     where = find_device(device_of(device, rank, world_size))
     tokenizer = load_tokenizer(tokenizer_folder, where)

@@ -50,7 +50,7 @@ from hmar.data import (
 from hmar.flops import training_flops, utilization
 from hmar.optimizer import AveragedWeights, LossScale, Optimizer, assign, finite, whole
 from hmar.parallelize import Parallel, checkpoint_activations, compile_objective
-from hmar.processes import Processes
+from hmar.processes import Processes, find_device
 from hmar.progress import Display, Logs, StopSignals
 from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown, with_steps
 from hmar.sharded import load_tensors, save_sharded
@@ -478,30 +478,6 @@ class Interval:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-
-
-def find_device(name: str, processes: Processes | None = None) -> torch.device:
-    """The torch device for "auto", "cpu", "cuda" or "cuda:N"; ValueError if it is not there.
-
-    "auto" and "cuda" give each of several processes of a host a GPU of its own.
-    """
-    local_rank = processes.local_rank if processes is not None and processes.size > 1 else None
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'device="{name}" is not a device: expected auto, cpu, cuda or cuda:N') from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f'device="{name}" is not supported: expected auto, cpu, cuda or cuda:N')
-    if device.type == "cuda" and local_rank is not None:
-        if device.index is not None:
-            raise ValueError(f'device="{name}" is one GPU for {processes.size} processes: use device=cuda')
-        device = torch.device("cuda", local_rank)
-        name = str(device)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f'device="{name}" is not there: torch finds {torch.cuda.device_count()} GPUs; use device=cpu')
-    return device
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype | None:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import conftest, options, rivals, shapes, subject, supervisor, timing, work
+from bench.attention_results import AttentionResults
 from bench.check import CheckFailed, Oracle, forward_backward
-from bench.results import Results
 from bench.rivals import IMPLEMENTATIONS, Implementation
 from bench.shapes import Cell
 from bench.subject import Inputs, examine
@@ -382,20 +382,20 @@ def test_a_file_that_defines_no_rival_is_explained(tmp_path, text, message):
 
 def test_results_of_another_machine_are_not_continued(tmp_path):
     path = tmp_path / "raw.json"
-    results = Results(path)
+    results = AttentionResults(path)
     here = dict.fromkeys(("gpu", "driver", "torch", "cuda", "triton", "flash_attn_4"), "x")
     results.head = {"environment": here, "ceilings": {}, "method": {}}
     results.write(complete=False)
-    read = Results.read(path, path)
+    read = AttentionResults.read(path, path)
     read.check_environment(here | {"commit": "another"})
     with pytest.raises(ValueError, match=r"measured with torch x, here it is 9\.0"):
         read.check_environment(here | {"torch": "9.0"})
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 1}))
     with pytest.raises(ValueError, match="version 1; only 'attention' version 2 is continued"):
-        Results.read(path, path)
+        AttentionResults.read(path, path)
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be continued: JSONDecodeError"):
-        Results.read(path, path)
+        AttentionResults.read(path, path)
 
 
 def test_only_measurements_of_this_code_are_kept():

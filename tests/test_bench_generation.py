@@ -11,7 +11,7 @@ from bench.check import CheckFailed
 from bench.generation import Cell, Rows, check, choose_cells, empty_row
 from hmar.config import PRESETS
 from hmar.engine import DECODERS
-from reports import build
+from reports import generation as report
 
 COLUMNS = "gpu,commit,model,engine,schedule,resolution,depth,batch,ms,images_per_s,peak_gb"
 
@@ -42,7 +42,7 @@ def test_a_run_measures_every_engine(written):
         assert 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"]
         assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"], rel=1e-4)
         if row["engine"] == "optimised":
-            assert row["same_codes"] >= 0.9 and set(row["parts_ms"]) == set(build.PARTS)
+            assert row["same_codes"] >= 0.9 and set(row["parts_ms"]) == set(report.PARTS)
             assert len(row["scales_ms"]) == 4 and min(row["scales_ms"]) > 0
             stages = ["post_quant_conv", "middle", *decoder_names(len(PRESETS["tiny"][0].multipliers)), "out"]
             assert list(row["decoder_ms"]) == stages and min(row["decoder_ms"].values()) > 0
@@ -176,11 +176,11 @@ def test_cells_of_a_gpu():
 def data(tmp_path):
     rows = []
     for batch in (16, 1):
-        for factor, key in enumerate(build.GENERATION_LOOKS, start=1):
+        for factor, key in enumerate(report.LOOKS, start=1):
             cell = Cell(*key, 256, 16, batch)
             row = empty_row(cell, "ok", None, "0123456789") | {"ms": 20.0 * factor, "p10_ms": 19.0, "p90_ms": 21.0}
             row |= {"images_per_s": 1e3 * batch / row["ms"], "peak_gb": 2.5}
-            rows.append(row | {"parts_ms": dict.fromkeys(build.PARTS, 1.25)} if cell.engine == "optimised" else row)
+            rows.append(row | {"parts_ms": dict.fromkeys(report.PARTS, 1.25)} if cell.engine == "optimised" else row)
     rows[5] |= {"status": "out of memory", "reason": "no room", "ms": None, "images_per_s": None, "peak_gb": None}
     facts = {"gpu": "NVIDIA H100 80GB HBM3", "commit": "0123456789", "date": "2031-02-03T04:05:06+00:00"}
     facts |= {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0", "driver": "580.1"}
@@ -192,7 +192,7 @@ def data(tmp_path):
 
 
 def test_tables_and_plots(data, tmp_path):
-    paths = build.build_generation(data, tmp_path, tmp_path)
+    paths = report.build(data, tmp_path, tmp_path)
     assert [path.name for path in paths] == ["generation.csv", "generation.md", "generation_test_batch.png"]
     text = paths[0].read_text()
     assert text.splitlines()[0] == COLUMNS
@@ -213,14 +213,14 @@ def test_tables_and_plots(data, tmp_path):
 
 def test_without_data_there_are_no_tables(tmp_path):
     (tmp_path / "other.json").write_text("{}")
-    assert build.build_generation(tmp_path, tmp_path, tmp_path) == []
+    assert report.build(tmp_path, tmp_path, tmp_path) == []
 
 
 def test_an_unknown_version_is_refused(data):
     path = data / "generation_test.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
     with pytest.raises(ValueError, match="version 2; this script reads version 1"):
-        build.load_generation(data)
+        report.load(data)
 
 
 # --- drawing codes ----------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.attention_results import AttentionResults, row_without_numbers
 from bench.environment import environment
-from bench.results import Results, row_without_numbers
 from bench.shapes import Cell
 from rival_files import GOOD_RIVAL, written
 
@@ -22,7 +22,7 @@ def bench(*arguments):
     command = [sys.executable, "-m", "pytest", "bench", "-p", "no:cacheprovider", *arguments]
     # Under xdist pytest-benchmark measures nothing, and these runs are not part of it.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
 
 
 QUICK = ("--benchmark-only", "--device", "cpu", "--seconds", "0.01")
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on(tmp_path):
     """From what the killed process has left: a row that counts, one that failed, something at work."""
     raw, partial = tmp_path / "raw.json", tmp_path / "raw.json.partial"
     raw.write_text("of an earlier run")
-    left = Results(partial)
+    left = AttentionResults(partial)
     left.head = {"environment": environment(torch.device("cpu"), "one"), "ceilings": {"copy_gb_per_s": 7}, "method": {}}
     cell = Cell("block_causal", (1, 2, 5), batch=2, heads=3, head_dim=16, dtype="bfloat16")
     row = row_without_numbers(cell, "sdpa_dense", False, "forward", "ok", None)

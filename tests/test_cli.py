@@ -1,7 +1,5 @@
 """The command as people type it: a process of its own for what works, `main` itself where only the answer matters."""
 
-import contextlib
-import io
 import json
 import os
 import signal
@@ -17,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from hmar.checkpoint import checkpoints, load_model
-from hmar.cli import main
 from hmar.config import PRESETS
 from hmar.model import HMAR
+from hmar_command import hmar_here
+from run_files import assert_same_bits, weights
 
 HMAR_COMMAND = [sys.executable, "-c", "from hmar.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -35,23 +34,6 @@ def succeed(*arguments, cwd=None, run=hmar):
     result = run(*arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
-
-
-def hmar_here(*arguments, cwd=None):
-    """The same without the seconds that a process takes to start."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["hmar", *map(str, arguments)]
-    try:
-        with (
-            contextlib.chdir(cwd or "."),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
-            main()
-    finally:
-        sys.argv = argv
-    return subprocess.CompletedProcess(arguments, ended.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def fail(*arguments, cwd=None, run=hmar_here):
@@ -268,8 +250,6 @@ def test_an_interrupted_process_goes_on_to_the_same_weights(folder, tmp_path):
     steps = json.loads((parts / "metrics.jsonl").read_text().splitlines()[-1])["step"] + 20
     succeed(*resume.split()[1:], f"steps={steps}", "--quiet")
     succeed(*run, f"steps={steps}", f"output_dir={tmp_path / 'whole'}", "--quiet")
-    actual, expected = (load_file(run / "weights" / "model.safetensors") for run in (parts, tmp_path / "whole"))
-    assert actual.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+    assert_same_bits(weights(parts), weights(tmp_path / "whole"))
     logged = [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()]
     assert logged == list(range(1, steps + 1))

@@ -1,10 +1,8 @@
 """Editing: what counts as known, that nothing of a hole leaks, that known codes are put back and seen."""
 
 import contextlib
-import io
 import json
 import math
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,13 +12,13 @@ import torch
 from PIL import Image
 
 from hmar.checkpoint import save_pretrained
-from hmar.cli import main
 from hmar.config import PRESETS
 from hmar.edit import KnownImage, blank, box_hole, fit_image, inpaint, known_tokens, outpaint, paint, place
 from hmar.generate import KnownCodes, SamplingConfig, generate_hmar, generate_var, masked_passes
 from hmar.model import HMAR, MaskedTransformer, NextScaleTransformer
 from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
+from hmar_command import hmar_here
 
 TOKENIZER_CONFIG, CONFIG = PRESETS["tiny"]
 CONFIG = replace(CONFIG, sides=(1, 2, 3, 6))
@@ -504,19 +502,8 @@ def folder(tmp_path_factory, hmar, tokenizer, images):
 
 def edit(folder, *arguments):
     """`hmar edit` in `folder`: exit code, standard output and standard error."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["hmar", "edit", *map(str, arguments)]
-    try:
-        with (
-            contextlib.chdir(folder),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            pytest.raises(SystemExit) as ended,
-        ):
-            main()
-    finally:
-        sys.argv = argv
-    return ended.value.code or 0, out.getvalue(), err.getvalue()
+    done = hmar_here("edit", *arguments, cwd=folder)
+    return done.returncode, done.stdout, done.stderr
 
 
 def pngs(folder):

@@ -25,6 +25,7 @@ from hmar.decoder import FusedDecoder
 from hmar.engine import DECODERS, Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
+from hmar_kernels import triton_device
 from hmar_kernels.linear import triton as kernels
 
 forward = kernels.forward
@@ -139,6 +140,22 @@ def test_products_of_few_rows_by_the_kernel_under_the_interpreter(monkeypatch):
     assert torch.equal(actual.codes_BL, expected.codes_BL)
     passes = {3, 2 * 3 * 4, 2 * 3 * 9, 3 * 4, 3 * 9}
     assert passes <= set(few) and max(few) <= 64 and 2 * 3 * 25 not in few
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_engine_gpu.py runs the kernels")
+@pytest.mark.parametrize("kind", ["hmar", "var"])
+def test_half_precision_with_the_kernels_of_a_block(kind, monkeypatch):
+    """Norms and heads by Triton under the interpreter: the codes of the references but for near ties."""
+    model, tokenizer = build(kind), build_tokenizer()
+    sampling = SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    expected = Engine(model, tokenizer, dtype=torch.bfloat16).generate(CLASSES, sampling)
+    chosen = []
+    monkeypatch.setattr(triton_device, "choose", lambda *_: (chosen.append("triton") or "triton", "for this test"))
+    actual = Engine(model, tokenizer, dtype=torch.bfloat16).generate(CLASSES, sampling)
+    assert chosen
+    first = PYRAMID.offsets[2]
+    assert torch.equal(actual.codes_BL[:, :first], expected.codes_BL[:, :first])
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
 
 
 def test_compiled_blocks_give_the_same_images(hmar, tokenizer):

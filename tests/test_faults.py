@@ -9,12 +9,12 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from hmar import checkpoint
 from hmar.progress import read_metrics
 from hmar.recipe import apply_overrides, make_config
 from hmar.train import Trainer, train
+from run_files import weights
 
 PATIENCE = 60
 STEPS = 12
@@ -149,10 +149,6 @@ def start():
         return process, answers
 
     return launch
-
-
-def weights(folder):
-    return load_file(folder / "weights" / "model.safetensors")
 
 
 def wait_for_steps(folder, number):

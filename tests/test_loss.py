@@ -14,7 +14,7 @@ from hmar.loss import (
     masked_loss,
     next_scale_loss,
     scale_weights,
-    token_accuracy,
+    share,
     token_weights,
 )
 from hmar.pyramid import Pyramid
@@ -75,9 +75,9 @@ def test_masked_loss_counts_hidden_tokens_only(per_image):
     assert masked_loss(logits, codes, torch.zeros_like(masked)) == 0
 
     right = logits.argmax(-1) == codes
-    assert token_accuracy(logits, codes).item() == pytest.approx(right.double().mean().item())
+    assert share(right).item() == pytest.approx(right.double().mean().item())
     hidden_right = right[masked.expand(3, 14)].double().mean().item()
-    assert token_accuracy(logits, codes, masked).item() == pytest.approx(hidden_right)
+    assert share(right, masked).item() == pytest.approx(hidden_right)
 
 
 def test_mismatched_codes_are_refused():

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import hmar.sharded
 import hmar.train
@@ -21,6 +20,7 @@ from hmar.processes import Processes
 from hmar.progress import read_metrics
 from hmar.recipe import apply_overrides, make_config
 from hmar.train import Interrupted, Trainer, train
+from run_files import weights
 
 PATIENCE = 60
 
@@ -138,10 +138,6 @@ def start():
         return list(found.values())
 
     return launch
-
-
-def weights(folder):
-    return load_file(folder / "weights" / "model.safetensors")
 
 
 def assert_same_run(actual: Path, expected: Path, tolerance=2e-3):

@@ -14,8 +14,11 @@ from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
 from bench import shapes
-from bench.results import describe
-from reports import build
+from bench.attention_results import describe
+from reports import attention, attention_data, attention_plots, build, training
+from reports.attention_data import DIRECTIONS
+from reports.markdown import number
+from reports.style import LOOKS
 
 COLUMNS = "gpu,commit,pattern,resolution,batch,heads,head_dim,dtype,impl,direction,ms,tflops,gb_per_s,peak_mb"
 # Milliseconds of (forward, backward); None stands for what could not be measured, absent for what does not apply.
@@ -125,7 +128,7 @@ def table_rows(text):
 
 def summary(text):
     """(cell, direction) -> the other columns of the summary."""
-    return {(line[0].split(",")[0], line[1]): line[2:] for line in table_rows(text) if line[1] in build.DIRECTIONS}
+    return {(line[0].split(",")[0], line[1]): line[2:] for line in table_rows(text) if line[1] in DIRECTIONS}
 
 
 def test_markdown_compares_with_the_best_rival_and_the_dense_mask(data, tmp_path):
@@ -154,7 +157,7 @@ def test_targets_are_for_their_gpu_and_cells_only(data, tmp_path):
         (data / "attention_test.json").write_text(json.dumps(changed))
         make(data, tmp_path)
         found = summary((tmp_path / "tables" / "attention.md").read_text())
-        return [found["block_diagonal 256", direction][5:7] for direction in build.DIRECTIONS]
+        return [found["block_diagonal 256", direction][5:7] for direction in DIRECTIONS]
 
     anchor = {"batch": 64, "heads": 16}
     assert target("NVIDIA H100 80GB HBM3", **anchor) == [["0.140", "0.14"], ["0.400", "0.20"]]
@@ -170,7 +173,7 @@ def full_run():
     results = []
     for cell in shapes.cells(full=True):
         for impl, rate in rates.items():
-            for direction in build.DIRECTIONS:
+            for direction in DIRECTIONS:
                 row = describe(cell, direction)
                 ms = max(row["flops"] / rate / 1e9, row["bytes"] / (4 * rate) / 1e6)
                 extra = row["fewest_extra_bytes"] * (1 if impl == "cuda" else 2)
@@ -201,12 +204,12 @@ def lines(ax):
 
 
 def test_version_2_has_commits_host_times_and_memory_of_each_row(full, tmp_path):
-    (source,) = build.load(full)
-    table = pd.read_csv(io.StringIO(build.attention_csv([source])))
+    (source,) = attention_data.load(full)
+    table = pd.read_csv(io.StringIO(attention.csv([source])))
     assert list(table.columns) == COLUMNS.split(",") and len(table) == 38 * 2 * 4
     assert set(table[table.impl == "cuda"].commit) == {"aaaa"} and set(table[table.impl == "flex"].commit) == {"bbbb"}
     assert table[table.impl == "cuda"].tflops.max() == 500 and table[table.impl == "cuda"].gb_per_s.max() == 2000
-    text = build.attention_markdown([source])
+    text = attention.markdown([source])
     assert "commit `aaaa`, `bbbb`" in text and "flash-attn-4 4.0.0" in text
     row = next(line for line in table_rows(text) if line[0] == "ours: Triton")
     assert row[-2] == f"{2 * source.rows['least_mb'].iloc[0]:.0f}" and row[-1] == "12"
@@ -215,9 +218,9 @@ def test_version_2_has_commits_host_times_and_memory_of_each_row(full, tmp_path)
 
 
 def test_a_full_run_has_all_plots_for_both_head_dims(full):
-    (source,) = build.load(full)
+    (source,) = attention_data.load(full)
     wanted = {"time", "memory", "roofline", "resolution", "density", "batch_diagonal", "batch_causal"}
-    found = dict(build.draw(source))
+    found = dict(attention_plots.draw(source))
     assert set(found) == {*wanted, *(f"{name}_d128" for name in wanted if name != "density"), "density_d128"}
     sizes = {text.get_text() for ax in found["time"].axes for text in ax.get_xticklabels()}
     assert sizes == {"256 px\n64 x 16 x 64", "512 px\n16 x 24 x 64", "1024 px\n4 x 24 x 64"}
@@ -227,28 +230,28 @@ def test_a_full_run_has_all_plots_for_both_head_dims(full):
 
 
 def test_lines_are_the_measurements(full):
-    (source,) = build.load(full)
+    (source,) = attention_data.load(full)
     source = source.only(source.rows["head_dim"] == 64)
-    blue, black = build.LOOKS["triton"][1], "black"
+    blue, black = LOOKS["triton"][1], "black"
     rows = source.rows[(source.rows["pattern"] == "block_causal") & (source.rows["impl"] == "triton")]
-    by_batch = lines(panels(build.draw_batch(source, "block_causal"))["256 px, backward"])
+    by_batch = lines(panels(attention_plots.draw_batch(source, "block_causal"))["256 px, backward"])
     assert by_batch[blue] == [(1, pytest.approx(400)), (8, pytest.approx(400)), (64, pytest.approx(400))]
     one = rows[(rows["batch"] == 8) & (rows["direction"] == "backward")].set_index("resolution")
-    found = panels(build.draw_resolution(source))
+    found = panels(attention_plots.draw_resolution(source))
     by_resolution = lines(found["block-causal, backward"])
     assert by_resolution[blue] == [(r, pytest.approx(one.loc[r, "ms"] / 8)) for r in (256, 512, 1024)]
     assert by_resolution[black] == [(r, pytest.approx(one.loc[r, "floor_ms"] / 8)) for r in (256, 512, 1024)]
     memory = lines(found["block-causal, forward + backward"])
     assert [y for _, y in memory[blue]] == pytest.approx([2 * y for _, y in memory[black]])
-    density = lines(panels(build.draw_density(source.only(source.rows["batch"] == 4)))["1024 px, forward"])
+    density = lines(panels(attention_plots.draw_density(source.only(source.rows["batch"] == 4)))["1024 px, forward"])
     (x0, y0), *_, (x1, y1) = density[blue]
     assert y1 / y0 == pytest.approx(x1 / x0) and 0.2 < x0 < x1 < 0.7
     plt.close("all")
 
 
 def test_roofline_has_both_rates_under_both_ceilings(full):
-    (source,) = build.load(full)
-    figure = build.draw_roofline(source.only(source.rows["head_dim"] == 64).main_batches())
+    (source,) = attention_data.load(full)
+    figure = attention_plots.draw_roofline(source.only(source.rows["head_dim"] == 64).main_batches())
     assert [ax.get_title() for ax in figure.axes] == ["forward", "backward"] * 2
     for ax, unit in zip(figure.axes, ("TFLOP/s", "TFLOP/s", "GB/s", "GB/s"), strict=True):
         roof = ax.lines[0].get_xydata()
@@ -290,8 +293,8 @@ def test_plots_are_written_for_each_file_of_data(data, tmp_path):
 
 
 def test_bars_are_the_measurements_and_a_missing_one_is_a_gap(data):
-    (source,) = build.load(data)
-    figure = build.draw_time(source)
+    (source,) = attention_data.load(data)
+    figure = attention_plots.draw_time(source)
     panels = {ax.get_title(): ax for ax in figure.axes}
     assert set(panels) == {
         f"{pattern}, {direction}"
@@ -343,13 +346,17 @@ def test_a_version_from_the_future_is_refused(data, tmp_path):
 
 def test_numbers_have_three_digits():
     shown = {0.0123456: "0.0123", 0.5: "0.500", 1.234: "1.23", 59.76: "59.8", 123.4: "123", 2990.0: "2990"}
-    assert {value: build._number(value) for value in shown} == shown
-    assert build._number(None) == build._number(float("nan")) == "-"
+    assert {value: number(value) for value in shown} == shown
+    assert number(None) == number(float("nan")) == "-"
 
 
 def test_the_script_runs_alone_and_explains_missing_data(data, tmp_path):
-    """Copied out of the project, so that it cannot lean on anything in it."""
-    script = Path(shutil.copy(build.__file__, tmp_path / "build.py"))
+    """Its folder is copied out of the project, so that it cannot lean on anything else in it."""
+    folder = tmp_path / "reports"
+    folder.mkdir()
+    for module in build.HERE.glob("*.py"):
+        shutil.copy(module, folder)
+    script = folder / "build.py"
 
     def run(folder):
         command = [sys.executable, "-I", str(script), "--data", str(folder), "--out", str(tmp_path / "out")]
@@ -360,7 +367,7 @@ def test_the_script_runs_alone_and_explains_missing_data(data, tmp_path):
     assert all(Path(line).is_file() for line in done.stdout.splitlines()) and len(done.stdout.splitlines()) == 5
     failed = run(tmp_path / "nowhere")
     assert failed.returncode == 1
-    assert "no attention results" in failed.stderr and "pytest bench" in failed.stderr
+    assert "no results" in failed.stderr and "pytest bench" in failed.stderr
 
 
 def step(model, attention, compiled, ms, resolution=256, recompute="none", operators="auto"):
@@ -399,7 +406,7 @@ def test_training_steps_have_a_table_with_the_fastest_of_each(with_steps, tmp_pa
     written = build.build(with_steps, tmp_path / "tables", tmp_path / "plots")
     assert {"training.csv", "training.md", "training_test_steps.png"} <= {path.name for path in written}
     table = pd.read_csv(tmp_path / "tables" / "training.csv")
-    assert list(table.columns) == build.TRAINING_COLUMNS
+    assert list(table.columns) == training.COLUMNS
     rows = list(table[["model", "resolution", "attention", "ms", "peak_gb", "mfu"]].itertuples(index=False, name=None))
     assert rows[:5] == [
         ("hmar", 256, "auto", 64.0, 6.4, pytest.approx(30 / 64, rel=1e-5)),  # of three ways to compile; none recomputed
@@ -413,8 +420,8 @@ def test_training_steps_have_a_table_with_the_fastest_of_each(with_steps, tmp_pa
 
 
 def test_the_page_of_training_steps_has_all_ways_targets_and_reasons(with_steps):
-    (rows,) = build.load_training(with_steps).values()
-    page = build.training_markdown(rows)
+    (rows,) = training.load(with_steps).values()
+    page = training.markdown(rows)
     assert "| HMAR stage 1 | ours | fused | blocks | none | 64.0 (65) | 19.2 | 6.40 (12) | 5 % | 12.8 | 47 % |" in page
     assert "| HMAR stage 1 | ours | fused | blocks | mlp | 50.0 (65) |" in page
     assert "| HMAR stage 1 | ours | fused | model | none | out of memory |" in page
@@ -422,8 +429,8 @@ def test_the_page_of_training_steps_has_all_ways_targets_and_reasons(with_steps)
 
 
 def test_bars_are_the_numbers(with_steps):
-    (rows,) = build.load_training(with_steps).values()
-    figure = build.draw_steps(rows)
+    (rows,) = training.load(with_steps).values()
+    figure = training.draw_steps(rows)
     heights = sorted(bar.get_height() for bar in figure.axes[0].patches)
     assert heights == [64.0, 90.0, 100.0, 150.0, 200.0]
     assert [text.get_text().strip() for text in figure.axes[0].texts] == ["no memory"]
@@ -434,4 +441,4 @@ def test_training_data_of_another_version_is_refused(with_steps):
     file = with_steps / "training_test.json"
     file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(ValueError, match="is of version 9; this script reads version 1"):
-        build.load_training(with_steps)
+        training.load(with_steps)

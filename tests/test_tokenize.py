@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from hmar import tokenize as module
@@ -27,6 +26,7 @@ from hmar.stages import CodesStage
 from hmar.tokenize import Interrupted, tokenize
 from hmar.tokenizer import Encoder, Tokenizer
 from hmar.train import Trainer, train
+from run_files import assert_same_bits, weights
 
 NUM_IMAGES = 23
 SMALL = {"shard_size": 4, "batch_size": 3, "crops": 2, "device": "cpu", "progress": False}
@@ -409,15 +409,6 @@ def configure(stage, folder, tokenizer_folder, *overrides):
     return make_config(apply_overrides({}, [*base, *overrides]))
 
 
-def weights(folder):
-    return load_file(folder / "weights" / "model.safetensors")
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    assert not [name for name in expected if not torch.equal(actual[name], expected[name])]
-
-
 @pytest.fixture(scope="module")
 def next_scale_folder(tokenizer_folder, tmp_path_factory):
     """A stage 1, for stage 2 to start from."""
@@ -440,12 +431,14 @@ def test_training_on_codes_is_training_on_the_images(
     assert_same_bits(weights(tmp_path / "b"), weights(tmp_path / "a"))
 
 
+@pytest.mark.parametrize("options", [(), ("accumulate=2", "activation_checkpointing=mlp", "ema=0.9")])
 def test_a_resumed_run_on_codes_ends_with_the_same_bits_whatever_the_workers(
-    tokenizer_folder, whole, tmp_path, monkeypatch
+    options, tokenizer_folder, whole, tmp_path, monkeypatch
 ):
-    def run(name, workers=0, **options):
+    def run(name, workers=0, resume=False):
         data = f"data={{name: codes, path: {whole}, workers: {workers}}}"
-        return train(configure("next-scale", tmp_path / name, tokenizer_folder, data), progress=False, **options)
+        config = configure("next-scale", tmp_path / name, tokenizer_folder, data, *options)
+        return train(config, progress=False, resume=resume)
 
     run("uninterrupted")
     advance = Trainer._advance

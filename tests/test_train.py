@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -21,6 +20,7 @@ from hmar.config import PRESETS
 from hmar.flops import training_flops
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.optimizer import LossScale
+from hmar.processes import find_device
 from hmar.progress import read_metrics
 from hmar.recipe import apply_overrides, make_config, read_config
 from hmar.stages import MaskedStage, NextScaleStage, parameter_groups
@@ -29,12 +29,12 @@ from hmar.train import (
     Interrupted,
     NonFiniteError,
     Trainer,
-    find_device,
     find_precision,
     open_images,
     step_generator,
     train,
 )
+from run_files import assert_same_bits, weights
 
 CODE_STAGES = ("next-scale", "masked", "var")
 STAGES = ("tokenizer", *CODE_STAGES)
@@ -54,16 +54,6 @@ def configure(stage, folder, *overrides, runs=None):
 
 def run(config, **options):
     return train(config, progress=False, **options)
-
-
-def weights(folder):
-    return load_file(folder / "weights" / "model.safetensors")
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    differing = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not differing
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,180 @@
+"""Generation: data files of kind "generation" (written by `python -m bench.generation`), their tables and plots.
+
+Read next: results.py, style.py; bench/generation.py for the method.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from .markdown import DASH, number, or_dash, ratio, table
+from .results import TARGET_GPU, data_files, provenance
+from .style import save
+
+KIND, VERSIONS = "generation", (1,)
+CELL = ["model", "engine", "schedule", "resolution", "depth", "batch"]
+COLUMNS = ["gpu", "commit", *CELL, "ms", "images_per_s", "peak_gb"]
+PARTS = ("transformer", "sampling", "quantizer", "decode")
+# What this project set out to reach on one H100, with decode, HMAR with default schedules: ms of (resolution, depth,
+# batch).
+TARGETS = {
+    (256, 16, 1): 12,
+    (256, 16, 16): 45,
+    (256, 30, 1): 25,
+    (256, 30, 16): 150,
+    (512, 24, 1): 30,
+    (512, 24, 16): 300,
+    (1024, 24, 1): 90,
+    (1024, 24, 8): 800,
+}
+LOOKS = {
+    ("hmar", "optimised", "default"): ("HMAR, optimised", "#D55E00", "*"),
+    ("hmar", "optimised", "none"): ("HMAR, optimised, one pass a scale", "#F0A07A", "h"),
+    ("hmar", "eager", "default"): ("HMAR, eager", "#0072B2", "o"),
+    ("hmar", "eager", "none"): ("HMAR, eager, one pass a scale", "#8FC1E3", "s"),
+    ("var", "optimised", "none"): ("VAR, optimised", "#00694D", "D"),
+    ("var", "eager", "none"): ("VAR, eager", "#999999", "X"),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data file of kind "generation": where the numbers come from, and a frame of them."""
+
+    path: Path
+    environment: dict
+    rows: pd.DataFrame
+
+
+def build(data: Path, tables: Path, plots: Path) -> list[Path]:
+    """Write tables and plots of generation, if there are data; returns their paths."""
+    sources = load(data)
+    if not sources:
+        return []
+    written = [tables / "generation.csv", tables / "generation.md"]
+    written[0].write_text(csv(sources))
+    written[1].write_text(markdown(sources))
+    for source in sources:
+        written.append(save(draw(source), plots / f"{source.path.stem}_batch.png"))
+    return written
+
+
+def load(folder: Path) -> list[Source]:
+    """All such files of a folder, by name. Raises ValueError for a file of a version unknown here."""
+    sources = []
+    for path, content in data_files(folder, KIND, VERSIONS):
+        rows = pd.DataFrame(content["results"])
+        rows["gpu"] = content["environment"]["gpu"]
+        for name in ("ms", "p10_ms", "p90_ms", "images_per_s", "peak_gb", "graph_gb"):
+            rows[name] = rows[name].astype(float)
+        look = [tuple(key) for key in rows[["model", "engine", "schedule"]].to_numpy()]
+        rows["order"] = [list(LOOKS).index(key) for key in look]
+        rows = rows.sort_values(["resolution", "depth", "batch", "order"], kind="stable").reset_index(drop=True)
+        sources.append(Source(path, content["environment"], rows))
+    return sources
+
+
+def csv(sources: list[Source]) -> str:
+    """One line a measurement. What failed or ran out of memory has empty numbers."""
+    rows = pd.concat([source.rows for source in sources])
+    rounded = rows.assign(
+        ms=rows["ms"].round(3), images_per_s=rows["images_per_s"].round(3), peak_gb=rows["peak_gb"].round(3)
+    )
+    return rounded[COLUMNS].to_csv(index=False, lineterminator="\n")
+
+
+def markdown(sources: list[Source]) -> str:
+    """For each data file a table of every size: engines against each other, the targets, and where the time goes."""
+    parts = [
+        "# Generation",
+        "Made by `reports/build.py` from the data files named below; `bench/generation.py` states the method. From "
+        "classes to pixels, random weights of the published sizes; ms is the median time of a batch. A ratio above 1 "
+        "means that the row is that many times faster. Parts are timed alone, so they need not add up to the whole.",
+    ]
+    for source in sources:
+        env = source.environment
+        parts += [f"## {env['gpu']}", f"{provenance(source.path, env, source.rows)}."]
+        for (resolution, depth, batch), rows in source.rows.groupby(["resolution", "depth", "batch"], sort=False):
+            parts.append(f"### {resolution:.0f} px, d{depth}, batch {batch}")
+            parts += [_size_table(rows), _notes(rows)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _size_table(rows: pd.DataFrame) -> str:
+    def time_of(model: str, engine: str, schedule: str) -> float:
+        found = rows[(rows["model"] == model) & (rows["engine"] == engine) & (rows["schedule"] == schedule)]["ms"]
+        return found.iloc[0] if len(found) else math.nan
+
+    lines = []
+    for _, row in rows.iterrows():
+        is_goal = (row["model"], row["engine"], row["schedule"]) == ("hmar", "optimised", "default")
+        on_goal_gpu = TARGET_GPU in row["gpu"]
+        size = (row["resolution"], row["depth"], row["batch"])
+        target = TARGETS.get(size, math.nan) if is_goal and on_goal_gpu else math.nan
+        found = row["parts_ms"] if isinstance(row["parts_ms"], dict) else {}
+        lines.append(
+            [
+                LOOKS[row["model"], row["engine"], row["schedule"]][0],
+                number(row["ms"]),
+                f"{number(row['p10_ms'])} to {number(row['p90_ms'])}" if not math.isnan(row["ms"]) else DASH,
+                number(row["images_per_s"]),
+                number(row["peak_gb"]),
+                number(target),
+                ratio(target / row["ms"]),
+                ratio(time_of("var", "eager", "none") / row["ms"]),
+                ratio(time_of("var", "optimised", "none") / row["ms"]),
+                *(number(found.get(part)) for part in PARTS),
+            ]
+        )
+    head = ["", "ms", "p10 to p90", "images/s", "peak GB", "target, ms", "target / ours", "VAR eager / row"]
+    return table([*head, "VAR optimised / row", *(f"{part}, ms" for part in PARTS)], lines, left=(0,))
+
+
+def _notes(rows: pd.DataFrame) -> str:
+    missing = rows[rows["status"] != "ok"]
+    return "\n".join(
+        f"* {LOOKS[r['model'], r['engine'], r['schedule']][0]}: {r['status']}. {r['reason']}"
+        for _, r in missing.iterrows()
+    )
+
+
+def draw(source: Source) -> Figure:
+    """Images a second and peak memory against the batch, a column for each size of model and image."""
+    sizes = source.rows[["resolution", "depth"]].drop_duplicates().to_dict("records")
+    figure, axes = plt.subplots(2, len(sizes), figsize=(3.6 * len(sizes) + 1, 7), squeeze=False, layout="constrained")
+    for j, size in enumerate(sizes):
+        rows = source.rows[(source.rows["resolution"] == size["resolution"]) & (source.rows["depth"] == size["depth"])]
+        for i, (column, label) in enumerate((("images_per_s", "images / s"), ("peak_gb", "peak memory, GB"))):
+            ax = axes[i][j]
+            for key, (name, colour, marker) in LOOKS.items():
+                model, engine, schedule = key
+                line = rows[
+                    (rows["model"] == model) & (rows["engine"] == engine) & (rows["schedule"] == schedule)
+                ].dropna(subset=column)
+                if len(line):
+                    ax.plot(line["batch"], line[column], color=colour, marker=marker, label=name, linewidth=1.4)
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.grid(color="#dddddd", linewidth=0.7)
+            ax.spines[["top", "right"]].set_visible(False)
+            if i == 0:
+                ax.set_title(f"{size['resolution']:.0f} px, d{size['depth']}", fontsize=11)
+            else:
+                ax.set_xlabel("batch")
+            if j == 0:
+                ax.set_ylabel(label)
+    labelled = {
+        label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.suptitle(f"Generation, {source.environment['gpu']}, commit {or_dash(source.environment['commit'])[:10]}")
+    return figure
