@@ -73,17 +73,30 @@ def jobs_of_modulated_norm():
 
     def jobs(width, pointers, **flags):
         block = triton._padded(width)
-        constants = {"C": width, "BLOCK_C": block, "HAS_KEEP": True, "HAS_BRANCH": True} | flags
+        constants = {"C": width, "BLOCK_C": block, "HAS_KEEP": True, "HAS_BRANCH": True}
+        constants |= {"GIVES_H": False, "FROM_X": False} | flags
         forward, backward = triton.select_tiles(block)
         module = "modulated_norm.triton"
-        yield module, "_forward_kernel", pointers, constants | {"ROWS": forward.rows_or_stages}, forward.warps
+        if not constants["GIVES_H"]:
+            yield module, "_forward_kernel", pointers, constants | {"ROWS": forward.rows_or_stages}, forward.warps
         constants |= {"STAGES": backward.rows_or_stages, "HAS_DY": True}
         yield module, "_backward_kernel", pointers, constants, backward.warps
 
     for width in (1024, 1536, 2304):
         yield from jobs(width, FLOAT32_STREAM)
+        yield from jobs(width, FLOAT32_STREAM, HAS_KEEP=False, GIVES_H=True, FROM_X=True)
     yield from jobs(1536, FLOAT32_STREAM, HAS_KEEP=False, HAS_BRANCH=False)
     yield from jobs(1536, FLOAT32_STREAM | {"default": "fp32"})
+
+
+def jobs_of_gelu_linear():
+    from hmar_kernels.gelu_linear import triton
+
+    tiles = {"TILE_ROWS": triton.TILE_ROWS, "BLOCK_F": triton.BLOCK_F}
+    for width, dtype in ((4096, "bf16"), (6144, "fp16"), (100, "fp32")):
+        pointers = {"default": dtype, "bias_ptr": "fp32", "partials_ptr": "fp32"}
+        for name in ("_forward_kernel", "_backward_kernel"):
+            yield "gelu_linear.triton", name, pointers, tiles | {"F": width}, triton.WARPS
 
 
 def jobs_of_qk_norm():
@@ -117,7 +130,13 @@ def jobs_of_partial_sums():
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_without_spills(arch):
-    families = (jobs_of_modulated_norm, jobs_of_qk_norm, jobs_of_linear_cross_entropy, jobs_of_partial_sums)
+    families = (
+        jobs_of_modulated_norm,
+        jobs_of_gelu_linear,
+        jobs_of_qk_norm,
+        jobs_of_linear_cross_entropy,
+        jobs_of_partial_sums,
+    )
     jobs = [job for family in families for job in family()]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
