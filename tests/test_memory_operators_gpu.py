@@ -1,4 +1,4 @@
-"""norm_linear and gelu_linear on a GPU: against float64 at the models' widths and odd sizes, exactness, tracing, memory."""
+"""norm_linear and gelu_linear on a GPU: against float64 at models' widths and odd sizes, exactness, tracing, memory."""
 
 import pytest
 import torch
@@ -56,10 +56,7 @@ def test_norm_linear_in_one_dtype(dtype, keep_x, poisoned_memory):
 )
 def test_gelu_linear_under_autocast(shape, dtype, poisoned_memory):
     *tokens, hidden, columns = shape
-    weight_dtype = FP32
-    inputs = gelu_linear_inputs(
-        *tokens, hidden=hidden, columns=columns, dtype=dtype, weight_dtype=weight_dtype, device="cuda"
-    )
+    inputs = gelu_linear_inputs(*tokens, hidden=hidden, columns=columns, dtype=dtype, weight_dtype=FP32, device="cuda")
     assert_accurate(run_gelu_linear if dtype == FP32 else under_autocast(run_gelu_linear, dtype), inputs)
 
 
