@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from hmar.optimizer import LossScale, Optimizer
+from hmar.recipe import OptimizerConfig
 from hmar_kernels.adamw import AdamWUpdate, api, reference, unavailable
 from operator_cases import Draw
 
@@ -68,6 +70,32 @@ def test_a_skipped_step_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(state, (*ours.weights, *ours.m, *ours.v, *ours.steps), strict=True))
     ours.step(ours.draw())
     assert not torch.equal(state[0], ours.weights[0]) and float(ours.steps[0]) == 2
+
+
+@interpreted
+def test_the_optimizer_with_the_kernel_beside_torchs_fused_adamw():
+    """Steps that clip and steps that do not, one that is skipped, one in which a parameter has no gradient."""
+    optimizers = []
+    for kernel in (False, True):
+        draw = Draw("cpu")
+        parameters = [torch.nn.Parameter(draw(*shape)) for shape in ((40, 30), (30,), (9,))]
+        groups = [
+            {"params": parameters[:1], "weight_decay": 0.05},
+            {"params": parameters[1:], "weight_decay": 0.0},
+        ]
+        optimizer = Optimizer(groups, OptimizerConfig(clip=2.0), LossScale(False, torch.device("cpu")))
+        assert optimizer.update is None
+        optimizer.update = optimizer.kernel() if kernel else None
+        for step, size in enumerate((100.0, 1e-3, torch.nan, 1.0, 1.0)):
+            for parameter in optimizer.parameters[: 2 if step == 3 else 3]:
+                parameter.grad = size * draw(*parameter.shape)
+            optimizer.step(torch.tensor(1.0), 1e-2 / (1 + step))
+        optimizers.append(optimizer)
+    plain, ours = ([p.detach() for p in optimizer.parameters] for optimizer in optimizers)
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=2e-6)
+    plain, ours = (optimizer.adamw.state_dict()["state"] for optimizer in optimizers)
+    torch.testing.assert_close(ours, plain, atol=1e-6, rtol=2e-6)
+    assert [float(ours[i]["step"]) for i in range(3)] == [4, 4, 3]
 
 
 @interpreted

@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+FLOATS = ("eps", "max_log_scale", "lr", "beta1", "beta2")
 arch, jobs = int(sys.argv[1]), json.loads(sys.argv[2])
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 report = []
@@ -31,7 +32,7 @@ for module, name, pointers, constants, warps in jobs:
             signature[argument] = "*" + pointers.get(argument, pointers["default"])
             attributes[i,] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = "fp32" if argument in ("eps", "max_log_scale") else "i32"
+            signature[argument] = "fp32" if argument in FLOATS else "i32"
             if argument.endswith("_stride"):
                 attributes[i,] = [["tt.divisibility", 16]]
     compiled = triton.compile(
@@ -121,6 +122,15 @@ def jobs_of_linear_cross_entropy():
         yield "linear_cross_entropy.triton", "_rows_kernel", pointers | {"default": dtype}, constants, triton.WARPS
 
 
+def jobs_of_adamw():
+    from hmar_kernels.adamw import triton
+
+    pointers = dict.fromkeys(("addresses_ptr", "sizes_ptr", "chunks_ptr"), "i64") | {"default": "fp32"}
+    for aligned in (False, True):
+        constants = {"ALIGNED": aligned, "CHUNK": triton.CHUNK, "BLOCK": triton.BLOCK}
+        yield "adamw.triton", "adamw_kernel", pointers, constants, triton.WARPS
+
+
 def jobs_of_partial_sums():
     from hmar_kernels import triton_device
 
@@ -135,6 +145,7 @@ def test_kernels_compile_without_spills(arch):
         jobs_of_gelu_linear,
         jobs_of_qk_norm,
         jobs_of_linear_cross_entropy,
+        jobs_of_adamw,
         jobs_of_partial_sums,
     )
     jobs = [job for family in families for job in family()]
