@@ -104,6 +104,41 @@ def _residual_norm(impl: str, inputs: Tensors) -> Tensors:
     return {"y": y, "h": h}
 
 
+def _draw_norm_linear(shape: Shape, device: torch.device) -> Tensors:
+    inputs = _draw_norm(shape, device)
+    del inputs["keep"]
+    return inputs | {"weight": _normal(device)(4 * shape.width, shape.width) / math.sqrt(shape.width)}
+
+
+def _residual_norm_linear(impl: str, inputs: Tensors) -> Tensors:
+    gate, scale, shift = inputs["modulation"][:, None].chunk(6, dim=-1)[:3]
+    y, out = hmar_kernels.residual_norm_linear(
+        inputs["x"], inputs["branch"], gate, scale, shift, inputs["weight"], keep_x=True, impl=impl
+    )
+    return {"y": y, "out": out}
+
+
+def _separate_norm_linear(inputs: Tensors) -> Tensors:
+    """The fused norm and torch's linear layer, which keeps the norm's result and the rounded weight."""
+    gate, scale, shift = inputs["modulation"][:, None].chunk(6, dim=-1)[:3]
+    y, h = hmar_kernels.residual_modulated_norm(inputs["x"], inputs["branch"], gate, scale, shift)
+    return {"y": y, "out": F.linear(h, inputs["weight"])}
+
+
+def _draw_gelu_linear(shape: Shape, device: torch.device) -> Tensors:
+    normal, hidden = _normal(device), 4 * shape.width
+    return {
+        "x": normal(shape.batch, shape.length, hidden, dtype=LOW),
+        "bias": normal(hidden),
+        "weight": normal(shape.width, hidden) / math.sqrt(hidden),
+        "out_bias": normal(shape.width),
+    }
+
+
+def _gelu_linear(impl: str, inputs: Tensors) -> Tensors:
+    return {"out": hmar_kernels.gelu_linear(**inputs, impl=impl)}
+
+
 def _draw_qkv(shape: Shape, device: torch.device) -> Tensors:
     normal = _normal(device)
     return {
@@ -188,6 +223,30 @@ def _elements(float32: dict[str, int], low: dict[str, int]) -> Callable[[Shape],
     }
 
 
+def _norm_linear_bytes(shape: Shape) -> dict[str, int]:
+    tokens, c = _tokens(shape), shape.width
+    # forward: x, y and branch, out. Backward: dy, x, dx and d_out, branch, d_branch.
+    return {
+        "forward": tokens * (2 * 4 * c + 2 * (c + 4 * c)) + 4 * 4 * c * c,
+        "backward": tokens * (3 * 4 * c + 2 * (4 * c + 2 * c)) + 2 * 4 * 4 * c * c,
+    }
+
+
+def _gelu_linear_bytes(shape: Shape) -> dict[str, int]:
+    tokens, c = _tokens(shape), shape.width
+    # x, out; x, dx, d_out
+    return {
+        "forward": 2 * tokens * (4 * c + c) + 4 * 4 * c * c,
+        "backward": 2 * tokens * (2 * 4 * c + c) + 2 * 4 * 4 * c * c,
+    }
+
+
+def _hidden_flops(shape: Shape) -> dict[str, int]:
+    """Of a linear layer between C and 4 C channels."""
+    product = 2 * _tokens(shape) * 4 * shape.width**2
+    return {"forward": product, "backward": 2 * product}
+
+
 def _loss_bytes(shape: Shape) -> dict[str, int]:
     hidden, weight = 2 * _tokens(shape) * shape.width, 4 * VOCABULARY * shape.width
     return {"forward": hidden + weight, "backward": 2 * hidden + 2 * weight}
@@ -220,6 +279,22 @@ def cases() -> list[OperatorCase]:
             _no_products,
         ),
         OperatorCase(
+            "residual_norm_linear",
+            _draw_norm_linear,
+            ("x", "branch", "modulation", "weight"),
+            _implementations(_residual_norm_linear, separate=_separate_norm_linear),
+            _norm_linear_bytes,
+            _hidden_flops,
+        ),
+        OperatorCase(
+            "gelu_linear",
+            _draw_gelu_linear,
+            ("x", "bias", "weight", "out_bias"),
+            _implementations(_gelu_linear),
+            _gelu_linear_bytes,
+            _hidden_flops,
+        ),
+        OperatorCase(
             "qk_norm",
             _draw_qkv,
             ("qkv", "q_bias", "v_bias", "log_scale"),
@@ -244,10 +319,12 @@ PLAIN = {
     for name, operator in {
         "modulated_norm": _norm,
         "residual_modulated_norm": _residual_norm,
+        "residual_norm_linear": _residual_norm_linear,
+        "gelu_linear": _gelu_linear,
         "qk_norm": _qk_norm,
         "linear_cross_entropy": _loss,
     }.items()
 }
 """The reference of each operator outside autocast."""
 NAMES = tuple(PLAIN)
-IMPLEMENTATIONS = ("triton", "compiled", "chunked", "eager")
+IMPLEMENTATIONS = ("triton", "compiled", "chunked", "separate", "eager")

@@ -51,7 +51,7 @@ from hmar.generate import (
     resolve_schedule,
     with_null,
 )
-from hmar.model import HMAR, MLP, NextScaleTransformer, SharedModulation
+from hmar.model import HMAR, MLP, Attention, NextScaleTransformer, Residual, SharedModulation
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
 from hmar_kernels import linear
@@ -201,9 +201,7 @@ class Engine:
 
     def _fuse(self, products: str) -> None:
         for block in self._blocks():
-            attention = block.attention
-            attention.qkv, attention.proj = (FusedLinear(m, products) for m in (attention.qkv, attention.proj))
-            block.mlp = FusedMLP(block.mlp, products)
+            block.attention, block.mlp = FusedAttention(block.attention, products), FusedMLP(block.mlp, products)
         for head in self._heads():
             head.linear = FusedLinear(head.linear, products)
 
@@ -633,6 +631,21 @@ class FusedLinear(nn.Module):
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, impl=impl)
 
 
+class FusedAttention(Attention):
+    """Attention with such products."""
+
+    def __init__(self, attention: Attention, products: str):
+        nn.Module.__init__(self)
+        self.impl, self.bound_H = attention.impl, attention.bound_H
+        self.qkv, self.proj = FusedLinear(attention.qkv, products), FusedLinear(attention.proj, products)
+        self.q_bias_C, self.v_bias_C = attention.q_bias_C, attention.v_bias_C
+        self.log_scale_H = attention.log_scale_H
+
+    def project(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+        x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
+        return x_BLC, self.qkv(h_BLC)
+
+
 class FusedMLP(nn.Module):
     """The MLP, with its GELU behind the first product and not a pass of its own."""
 
@@ -640,8 +653,9 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = FusedLinear(mlp.fc1, products, gelu=True), FusedLinear(mlp.fc2, products)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x_BLC))
+    def forward(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+        x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
+        return x_BLC, self.fc2(self.fc1(h_BLC))
 
 
 class Remembered(nn.Module):

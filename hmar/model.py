@@ -24,7 +24,16 @@ from torch import Tensor
 
 from hmar.config import ModelConfig
 from hmar.pyramid import Pyramid
-from hmar_kernels import SpanMask, linear_cross_entropy, modulated_norm, qk_norm, residual_modulated_norm
+from hmar_kernels import (
+    SpanMask,
+    gelu_linear,
+    linear_cross_entropy,
+    modulated_norm,
+    norm_linear,
+    qk_norm,
+    residual_modulated_norm,
+    residual_norm_linear,
+)
 from hmar_kernels import attention as masked_attention
 
 PATTERNS = ("block_diagonal", "block_causal")
@@ -280,6 +289,14 @@ class Residual(NamedTuple):
             return self.x_BLC, modulated_norm(self.x_BLC, scale_B1C, shift_B1C)
         return residual_modulated_norm(self.x_BLC, self.branch_BLC, self.gate_B1C, scale_B1C, shift_B1C)
 
+    def norm_linear(
+        self, scale_B1C: Tensor, shift_B1C: Tensor, weight_MC: Tensor, keep_x: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """y, and its norm times the weight [B, L, M]; keep_x: what the backward keeps, see `residual_norm_linear`."""
+        if self.branch_BLC is None:
+            return self.x_BLC, norm_linear(self.x_BLC, scale_B1C, shift_B1C, weight_MC)
+        return residual_norm_linear(*self, scale_B1C, shift_B1C, weight_MC, keep_x=keep_x)
+
     def take(self, wanted_Bm: Tensor) -> Residual:
         """The tokens at these positions of each image."""
         index_Bm1 = wanted_Bm[..., None]
@@ -300,10 +317,10 @@ class Block(nn.Module):
     def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
         # NOTE: a branch is dropped by its gate, which is small and is multiplied anyway.
-        x_BLC, h_BLC = stream.norm(scale_attn, shift_attn)
-        stream = Residual(x_BLC, self.attention(h_BLC, mask, cache), self.drop_path(gate_attn))
-        x_BLC, h_BLC = stream.norm(scale_mlp, shift_mlp)
-        return Residual(x_BLC, self.mlp(h_BLC), self.drop_path(gate_mlp))
+        x_BLC, branch_BLC = self.attention(stream, scale_attn, shift_attn, mask, cache)
+        stream = Residual(x_BLC, branch_BLC, self.drop_path(gate_attn))
+        x_BLC, branch_BLC = self.mlp(stream, scale_mlp, shift_mlp)
+        return Residual(x_BLC, branch_BLC, self.drop_path(gate_mlp))
 
 
 class BlockModulation(nn.Module):
@@ -344,7 +361,10 @@ class SharedModulationTable(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(s q k^T) v with q and k of unit length and a learned s per head, over the keys the mask allows."""
+    """softmax(s q k^T) v with q and k of unit length and a learned s per head, over the keys the mask allows.
+
+    Takes the residual stream with the scale and shift of its norm; gives the stream and what to add to it.
+    """
 
     MAX_LOG_SCALE = math.log(100)
 
@@ -361,15 +381,22 @@ class Attention(nn.Module):
             init_linear(linear, config)
         scale_residual(self.proj, config)
 
-    def forward(self, x_BLC: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor, mask: SpanMask, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x_BLC, qkv_BLM = self.project(stream, scale_B1C, shift_B1C)
         q_BHLD, k_BHLD, v_BHLD = qk_norm(
-            self.qkv(x_BLC), self.q_bias_C, self.v_bias_C, self.log_scale_H, max_log_scale=self.MAX_LOG_SCALE
+            qkv_BLM, self.q_bias_C, self.v_bias_C, self.log_scale_H, max_log_scale=self.MAX_LOG_SCALE
         )
         if cache is not None:
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
         bound_H = self.logit_bound() if self.bound_H is None else self.bound_H
         out_BHLD = masked_attention(q_BHLD, k_BHLD, v_BHLD, mask, scale=1.0, logit_bound=bound_H, impl=self.impl)
-        return self.proj(out_BHLD.transpose(1, 2).flatten(2))
+        return x_BLC, self.proj(out_BHLD.transpose(1, 2).flatten(2))
+
+    def project(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and q, k and v of its norm side by side, [B, L, 3 C]."""
+        return stream.norm_linear(scale_B1C, shift_B1C, self.qkv.weight)
 
     def logit_bound(self) -> Tensor:
         """Of each head [H], float32: no product of q and k, of unit length and scaled, is larger."""
@@ -377,6 +404,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU between them; takes and gives what attention does."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.width, config.hidden_width)
@@ -385,8 +414,10 @@ class MLP(nn.Module):
             init_linear(linear, config)
         scale_residual(self.fc2, config)
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BLC), approximate="tanh"))
+    def forward(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+        # NOTE: stream.x_BLC is kept by attention's norm, which gave it.
+        x_BLC, hidden_BLM = stream.norm_linear(scale_B1C, shift_B1C, self.fc1.weight, keep_x=True)
+        return x_BLC, gelu_linear(hidden_BLM, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Head(nn.Module):

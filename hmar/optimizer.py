@@ -3,7 +3,8 @@
 Whether loss and gradient are finite is a number on the device. Fused AdamW takes it (`found_inf`) and leaves weights,
 moments and step counts as they were; the loss scale and the averaged weights obey the same number. The host learns of
 it whenever it reads the figures. The factor of clipping is handed to AdamW as well (`grad_scale`), so that gradients
-are read twice, for their norm and for the update, and never written in between.
+are read twice, for their norm and for the update. torch's AdamW writes the scaled ones, which nobody reads; the kernel
+of hmar_kernels.adamw, which takes its place on a GPU, does not.
 
 Read next: train.py, which calls it.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hmar.recipe import OptimizerConfig
+from hmar_kernels.adamw import AdamWUpdate, unavailable
 
 
 class LossScale:
@@ -91,6 +93,7 @@ class Optimizer:
     ):
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self.lr, self.clip = config.lr, config.clip or math.inf
+        self.betas, self.eps = config.betas, config.eps
         self.loss_scale, self.total_norm = loss_scale, total_norm
         self.parameters = [p for group in self.adamw.param_groups for p in group["params"]]
         for parameter in self.parameters:
@@ -99,6 +102,19 @@ class Optimizer:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        weights = [local(p.detach()) for p in self.parameters]
+        on_gpu = all(weight.is_cuda for weight in weights)
+        self.update = self.kernel() if on_gpu and unavailable(weights) is None else None
+
+    def kernel(self) -> AdamWUpdate:
+        """hmar_kernels.adamw over the parameters and the state of `adamw`, which stay where they are."""
+        weights = [local(p.detach()) for p in self.parameters]
+        exp_avgs, exp_avg_sqs = (
+            [local(self.adamw.state[p][name]) for p in self.parameters] for name in ("exp_avg", "exp_avg_sq")
+        )
+        steps = [self.adamw.state[p]["step"] for p in self.parameters]
+        decays = [group["weight_decay"] for group in self.adamw.param_groups for _ in group["params"]]
+        return AdamWUpdate(weights, exp_avgs, exp_avg_sqs, steps, decays)
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr: float) -> tuple[Tensor, Tensor]:
@@ -111,12 +127,15 @@ class Optimizer:
         gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
         norm = self.total_norm(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))) / scale
         found_inf = 1 - (loss.isfinite() & norm.isfinite()).float()
-        self.adamw.found_inf = found_inf
-        self.adamw.grad_scale = scale * ((norm + 1e-6) / self.clip).clamp_min(1)
+        grad_scale = scale * ((norm + 1e-6) / self.clip).clamp_min(1)
         self.lr = lr
         for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.adamw.step()
+        if self.update is None or len(gradients) < len(self.parameters) or unavailable(gradients) is not None:
+            self.adamw.found_inf, self.adamw.grad_scale = found_inf, grad_scale
+            self.adamw.step()
+        else:
+            self.update(gradients, lr=lr, betas=self.betas, eps=self.eps, grad_scale=grad_scale, skip=found_inf)
         self.adamw.zero_grad(set_to_none=True)
         self.loss_scale.update(found_inf)
         return norm, found_inf

@@ -7,7 +7,15 @@ import math
 
 import torch
 
-from hmar_kernels import linear_cross_entropy, modulated_norm, qk_norm, residual_modulated_norm
+from hmar_kernels import (
+    gelu_linear,
+    linear_cross_entropy,
+    modulated_norm,
+    norm_linear,
+    qk_norm,
+    residual_modulated_norm,
+    residual_norm_linear,
+)
 from hmar_kernels.accuracy import limits, row_group_norms
 
 MAX_LOG_SCALE = math.log(100)
@@ -47,6 +55,54 @@ def run_norm(inputs, impl, dtype=None, lean=None):
     )
     outputs = {"h": h, "y": y, "h_after": h_after}
     return outputs | gradients(outputs, {"x": x, "branch": branch, "modulation": modulation}, lean)
+
+
+def norm_linear_inputs(batch, length, width, columns, *, x_dtype, dtype, weight_dtype=None, device="cpu"):
+    """Those of the norm without `keep`, and weights of both operators' linear layers."""
+    inputs = norm_inputs(batch, length, width, x_dtype=x_dtype, dtype=dtype, device=device)
+    draw = Draw(device, seed=2)
+    weights = {name: draw(columns, width, dtype=weight_dtype or dtype) / math.sqrt(width) for name in ("w1", "w2")}
+    return {name: x for name, x in inputs.items() if name != "keep"} | weights
+
+
+def run_norm_linear(inputs, impl, keep_x=None, lean=None):
+    """Both operators, one after the other, as in a block."""
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    gate, _, scale, scale_after, shift, shift_after = leaves["modulation"][:, None].chunk(6, dim=-1)
+    out = norm_linear(leaves["x"], scale, shift, leaves["w1"], impl=impl)
+    y, out_after = residual_norm_linear(
+        leaves["x"], leaves["branch"], gate, scale_after, shift_after, leaves["w2"], keep_x=bool(keep_x), impl=impl
+    )
+    outputs = {"out": out, "y": y, "out_after": out_after}
+    return outputs | gradients(outputs, leaves, lean)
+
+
+def gelu_linear_inputs(*shape, hidden, columns, dtype, weight_dtype=None, device="cpu"):
+    """x [*shape, hidden], well into both tails of GELU."""
+    draw, weight_dtype = Draw(device), weight_dtype or dtype
+    return {
+        "x": 2 * draw(*shape, hidden, dtype=dtype),
+        "bias": draw(hidden, dtype=weight_dtype),
+        "weight": draw(columns, hidden, dtype=weight_dtype) / math.sqrt(hidden),
+        "out_bias": draw(columns, dtype=weight_dtype),
+    }
+
+
+def run_gelu_linear(inputs, impl, lean=None):
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outputs = {"out": gelu_linear(**leaves, impl=impl)}
+    return outputs | gradients(outputs, leaves, lean)
+
+
+def under_autocast(run, dtype):
+    """The run under autocast to `dtype`, but for the reference in float64, which autocast would round."""
+
+    def within(inputs, *options, **named):
+        x = inputs["x"]
+        with torch.autocast(x.device.type, dtype, enabled=x.dtype != torch.float64):
+            return run(inputs, *options, **named)
+
+    return within
 
 
 def qkv_inputs(batch, length, heads, head_dim, *, dtype, device="cpu"):

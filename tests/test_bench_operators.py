@@ -46,6 +46,12 @@ def test_work_of_an_operator():
     shape, elements = rivals.SHAPES[0], 32 * 680 * 1024
     assert case_of("modulated_norm").bytes(shape) == {"forward": 6 * elements, "backward": 10 * elements}
     assert case_of("residual_modulated_norm").bytes(shape) == {"forward": 12 * elements, "backward": 18 * elements}
+    weight = 4 * 4 * 1024 * 1024
+    forward, backward = 18 * elements + weight, 24 * elements + 2 * weight
+    assert case_of("residual_norm_linear").bytes(shape) == {"forward": forward, "backward": backward}
+    forward, backward = 10 * elements + weight, 18 * elements + 2 * weight
+    assert case_of("gelu_linear").bytes(shape) == {"forward": forward, "backward": backward}
+    assert case_of("gelu_linear").flops(shape) == {"forward": 8192 * elements, "backward": 16384 * elements}
     assert case_of("qk_norm").bytes(shape) == {"forward": 12 * elements, "backward": 16 * elements}
     assert case_of("linear_cross_entropy").flops(shape) == {"forward": 8192 * elements, "backward": 16384 * elements}
     both = operators.describe(case_of("qk_norm"), shape, "forward_backward")
@@ -135,7 +141,7 @@ def test_candidates_include_what_is_in_use(table):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--impl", "fastest"], "--impl: unknown 'fastest'; known are triton, compiled, chunked, eager"),
+        (["--impl", "fastest"], "--impl: unknown 'fastest'; known are triton, compiled, chunked, separate, eager"),
         (["--operators", "norm"], "--operators: unknown 'norm'; known are modulated_norm"),
         (["--shapes", "d16"], "--shapes: unknown 'd16'; known are d2-64-b2"),
     ],

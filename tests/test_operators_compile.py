@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+FLOATS = ("eps", "max_log_scale", "lr", "beta1", "beta2")
 arch, jobs = int(sys.argv[1]), json.loads(sys.argv[2])
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 report = []
@@ -31,7 +32,7 @@ for module, name, pointers, constants, warps in jobs:
             signature[argument] = "*" + pointers.get(argument, pointers["default"])
             attributes[i,] = [["tt.divisibility", 16]]
         else:
-            signature[argument] = "fp32" if argument in ("eps", "max_log_scale") else "i32"
+            signature[argument] = "fp32" if argument in FLOATS else "i32"
             if argument.endswith("_stride"):
                 attributes[i,] = [["tt.divisibility", 16]]
     compiled = triton.compile(
@@ -73,17 +74,30 @@ def jobs_of_modulated_norm():
 
     def jobs(width, pointers, **flags):
         block = triton._padded(width)
-        constants = {"C": width, "BLOCK_C": block, "HAS_KEEP": True, "HAS_BRANCH": True} | flags
+        constants = {"C": width, "BLOCK_C": block, "HAS_KEEP": True, "HAS_BRANCH": True}
+        constants |= {"GIVES_H": False, "FROM_X": False} | flags
         forward, backward = triton.select_tiles(block)
         module = "modulated_norm.triton"
-        yield module, "_forward_kernel", pointers, constants | {"ROWS": forward.rows_or_stages}, forward.warps
+        if not constants["GIVES_H"]:
+            yield module, "_forward_kernel", pointers, constants | {"ROWS": forward.rows_or_stages}, forward.warps
         constants |= {"STAGES": backward.rows_or_stages, "HAS_DY": True}
         yield module, "_backward_kernel", pointers, constants, backward.warps
 
     for width in (1024, 1536, 2304):
         yield from jobs(width, FLOAT32_STREAM)
+        yield from jobs(width, FLOAT32_STREAM, HAS_KEEP=False, GIVES_H=True, FROM_X=True)
     yield from jobs(1536, FLOAT32_STREAM, HAS_KEEP=False, HAS_BRANCH=False)
     yield from jobs(1536, FLOAT32_STREAM | {"default": "fp32"})
+
+
+def jobs_of_gelu_linear():
+    from hmar_kernels.gelu_linear import triton
+
+    tiles = {"TILE_ROWS": triton.TILE_ROWS, "BLOCK_F": triton.BLOCK_F}
+    for width, dtype in ((4096, "bf16"), (6144, "fp16"), (100, "fp32")):
+        pointers = {"default": dtype, "bias_ptr": "fp32", "partials_ptr": "fp32"}
+        for name in ("_forward_kernel", "_backward_kernel"):
+            yield "gelu_linear.triton", name, pointers, tiles | {"F": width}, triton.WARPS
 
 
 def jobs_of_qk_norm():
@@ -108,6 +122,15 @@ def jobs_of_linear_cross_entropy():
         yield "linear_cross_entropy.triton", "_rows_kernel", pointers | {"default": dtype}, constants, triton.WARPS
 
 
+def jobs_of_adamw():
+    from hmar_kernels.adamw import triton
+
+    pointers = dict.fromkeys(("addresses_ptr", "sizes_ptr", "chunks_ptr"), "i64") | {"default": "fp32"}
+    for aligned in (False, True):
+        constants = {"ALIGNED": aligned, "CHUNK": triton.CHUNK, "BLOCK": triton.BLOCK}
+        yield "adamw.triton", "adamw_kernel", pointers, constants, triton.WARPS
+
+
 def jobs_of_partial_sums():
     from hmar_kernels import triton_device
 
@@ -117,7 +140,14 @@ def jobs_of_partial_sums():
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_compile_without_spills(arch):
-    families = (jobs_of_modulated_norm, jobs_of_qk_norm, jobs_of_linear_cross_entropy, jobs_of_partial_sums)
+    families = (
+        jobs_of_modulated_norm,
+        jobs_of_gelu_linear,
+        jobs_of_qk_norm,
+        jobs_of_linear_cross_entropy,
+        jobs_of_adamw,
+        jobs_of_partial_sums,
+    )
     jobs = [job for family in families for job in family()]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(

@@ -1,16 +1,19 @@
 """Fused operators of transformers over pyramids of image tokens.
 
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
-modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; sampling: from logits to codes; group_norm: for the
-decoder; linear: for generation, where rows are few. Each in `api.py` of its folder.
+modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
+behind, keeping less for the backward; linear: for generation, where rows are few; sampling: from logits to codes;
+group_norm: for the decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
+from .gelu_linear import gelu_linear
 from .group_norm import group_norm, residual_group_norm
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mask import SpanMask
 from .modulated_norm import modulated_norm, residual_modulated_norm
+from .norm_linear import norm_linear, residual_norm_linear
 from .qk_norm import qk_norm
 from .sampling import SampledCodes, sample_codes
 
@@ -21,13 +24,16 @@ __all__ = [
     "attention",
     "choose",
     "explain",
+    "gelu_linear",
     "group_norm",
     "linear",
     "linear_cross_entropy",
     "modulated_norm",
+    "norm_linear",
     "qk_norm",
     "residual_group_norm",
     "residual_modulated_norm",
+    "residual_norm_linear",
     "sample_codes",
     "unavailable",
 ]

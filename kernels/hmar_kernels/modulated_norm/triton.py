@@ -8,7 +8,8 @@
 Grid: (groups of an image's rows, images); a program owns whole rows [C], so every input is read once and every output
 written once. Statistics, sums and all arithmetic are float32. Sums over an image's rows are in two stages, partial sums
 of a program's rows and `sum_partials`: no atomics, results are bit-equal from run to run. `statistics` are the mean
-and the reciprocal standard deviation, float32 [2, B, L], of y as it was rounded to its dtype.
+and the reciprocal standard deviation, float32 [2, B, L], of y as it was rounded to its dtype. The backward can give h
+once more, in dh's place, for who has not kept it, and can start from x instead of y (`norm_linear`).
 
 The equations are stated in reference.py; autograd and argument checks live in api.py.
 """
@@ -108,18 +109,23 @@ def _backward_kernel(
     gate_ptr,
     keep_ptr,
     scale_ptr,
+    shift_ptr,
     mean_ptr,
     rstd_ptr,
     dx_ptr,
     dbranch_ptr,
+    h_ptr,
     partials_ptr,
     gate_stride,
     scale_stride,
+    shift_stride,
     length,
     rows,
     HAS_DY: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
     HAS_KEEP: tl.constexpr,
+    GIVES_H: tl.constexpr,
+    FROM_X: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -135,6 +141,8 @@ def _backward_kernel(
     if HAS_BRANCH:
         gate = tl.load(gate_ptr + b * gate_stride + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         keep = tl.load(keep_ptr + b).to(tl.float32) if HAS_KEEP else 1.0
+    if GIVES_H:
+        shift = tl.load(shift_ptr + b * shift_stride + offs_c, mask=mask_c, other=0.0).to(tl.float32)
 
     dscale = tl.zeros([BLOCK_C], tl.float32)
     dshift = tl.zeros([BLOCK_C], tl.float32)
@@ -144,6 +152,10 @@ def _backward_kernel(
         offs = row * C + offs_c
         y = tl.load(y_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
         dh = tl.load(dh_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            branch = tl.load(branch_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
+        if FROM_X:
+            y = (y + gate * keep * branch).to(y_ptr.dtype.element_ty).to(tl.float32)
         xhat = tl.where(mask_c, (y - tl.load(mean_ptr + row)) * tl.load(rstd_ptr + row), 0.0)
         dshift += dh
         dscale += dh * xhat
@@ -154,8 +166,11 @@ def _backward_kernel(
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask_c)
         if HAS_BRANCH:
             dx *= keep
-            dgate += dx * tl.load(branch_ptr + offs, mask=mask_c, other=0.0).to(tl.float32)
+            dgate += dx * branch
             tl.store(dbranch_ptr + offs, (dx * gate).to(dbranch_ptr.dtype.element_ty), mask=mask_c)
+        if GIVES_H:
+            h = xhat * (1.0 + scale) + shift
+            tl.store(h_ptr + offs, h.to(h_ptr.dtype.element_ty), mask=mask_c)
 
     tl.store(partials_ptr + offs_c, dscale, mask=mask_c)
     tl.store(partials_ptr + C + offs_c, dshift, mask=mask_c)
@@ -223,10 +238,15 @@ def backward(
     scale: torch.Tensor,
     statistics: torch.Tensor,
     dtype: torch.dtype,
+    *,
+    shift: torch.Tensor | None = None,
+    from_x: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dx [B,L,C] in `dtype`, dbranch [B,L,C], and dscale, dshift, dgate as one tensor [B,3,C] in scale's dtype.
 
     Without a branch dbranch is empty and the last tensor [B,2,C]. dy may be None where y has no other use.
+    shift: given, h is computed once more and written over dh, which must be contiguous and of h's dtype.
+    from_x: `y` holds x, of y's dtype, to which the gated branch is added once more.
     """
     b, length, c = y.shape
     y, dh, block_c = y.contiguous(), dh.contiguous(), _padded(c)
@@ -237,7 +257,7 @@ def backward(
     dx = torch.empty_like(y, dtype=dtype)
     d_branch = torch.empty_like(branch, memory_format=torch.contiguous_format) if has_branch else y.new_empty(0)
     partials = torch.empty(b, num_partials, num_vectors * c, dtype=torch.float32, device=y.device)
-    gate, vector_scale = _vectors(gate, scale)
+    gate, vector_scale, shift = _vectors(gate, scale, shift)
     if y.numel():
         with on_device(y):
             _backward_kernel[(num_partials, b)](
@@ -248,18 +268,24 @@ def backward(
                 gate_ptr=gate if has_branch else vector_scale,
                 keep_ptr=vector_scale if keep is None else keep.contiguous(),
                 scale_ptr=vector_scale,
+                shift_ptr=vector_scale if shift is None else shift,
                 mean_ptr=statistics[0],
                 rstd_ptr=statistics[1],
                 dx_ptr=dx,
                 dbranch_ptr=d_branch if has_branch else dx,
+                # NOTE: a row of dh is in registers before its h is written there.
+                h_ptr=dh,
                 partials_ptr=partials,
                 gate_stride=gate.stride(0) if has_branch else 0,
                 scale_stride=vector_scale.stride(0),
+                shift_stride=0 if shift is None else shift.stride(0),
                 length=length,
                 rows=rows,
                 HAS_DY=dy is not None,
                 HAS_BRANCH=has_branch,
                 HAS_KEEP=keep is not None,
+                GIVES_H=shift is not None,
+                FROM_X=from_x,
                 C=c,
                 BLOCK_C=block_c,
                 STAGES=tile.rows_or_stages,
