@@ -72,6 +72,7 @@ def test_commands_for_many_gpus_are_understood():
             make_config(apply_overrides(read_stage_config(options["config"], stage), [f"stage={stage}"]))
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_modules_that_are_run_by_name_tell_their_options(monkeypatch, capsys):
     wanted = sorted(set(re.findall(r"python -m ([\w.]+)", README)))
     assert "bench.tune_attention" in wanted
