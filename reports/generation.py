@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .markdown import DASH, number, or_dash, ratio, table
 from .results import TARGET_GPU, data_files, provenance
@@ -148,7 +148,7 @@ def _notes(rows: pd.DataFrame) -> str:
 def draw(source: Source) -> Figure:
     """Images a second and peak memory against the batch, a column for each size of model and image."""
     sizes = source.rows[["resolution", "depth"]].drop_duplicates().to_dict("records")
-    figure, axes = plt.subplots(2, len(sizes), figsize=(3.6 * len(sizes) + 1, 7), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(2, len(sizes), figsize=(max(7, 3.6 * len(sizes) + 1), 7), squeeze=False, layout="constrained")
     for j, size in enumerate(sizes):
         rows = source.rows[(source.rows["resolution"] == size["resolution"]) & (source.rows["depth"] == size["depth"])]
         for i, (column, label) in enumerate((("images_per_s", "images / s"), ("peak_gb", "peak memory, GB"))):
@@ -164,6 +164,8 @@ def draw(source: Source) -> Figure:
             ax.set_yscale("log")
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_formatter(NullFormatter())
             ax.grid(color="#dddddd", linewidth=0.7)
             ax.spines[["top", "right"]].set_visible(False)
             if i == 0:
