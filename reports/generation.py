@@ -148,7 +148,9 @@ def _notes(rows: pd.DataFrame) -> str:
 def draw(source: Source) -> Figure:
     """Images a second and peak memory against the batch, a column for each size of model and image."""
     sizes = source.rows[["resolution", "depth"]].drop_duplicates().to_dict("records")
-    figure, axes = plt.subplots(2, len(sizes), figsize=(max(7, 3.6 * len(sizes) + 1), 7), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(sizes), figsize=(max(7, 3.6 * len(sizes) + 1), 7), squeeze=False, layout="constrained"
+    )
     for j, size in enumerate(sizes):
         rows = source.rows[(source.rows["resolution"] == size["resolution"]) & (source.rows["depth"] == size["depth"])]
         for i, (column, label) in enumerate((("images_per_s", "images / s"), ("peak_gb", "peak memory, GB"))):
