@@ -138,7 +138,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def save_checkpoint(folder: Path, state: Mapping[str, Any], step: int, keep: int) -> Path:
-    """Write the state after `step` steps to folder/step-XXXXXXXX.pt and delete all but the newest `keep`.
+    """Write the state after `step` steps to folder/step-00000100.pt (of step 100) and delete all but the newest `keep`.
 
     The state may hold tensors, dicts, lists, tuples, numbers and strings: what torch.load(weights_only=True) reads.
     """

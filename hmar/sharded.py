@@ -44,7 +44,7 @@ from hmar.weightfile import first_line
 def save_sharded(
     folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], step: int, keep: int, processes: Processes
 ) -> Path:
-    """Write a checkpoint to folder/step-XXXXXXXX and delete all but the newest `keep`; called by all processes.
+    """Write a checkpoint, as folder/step-00000100 at step 100, and delete all but the newest `keep`; by all processes.
 
     tensors: plain ones, equal everywhere, or DTensors. state: the rest, that of the first process counts; what
     torch.load(weights_only=True) reads. An OSError of one process is raised in all; earlier checkpoints stay.

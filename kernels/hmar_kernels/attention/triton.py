@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import triton_device
 from ..mask import SpanMask
 from .plan import TilePlan, key_plan, query_plan
 
@@ -603,16 +604,6 @@ def backward_dkdv(do, q, k, v, lse, delta, plan: AttentionPlan, scale: float) ->
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the Triton kernels cannot run on such inputs; None when they can."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the Triton kernels take float16, bfloat16 or float32, not {dtype}"
     if not 16 <= head_dim <= 128:
         return f"the Triton kernels take head dims 16 to 128, not {head_dim}"
-    if device.type == "cpu":
-        interpreted = not isinstance(_forward_kernel, triton.JITFunction)
-        return None if interpreted else "the Triton kernels need a CUDA device (or TRITON_INTERPRET=1 for tests)"
-    if device.type != "cuda":
-        return f"the Triton kernels need a CUDA device, not {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"the Triton kernels need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    return None
+    return triton_device.unavailable(device, dtype)

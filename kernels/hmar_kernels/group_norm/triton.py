@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from .. import triton_device
+
 MIN_CHUNK, MAX_CHUNKS = 512, 128  # positions of a program of the first kernel at least; such programs an image
 ROWS = 32  # positions it reads at a time
 ELEMENTS = 2048  # of a program of the last kernel
@@ -159,20 +160,11 @@ def _apply_kernel(
 
 def unavailable(x: Tensor) -> str | None:
     """Why the kernels cannot run on such images; None when they can."""
-    if x.dtype not in DTYPES:
-        return f"they take float16, bfloat16 and float32, not {x.dtype}"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "the images are not channels-last: x.contiguous(memory_format=torch.channels_last) is"
     if x[0].numel() >= 2**31:
         return f"an image of {x[0].numel()} numbers exceeds 32-bit offsets"
-    if x.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(x.device)
-        return (
-            None if capability >= (8, 0) else f"they need compute capability 8.0, got {capability[0]}.{capability[1]}"
-        )
-    if x.device.type == "cpu" and not isinstance(_apply_kernel, triton.JITFunction):
-        return None
-    return f"they need a CUDA device, got {x.device.type} (TRITON_INTERPRET=1 serves for tests)"
+    return triton_device.unavailable(x.device, x.dtype)
 
 
 def channel_block(num_channels: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import triton_device
 from . import reference, triton
 
 IMPLEMENTATIONS = ("reference", "cublas", "triton")
@@ -49,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         if reason is None and impl == "cublas" and not x.is_cuda:
             reason = f"it needs a CUDA device, got {x.device.type}"
         if reason is None and impl == "triton":
-            reason = triton.unavailable(x)
+            reason = triton_device.unavailable(x.device, x.dtype)
         if reason is not None:
             raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="reference" would')
     if impl == "reference":

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
 
 class Tile(NamedTuple):
     block_m: int
@@ -72,18 +70,6 @@ def _linear_kernel(
         sums *= tl.sigmoid(1.5957691216057308 * (sums + 0.044715 * sums * sums * sums))
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
     tl.store(y_ptrs, sums.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
-
-
-def unavailable(x: Tensor) -> str | None:
-    """Why the kernel cannot run on such rows; None when it can."""
-    if x.dtype not in DTYPES:
-        return f"it takes float16, bfloat16 and float32, not {x.dtype}"
-    if x.device.type == "cuda":
-        capability = torch.cuda.get_device_capability(x.device)
-        return None if capability >= (8, 0) else f"it needs compute capability 8.0, got {capability[0]}.{capability[1]}"
-    if x.device.type == "cpu" and not isinstance(_linear_kernel, triton.JITFunction):
-        return None
-    return f"it needs a CUDA device, got {x.device.type} (TRITON_INTERPRET=1 serves for tests)"
 
 
 def select_tile(num_rows: int, itemsize: int = 2) -> Tile:

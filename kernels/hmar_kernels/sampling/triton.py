@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import triton_device
 from .reference import MASS_BITS, SHARE_BITS, share
 
 MAX_CODES = 65536  # a row must fit into the registers of a program
 CODES_PER_WARP = 512
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 ONE_MASS: tl.constexpr = tl.constexpr(float(2**MASS_BITS))
 BITS: tl.constexpr = tl.constexpr(SHARE_BITS)
@@ -173,17 +173,9 @@ def _sample_kernel(
 
 def unavailable(device: torch.device, dtype: torch.dtype, num_codes: int) -> str | None:
     """Why the kernel cannot run; None when it can."""
-    if dtype not in DTYPES:
-        return f"it takes float16, bfloat16 and float32 logits, not {dtype}"
     if num_codes > MAX_CODES:
         return f"a row must fit into registers, at most {MAX_CODES} codes, got {num_codes}"
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        return None if capability >= (8, 0) else f"it needs compute capability 8.0, got {capability[0]}.{capability[1]}"
-    interpreted = not isinstance(_sample_kernel, triton.JITFunction)
-    if device.type == "cpu" and interpreted:
-        return None
-    return f"it needs a CUDA device, got {device.type} (TRITON_INTERPRET=1 serves for tests)"
+    return triton_device.unavailable(device, dtype)
 
 
 def num_warps(block: int) -> int:
