@@ -82,7 +82,8 @@ struct HeadProgress {
   int32_t ready;  // chunks of queries whose sums are zero and whose statistics are written
   int32_t done;   // jobs whose products are in the sums
 };
-constexpr int kChunkQueries = 64;
+constexpr int kChunkQueries = 32;
+constexpr int kNumQueues = 4;  // counters before those of the heads: next_item, next_chunk, next_first_chunk; one is not used
 
 struct HopperBackwardParams {
   TensorMap q, k, v, d_out;
@@ -99,7 +100,10 @@ struct HopperBackwardParams {
   RowStatistics* statistics;  // [num_slots, Lq]
   HeadProgress* progress;     // [B * H]
   int32_t* next_chunk;        // zero at the launch
+  int32_t* next_first_chunk;  // the same
   int32_t num_slots, num_chunks;  // heads under way at most; chunks of queries of a head
+  int32_t num_first_heads;        // those that the first jobs of all blocks belong to, at most num_slots
+  int32_t num_batch_heads;        // B * H
   HopperWork work;
 };
 

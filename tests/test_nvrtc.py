@@ -102,6 +102,7 @@ def test_host_constants_are_those_of_the_sources(real_compiler):
         f"static_assert(kGroupRows == {hopper_launch.GROUP_ROWS} && kPanelColumns == {hopper_launch.PANEL_COLUMNS});\n"
         f"static_assert(alignof(TensorMap) == {hopper_launch.TENSOR_MAP_ALIGNMENT} && sizeof(RowStatistics) == 8);\n"
         f"static_assert(kChunkQueries == {hopper_launch.CHUNK_QUERIES} && sizeof(HeadProgress) == 8);\n"
+        f"static_assert(kNumQueues == {hopper_launch.NUM_QUEUES});\n"
         "static_assert(int(DType::kFloat16) == 0 && int(DType::kBFloat16) == 1);\n"
         "static_assert(sizeof(uint8_t) == 1 && sizeof(uint16_t) == 2 && sizeof(uint32_t) == 4);\n"
         "static_assert(sizeof(int32_t) == 4 && sizeof(int64_t) == 8 && sizeof(uint64_t) == 8);\n"
@@ -490,12 +491,15 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_d
     assert (work.key_start, work.key_end, work.jobs) == (starts.data_ptr(), ends.data_ptr(), plan.jobs.data_ptr())
     assert (work.num_jobs, work.num_items, work.num_heads) == (plan.num_jobs, items, heads)
     assert (work.num_queries, work.scale) == (length, 0.5) and 1 <= work.tail_heads <= slots
-    assert (params.num_slots, params.num_chunks) == (slots, 6)
+    assert (params.num_slots, params.num_chunks, params.num_batch_heads) == (slots, 11, batch * heads)
+    first_items = min(driver.num_sms(0) * tile.blocks_per_sm, items)
+    assert params.num_first_heads == min(slots, len({item // plan.num_jobs for item in range(first_items)}))
 
-    # Counters of items, of chunks and two a head, all zeroed; then the sums, then the statistics.
-    num_zeroed = 4 * (2 + 2 * batch * heads)
+    # Counters of items and of chunks, and two a head, all zeroed; then the sums, then the statistics.
+    num_zeroed = 4 * (hopper_launch.NUM_QUEUES + 2 * batch * heads)
     assert zero == ("zero", work.next_item, num_zeroed, 42)
-    assert (params.next_chunk, params.progress) == (work.next_item + 4, work.next_item + 8)
+    queues = params.next_chunk, params.next_first_chunk, params.progress
+    assert queues == (work.next_item + 4, work.next_item + 8, work.next_item + 16)
     assert params.dq_sums % 16 == 0 and params.statistics % 8 == 0
     (storage,) = (x for x in made if x.dtype == torch.float32)
     parts = [

@@ -15,7 +15,7 @@ import torch
 
 from ..mask import SpanMask
 from . import cuda
-from .hopper_launch import HopperKernels
+from .hopper_launch import NUM_QUEUES, HopperKernels
 from .plan import JobPlan, key_jobs, query_jobs
 from .triton import empty_rows_like
 
@@ -255,7 +255,7 @@ def backward(
     if dq_jobs is None:
         b, h, num_queries, d = q.shape
         slots = num_slots(len(key_jobs), b * h, torch.cuda.get_device_properties(q.device).multi_processor_count)
-        num_counters = math.ceil((2 + 2 * b * h) / 4) * 4
+        num_counters = math.ceil((NUM_QUEUES + 2 * b * h) / 4) * 4
         num_sums = slots * num_queries * d
         storage = torch.empty(num_counters + num_sums + 2 * slots * num_queries, dtype=torch.float32, device=q.device)
         sums = storage.data_ptr() + 4 * num_counters
