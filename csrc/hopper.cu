@@ -155,7 +155,7 @@ cudaError_t count_blocks(const HopperTile& tile, const HopperWork& work, int* nu
 
 template <class Params>
 cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, Params& params, cudaStream_t stream,
-                   int num_counters = 1) {
+                   int num_counters = 2) {
   int num_blocks;
   cudaError_t error = count_blocks(instance.tile, params.work, &num_blocks);
   const void* kernel =
@@ -163,7 +163,9 @@ cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, P
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.tile.shared_bytes);
   }
-  if (error == cudaSuccess) error = cudaMemsetAsync(params.work.next_item, 0, num_counters * sizeof(int32_t), stream);
+  if (error == cudaSuccess && shape.set_zero) {
+    error = cudaMemsetAsync(params.work.next_item, 0, num_counters * sizeof(int32_t), stream);
+  }
   if (error != cudaSuccess) return error;
   void* arguments[] = {&params};
   return cudaLaunchKernel(kernel, num_blocks, instance.num_threads, arguments, instance.tile.shared_bytes, stream);

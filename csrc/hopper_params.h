@@ -35,7 +35,10 @@ struct HopperWork {
   const int32_t* key_start;  // [Lq]
   const int32_t* key_end;    // [Lq]
   const int32_t* jobs;       // [num_jobs, kJobInts]
-  int32_t* next_item;        // zero at the launch: items beyond the first of each block are taken from here
+  // Zero at the launch. Items beyond the first of each block are taken from the first of two counters; the second counts blocks
+  // that have found no more, and the last of these sets both to zero. (The one-pass backward has kNumQueues and those of the
+  // heads, and leaves them as they come out.)
+  int32_t* next_item;
   int32_t num_jobs, num_items, num_heads;
   int32_t num_queries;
   int32_t tail_heads;  // at least 1; in the one-pass backward at most num_slots

@@ -370,6 +370,8 @@ def kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=42))
     properties = SimpleNamespace(multi_processor_count=kernels._cuda.num_sms(None))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hopper, "_queues", {})
     return kernels
 
 
@@ -405,12 +407,17 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
 
     of_forward = plans["forward"].jobs, numbers["forward"]
     out, lse_log2 = hopper.forward(q, k, v, starts, ends, *of_forward, 0.5, 40.0, bounds)
-    (zero, launch), driver.calls = driver.calls, []
+    (launch,), driver.calls = driver.calls, []
     kind, blocks, threads, shared_bytes, stream, params = launch
     items = plans["forward"].num_jobs * batch * heads
     assert (kind, threads, shared_bytes, stream) == ("forward", 384, 99328, 42)
     assert blocks == min(items, 5 * tiles.forward.blocks_per_sm)
-    assert zero == ("zero", lse_log2.data_ptr() + 4 * lse_log2.numel(), 4, 42) and params.work.next_item == zero[1]
+    (((of_device, of_stream), queue),) = hopper._queues.items()
+    assert (of_device, of_stream, queue.tolist()) == (
+        q.device,
+        42,
+        [0, 0],
+    ) and params.work.next_item == queue.data_ptr()
     maps = {"q": q, "k": k, "v": v}
     for name, x in maps.items():
         assert getattr(params, name).opaque[0] == x.data_ptr()
@@ -432,13 +439,13 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
     d_out, d_lse_log2 = torch.zeros_like(out), torch.zeros_like(lse_log2)
     rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
     dq, dk, dv = hopper.backward(d_out, d_lse_log2, q, k, v, out, lse_log2, *rest)
-    zero_dq, launch_dq, zero_dkdv, launch_dkdv = driver.calls
+    launch_dq, launch_dkdv = driver.calls
     params, later = launch_dq[-1], launch_dkdv[-1]
-    assert (launch_dq[0], launch_dkdv[0]) == ("dq", "dkdv") and zero_dkdv[1] == zero_dq[1] + 4
-    assert (params.work.next_item, later.work.next_item) == (zero_dq[1], zero_dkdv[1])
+    assert (launch_dq[0], launch_dkdv[0]) == ("dq", "dkdv")
+    assert params.work.next_item == later.work.next_item == queue.data_ptr() and len(hopper._queues) == 1
     assert (params.work.jobs, later.work.jobs) == (plans["dq"].jobs.data_ptr(), plans["dkdv"].jobs.data_ptr())
     assert (params.lse_log2, params.d_lse_log2) == (lse_log2.data_ptr(), d_lse_log2.data_ptr())
-    assert later.lse_log2 == lse_log2.data_ptr() and params.delta == later.delta == zero_dq[1] - 4 * lse_log2.numel()
+    assert later.lse_log2 == lse_log2.data_ptr() and params.delta == later.delta
     assert (params.dq, later.dk, later.dv) == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
     for x, y in ((dq, params.dq_strides), (dk, later.dk_strides), (dv, later.dv_strides)):
         assert (y.batch, y.head, y.row) == x.stride()[:3]
@@ -450,6 +457,26 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
 
     hopper.forward(q, k, v, starts, ends, *of_forward, 0.5)
     assert len(driver.loads) == 3 and capfd.readouterr().err.count("compiles") == 3
+
+
+def test_captured_launches_have_counters_of_their_own(kernels, monkeypatch):
+    """A graph may run beside anything else: it sets to zero what no other launch counts with."""
+    mask, driver = SpanMask.block_causal([40, 100]), kernels._cuda
+    tiles = hopper.select_tiles(64, mask)
+    plans, numbers = hopper.make_plans(mask, tiles, "cpu"), hopper.tile_numbers(64, tiles)
+    starts, ends = mask.intervals("cpu")
+    q, k, v = torch.zeros(3, 1, 2, 140, 64, dtype=torch.bfloat16).unbind(0)
+    out, lse_log2 = hopper.forward(q, k, v, starts, ends, plans["forward"].jobs, numbers["forward"], 0.5)
+    ((*_, plain),) = driver.calls
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    driver.calls = []
+    hopper.forward(q, k, v, starts, ends, plans["forward"].jobs, numbers["forward"], 0.5)
+    rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
+    hopper.backward(torch.zeros_like(out), None, q, k, v, out, lse_log2, *rest)
+    assert [call[0] for call in driver.calls] == ["zero", "forward", "zero", "dq", "zero", "dkdv"]
+    for zero, (*_, params) in zip(driver.calls[::2], driver.calls[1::2], strict=True):
+        assert zero == ("zero", params.work.next_item, 8, 42) and params.work.next_item != plain.work.next_item
+    assert len(hopper._queues) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=DTYPES)

@@ -322,10 +322,10 @@ class HopperKernels:
         num_counters = NUM_QUEUES + 2 * num_heads
         self._launch("backward", tile, params, shape, plan, rows, columns, device, stream, num_counters)
 
-    def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=1) -> None:
+    def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=2) -> None:
         """rows: the tensors of which a warpgroup holds its own 64 rows; columns: those that come block by block."""
         bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale = shape
-        jobs, num_jobs, tail_heads, next_item = plan
+        jobs, num_jobs, tail_heads, next_item, set_zero = plan
         num_items = num_jobs * batch_size * num_heads
         tile_of = dict(zip(TILE_FIELDS, tile, strict=True))
         assert tile_of["head_dim"] == head_dim
@@ -348,7 +348,8 @@ class HopperKernels:
                     )
             _, function, numbers, num_sms = self._kernel(kind, tile, bfloat16, device)
             blocks = min(num_items, num_sms * tile_of["blocks_per_sm"])
-            self._cuda.set_zero(next_item, 4 * num_counters, stream)
+            if set_zero:
+                self._cuda.set_zero(next_item, 4 * num_counters, stream)
             self._cuda.launch(
                 *(function, blocks, numbers.num_threads, numbers.shared_bytes, stream), ctypes.addressof(params)
             )
