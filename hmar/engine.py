@@ -117,7 +117,7 @@ class Engine:
             "inductor:max-autotune-no-cudagraphs". Default: none.
         compile_decoder: the same for the decoder.
         decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
-            upsampling by transposed convolutions. Default: "fused" in a dtype, "modules" in the weights' own.
+            upsampling by transposed convolutions. Default: "transposed" in a dtype, "modules" in the weights' own.
         products: "cublas", or "triton" for products of at most FEW_ROWS rows by the kernel of `hmar_kernels.linear`, as
             in the small scales of one image, with norms and residuals in it. In a dtype only. Default: "triton" on a
             GPU that has it.
@@ -187,7 +187,8 @@ class Engine:
             self._place(model, tokenizer)
             self.scale_maps = ScaleMaps(self.quantizer)
             self.decoding = self.decoder
-            if decoder in ("fused", "transposed") or (decoder is None and dtype is not None):
+            decoder = decoder or ("modules" if dtype is None else "transposed")
+            if decoder != "modules":
                 self.decoding = FusedDecoder(self.decoder, transposed=decoder == "transposed")
             self._derive()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]

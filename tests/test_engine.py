@@ -22,7 +22,7 @@ from engine_cases import (
 )
 from hmar import engine as engine_module
 from hmar.config import ModelConfig
-from hmar.decoder import FusedDecoder
+from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
@@ -209,9 +209,10 @@ def test_every_decoder_gives_the_same_images(hmar, tokenizer):
         assert_same(Engine(hmar, tokenizer, decoder=decoder).generate(CLASSES, sampling), expected)
 
 
-def test_the_decoder_of_a_dtype_is_fused(hmar, tokenizer):
+def test_the_decoder_of_a_dtype_is_fused_and_transposed(hmar, tokenizer):
     assert not isinstance(Engine(hmar, tokenizer).decoding, FusedDecoder)
-    assert isinstance(Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding, FusedDecoder)
+    decoding = Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding
+    assert isinstance(decoding, FusedDecoder) and isinstance(decoding.upsamples[0], TransposedUpsample)
 
 
 def test_cudnn_chooses_by_trying_only_while_the_engine_runs(hmar, tokenizer, monkeypatch):
