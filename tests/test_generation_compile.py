@@ -52,7 +52,7 @@ for residual in (False, True):
         constants |= {"BLOCK_C": block_c, "STAGES": group_norm.STAGES}
         jobs[f"statistics {residual} {block_c}"] = group_norm._statistics_kernel, constants, group_norm.WARPS, []
 jobs["factors"] = group_norm._factors_kernel, {"HAS_SHIFT": True, "BLOCK_K": 128, "BLOCK_J": 8}, 4, []
-jobs["apply"] = group_norm._apply_kernel, {"SILU": True, "BLOCK": group_norm.ELEMENTS}, 8, []
+jobs["apply"] = group_norm._apply_kernel, {"SILU": True, "BLOCK": group_norm.ELEMENTS, "C": 160}, 8, []
 report = {}
 for name, (kernel, constants, warps, floats) in jobs.items():
     signature, constexprs, attributes = {}, {}, {}
