@@ -5,8 +5,8 @@
 Grid: one program a token. It reads the row (both halves of it with guidance) once and keeps it in registers, as a tile
 [V / 4, 4] of which a row takes its four words from one call of the generator. Nothing is sorted: the k-th likeliest
 logit and the threshold of top-p are found by bisection over float bits, which order as the floats do, and over the
-values in turn, so that usually 14 and at most 96 counts or sums over the row give the exact value. Weights are summed as int64 (reference.py tells why), the rest is
-float32.
+values in turn, so that usually 14 and at most 96 counts or sums over the row give the exact value. Weights are summed
+as int64 (reference.py tells why), the rest is float32.
 """
 
 from __future__ import annotations
