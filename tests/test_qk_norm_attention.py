@@ -105,6 +105,7 @@ def test_in_a_graph_and_compiled_on_a_gpu():
     inputs = qkv_inputs(2, 25, 16, 64, dtype=torch.bfloat16, device="cuda")
     expected = run(inputs, "triton")["out"]
     compiled = torch.compile(lambda: run(inputs, "auto")["out"], fullgraph=True)()
+    assert torch.equal(run(inputs, "triton", overlap=True)["out"], expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         packed = inputs["qkv"] * 2
