@@ -384,7 +384,11 @@ class Attention(nn.Module):
     def forward(
         self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor, mask: SpanMask, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        x_BLC, qkv_BLM = self.project(stream, scale_B1C, shift_B1C)
+        x_BLC, qkv_BLM = stream.norm_linear(scale_B1C, shift_B1C, self.qkv.weight)
+        return x_BLC, self.proj(self.attended(qkv_BLM, mask, cache))
+
+    def attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Tensor:
+        """Attention of q, k and v side by side [B, L, 3 C], of all heads [B, L, C]."""
         q_BHLD, k_BHLD, v_BHLD = qk_norm(
             qkv_BLM, self.q_bias_C, self.v_bias_C, self.log_scale_H, max_log_scale=self.MAX_LOG_SCALE
         )
@@ -392,11 +396,7 @@ class Attention(nn.Module):
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
         bound_H = self.logit_bound() if self.bound_H is None else self.bound_H
         out_BHLD = masked_attention(q_BHLD, k_BHLD, v_BHLD, mask, scale=1.0, logit_bound=bound_H, impl=self.impl)
-        return x_BLC, self.proj(out_BHLD.transpose(1, 2).flatten(2))
-
-    def project(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream, and q, k and v of its norm side by side, [B, L, 3 C]."""
-        return stream.norm_linear(scale_B1C, shift_B1C, self.qkv.weight)
+        return out_BHLD.transpose(1, 2).flatten(2)
 
     def logit_bound(self) -> Tensor:
         """Of each head [H], float32: no product of q and k, of unit length and scaled, is larger."""

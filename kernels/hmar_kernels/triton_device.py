@@ -55,6 +55,11 @@ def on_device(x: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start before the end of the one before it (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 @triton.jit
 def _sum_kernel(
     partials_ptr, out_ptr, num_partials, num_columns, PARTIALS_TILE: tl.constexpr, COLUMNS_TILE: tl.constexpr
