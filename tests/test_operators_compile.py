@@ -111,8 +111,8 @@ def jobs_of_qk_norm():
         forward = constants | {"ROWS": triton.tile_rows(tile, head_dim)}
         yield "qk_norm.triton", "_forward_kernel", pointers, forward, tile.warps
         tile = triton.BACKWARD_TILE
-        backward = constants | {"TILE_ROWS": triton.tile_rows(tile, head_dim), "ROWS": triton.BACKWARD_ROWS}
-        yield "qk_norm.triton", "_backward_kernel", pointers, backward | {"STAGES": tile.stages}, tile.warps
+        backward = constants | {"TILE_ROWS": triton.tile_rows(tile, head_dim), "STAGES": tile.stages}
+        yield "qk_norm.triton", "_backward_kernel", pointers, backward, tile.warps
 
 
 def jobs_of_linear_cross_entropy():
@@ -138,6 +138,9 @@ def jobs_of_partial_sums():
 
     tiles = {"PARTIALS_TILE": triton_device.PARTIALS_TILE, "COLUMNS_TILE": triton_device.COLUMNS_TILE}
     yield "triton_device", "_sum_kernel", {"default": "fp32", "out_ptr": "bf16"}, tiles, 4
+    tiles = {"SUM_ROWS": triton_device.SUM_ROWS, "SUM_COLUMNS": triton_device.SUM_COLUMNS, "N": 1536}
+    pointers = {"default": "bf16", "partials_ptr": "fp32"}
+    yield "triton_device", "_column_sums_kernel", pointers, tiles, triton_device.SUM_WARPS
 
 
 @pytest.mark.parametrize("arch", [80, 90])

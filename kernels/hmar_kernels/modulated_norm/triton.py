@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_device import on_device, sum_partials
+from ..triton_device import num_sms, on_device, sum_partials
 
 
 class Tile(NamedTuple):
@@ -314,7 +314,5 @@ def select_tiles(block_c: int) -> tuple[Tile, Tile]:
 
 def backward_rows(batch: int, length: int, device: torch.device) -> int:
     """Rows of one image that a program of the backward owns."""
-    # NOTE: the interpreter on a CPU stands for an H100.
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    programs = triton.cdiv(PROGRAMS_PER_SM * num_sms, max(1, batch))
+    programs = triton.cdiv(PROGRAMS_PER_SM * num_sms(device), max(1, batch))
     return max(LEAST_ROWS, triton.cdiv(length, programs))

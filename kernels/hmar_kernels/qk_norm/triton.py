@@ -117,18 +117,18 @@ def _backward_kernel(
     q_strides,
     k_strides,
     length,
+    rows,
     max_log_scale,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     h = tl.program_id(0).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    row_begin = tl.program_id(1) * ROWS
-    row_end = tl.minimum(row_begin + ROWS, length)
+    row_begin = tl.program_id(1) * rows
+    row_end = tl.minimum(row_begin + rows, length)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     partials_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * (2 * H * D + H)
@@ -241,12 +241,12 @@ def backward(
                 q_strides=q.stride()[:3],
                 k_strides=k.stride()[:3],
                 length=length,
+                rows=BACKWARD_ROWS,
                 max_log_scale=max_log_scale,
                 H=heads,
                 D=head_dim,
                 BLOCK_D=block_d,
                 TILE_ROWS=tile_rows(BACKWARD_TILE, block_d),
-                ROWS=BACKWARD_ROWS,
                 STAGES=BACKWARD_TILE.stages,
                 num_warps=BACKWARD_TILE.warps,
             )
