@@ -70,7 +70,7 @@ def qk_tiles(direction: int) -> Iterator[Change]:
 
 
 def gelu_tiles(direction: int) -> Iterator[Change]:
-    programs = (gelu_kernels.PROGRAMS_PER_SM,) if direction == 0 else (4, 8, 16)
+    programs = (gelu_kernels.PROGRAMS_PER_SM,) if direction == 0 else (7, 16, 32)
     for rows, block, warps, per_sm in itertools.product((4, 8, 16), (256, 512), (4, 8), programs):
         changed = attributes(gelu_kernels, TILE_ROWS=rows, BLOCK_F=block, WARPS=warps, PROGRAMS_PER_SM=per_sm)
         yield f"{rows} x {block}, {warps} warps, programs {per_sm}", changed
