@@ -43,7 +43,7 @@ def narrow_residual_stream(objective: nn.Module, dtype: torch.dtype) -> None:
 def checkpoint_activations(objective: nn.Module, mode: str) -> None:
     """Keep less for the backward pass and compute it again (Chen et al., arXiv 1604.06174).
 
-    "mlp": the hidden layer of every block's MLP, 8 C of about 24 C bytes a token, for a sixth more forward work.
+    "mlp": the hidden layer of every block's MLP, 8 C of about 22 C bytes a token, for a sixth more forward work.
     "blocks": everything but the inputs of blocks, for one more forward pass. "none": nothing.
     """
     for block in blocks(objective):
