@@ -48,8 +48,8 @@ def attributes(module, **values) -> Iterator[None]:
 
 def norm_tiles(direction: int) -> Iterator[Change]:
     """Rows of the forward (direction 0) or stages of the backward (1), warps, programs of the backward."""
-    firsts, warps = ((1, 2, 4, 8), (2, 4, 8)) if direction == 0 else ((1, 2, 3, 4), (4, 8, 16))
-    programs = (norm_kernels.PROGRAMS_PER_SM,) if direction == 0 else (4, 8, 12, 16)
+    firsts, warps = ((1, 2, 4, 8), (2, 4, 8)) if direction == 0 else ((2, 3), (4, 8, 16))
+    programs = (norm_kernels.PROGRAMS_PER_SM,) if direction == 0 else (4, 8, 16)
     for first, num_warps, per_sm in itertools.product(firsts, warps, programs):
         tile = norm_kernels.Tile(first, num_warps)
         table = {
@@ -61,17 +61,16 @@ def norm_tiles(direction: int) -> Iterator[Change]:
 
 
 def qk_tiles(direction: int) -> Iterator[Change]:
-    backward_rows = (qk_kernels.BACKWARD_ROWS,) if direction == 0 else (64, 128, 256)
-    name, stages = ("FORWARD_TILE", (1,)) if direction == 0 else ("BACKWARD_TILE", (1, 2, 3))
-    for rows, warps, num_stages, per_program in itertools.product((8, 16, 32), (2, 4, 8), stages, backward_rows):
-        if rows / warps <= 8:  # more has no room in registers
-            tile = qk_kernels.Tile(rows, warps, num_stages)
-            yield f"{tile} of {per_program}", attributes(qk_kernels, BACKWARD_ROWS=per_program, **{name: tile})
+    backward_rows = (qk_kernels.BACKWARD_ROWS,) if direction == 0 else (64, 128)
+    name, stages = ("FORWARD_TILE", (1,)) if direction == 0 else ("BACKWARD_TILE", (1, 3))
+    for rows, warps, num_stages, per_program in itertools.product((8, 16, 32), (4, 8), stages, backward_rows):
+        tile = qk_kernels.Tile(rows, warps, num_stages)
+        yield f"{tile} of {per_program}", attributes(qk_kernels, BACKWARD_ROWS=per_program, **{name: tile})
 
 
 def gelu_tiles(direction: int) -> Iterator[Change]:
-    programs = (gelu_kernels.PROGRAMS_PER_SM,) if direction == 0 else (7, 16, 32)
-    for rows, block, warps, per_sm in itertools.product((4, 8, 16), (256, 512), (4, 8), programs):
+    programs = (gelu_kernels.PROGRAMS_PER_SM,) if direction == 0 else (8, 16, 32)
+    for rows, block, warps, per_sm in itertools.product((4, 8, 16), (256,), (4, 8), programs):
         changed = attributes(gelu_kernels, TILE_ROWS=rows, BLOCK_F=block, WARPS=warps, PROGRAMS_PER_SM=per_sm)
         yield f"{rows} x {block}, {warps} warps, programs {per_sm}", changed
 
