@@ -239,6 +239,8 @@ class TokenEmbedding(nn.Module):
         self.position_LC = init_table(config, self.pyramid.length, config.width)
         scale_of_token = [k for k, size in enumerate(self.pyramid.sizes) for _ in range(size)]
         self.register_buffer("scale_of_token_L", torch.tensor(scale_of_token), persistent=False)
+        # Of the residual stream, which begins here; None for that of the sums below. The trainer's.
+        self.stream_dtype: torch.dtype | None = None
         for module in (self.classes, self.codes, self.scales):
             init_linear(module, config)
 
@@ -258,7 +260,8 @@ class TokenEmbedding(nn.Module):
             x_BLC = x_BLC + known_BLC
         if first == 0:
             x_BLC = torch.cat([cond_BC[:, None] + self.start_LC, x_BLC], dim=1)
-        return cond_BC, x_BLC + self.position_LC[span] + self.scales(self.scale_of_token_L[span])
+        x_BLC = x_BLC + self.position_LC[span] + self.scales(self.scale_of_token_L[span])
+        return cond_BC, x_BLC if self.stream_dtype is None else x_BLC.to(self.stream_dtype)
 
     def _check(self, class_B: Tensor, inputs_BLE: Tensor, first: int, span: slice) -> None:
         num_inputs = span.stop - (self.pyramid.sizes[0] if first == 0 else span.start)
@@ -275,7 +278,7 @@ class Residual(NamedTuple):
     """The tokens between blocks: x + gate branch, not added yet, because the next layer norm does that in one pass.
 
     Attributes:
-        x_BLC: the residual stream.
+        x_BLC: the residual stream, which keeps its dtype from block to block.
         branch_BLC, gate_B1C: what is added to it; None for nothing.
     """
 
