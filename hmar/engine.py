@@ -150,7 +150,7 @@ class Engine:
         decoder: str | None = None,
         products: str | None = None,
         attention: str | None = None,
-        overlap: bool = True,
+        overlap: bool = False,
         cudnn_benchmark: bool = True,
         max_programs: int = 8,
         max_bytes: int | None = None,
