@@ -19,8 +19,9 @@ The method, in one place:
   passes; `scales_ms`: the graph of each scale, then of decoding.
 * `decoder_ms` (optimised): the stages of decoding, each captured and timed alone on as many images as are decoded at
   once, times the number of such parts; the levels run from the smallest maps to the largest.
-* Variants of the optimised engine (--decoder, --products, --compile, --compile-decoder, --no-cudnn-benchmark) are one
-  to a run and a file, `method` says which: what cuDNN has once chosen for a shape stays for the process.
+* Variants of the optimised engine (--decoder, --products, --attention, --overlap, --compile, --compile-decoder,
+  --no-cudnn-benchmark) are one to a run and a file, `method` says which: what cuDNN has once chosen for a shape stays
+  for the process.
 * What runs out of memory or fails is recorded with the reason. The file is valid after every row; --minutes ends a run
   in good time and --continue goes on, with a row for what ended the process before.
 """
@@ -43,7 +44,7 @@ import torch.nn as nn
 
 from hmar.config import PRESETS
 from hmar.decoder import FusedDecoder
-from hmar.engine import DECODERS, PRODUCTS, Engine, Program
+from hmar.engine import ATTENTIONS, DECODERS, PRODUCTS, Engine, Program
 from hmar.generate import (
     GenerationOutput,
     LayerKeysValues,
@@ -69,6 +70,7 @@ FULL_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 MODELS = ("hmar", "var")
 ENGINES = ("eager", "optimised")
 SCHEDULES = ("default", "none")
+TARGETS = ("hmar", "optimised", "default")
 # Published: cfg, top-k, top-p by depth (HMAR, arXiv 2506.04421), and for VAR (arXiv 2404.02905).
 SAMPLING = {
     16: (1.7, 1000, 0.99),
@@ -82,6 +84,7 @@ PUBLISHED_MASKED_FACTOR = 1e-6
 MIN_SAME_CODES = 0.5
 HEAD_GAIN = 50
 CHECKED_BATCH = 2
+VARIANTS = ("decoder", "products", "attention", "compile", "compile_decoder")
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 5, 50, 2
 
 
@@ -103,7 +106,7 @@ class Cell:
 
 
 def choose_cells(options: argparse.Namespace) -> list[Cell]:
-    """Cells in an order that makes every model once: sizes, models, engines."""
+    """The cells that targets are set for, then the others; each part in an order that makes every model once."""
     if options.device == "cpu":
         sizes = {(None, PRESETS["tiny"][1].depth): tuple(options.batches or (2,))}
     elif options.resolutions or options.depths:
@@ -113,7 +116,7 @@ def choose_cells(options: argparse.Namespace) -> list[Cell]:
         }
     else:
         sizes = {pair: tuple(options.batches or (FULL_BATCHES if options.full else own)) for pair, own in CELLS.items()}
-    return [
+    cells = [
         Cell(model, engine, schedule, resolution, depth, batch)
         for (resolution, depth), batches in sizes.items()
         for model in options.models or MODELS
@@ -121,6 +124,7 @@ def choose_cells(options: argparse.Namespace) -> list[Cell]:
         for schedule in (options.schedules or SCHEDULES if model == "hmar" else ("none",))
         for batch in batches
     ]
+    return sorted(cells, key=lambda cell: (cell.model, cell.engine, cell.schedule) != TARGETS)
 
 
 class Subject:
@@ -522,6 +526,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what FILE, or FILE.partial, holds")
     parser.add_argument("--decoder", choices=DECODERS, help="of the optimised engine; see hmar.engine.Engine")
     parser.add_argument("--products", choices=PRODUCTS, help="the same: of few rows")
+    parser.add_argument("--attention", choices=ATTENTIONS, help="the same: of short scales")
+    parser.add_argument("--overlap", action="store_true", help="start kernels before the end of the one before them")
     parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile for blocks, as inductor; default: none")
     parser.add_argument("--compile-decoder", metavar="BACKEND", help="the same for the decoder")
     parser.add_argument("--no-cudnn-benchmark", action="store_true", help="let cuDNN guess its fastest algorithms")
@@ -534,10 +540,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no CUDA device; --device cpu tries the harness on a tiny model")
     device = torch.device(options.device)
     deadline = time.monotonic() + 60 * options.minutes if options.minutes is not None else float("inf")
-    variant = {name: getattr(options, name) for name in ("decoder", "products", "compile", "compile_decoder")}
+    variant = {name: getattr(options, name) for name in VARIANTS}
     variant = {name: value for name, value in variant.items() if value is not None}
     if options.no_cudnn_benchmark:
         variant["cudnn_benchmark"] = False
+    if options.overlap:
+        variant["overlap"] = True
     method = {
         "clock": "host, device idle before and after",
         "seconds_per_measurement": options.seconds,

@@ -124,6 +124,9 @@ def measure_copies(batch_size: int, length: int, rounds: int = 50) -> dict:
     images_B3HW = torch.randn(batch_size, 3, 256, 256).pin_memory()
 
     def step_ms(steps: Iterable) -> float:
+        # NOTE: _sleep counts clocks, of which an idle GPU makes fewer a second until it has been busy for a while.
+        for _ in range(WARM_UP):
+            torch.cuda._sleep(cycles)
         torch.cuda.synchronize()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

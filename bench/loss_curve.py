@@ -1,11 +1,11 @@
 """Does fast training learn like plain training? `python -m bench.loss_curve --output FILE`.
 
 Stage 1 or VAR is trained twice with each of several seeds: by the engine with everything that makes it fast (bf16,
-fused operators, our attention, torch.compile, fused AdamW), and by a plain loop in float32 (reference operators and
-attention, eager, torch's clipping and unfused AdamW). Both begin with the same weights and see the same batches,
-dropped labels and drop paths. Their curves, averaged over windows of steps, may differ by no more than the plain curve
-does from seed to seed: in each window the mean over seeds of |engine - plain| is at most the standard deviation of
-plain over seeds.
+the residual stream too, fused operators, our attention, torch.compile, fused AdamW), and by a plain loop in float32
+(reference operators and attention, eager, torch's clipping and unfused AdamW). Both begin with the same weights and see
+the same batches, dropped labels and drop paths. Their curves, averaged over windows of steps, may differ by no more
+than the plain curve does from seed to seed: in each window the mean over seeds of |engine - plain| is at most the
+standard deviation of plain over seeds.
 
 The images are codes that can be learned: each class has a few prototypes, of which an image is one with a share of its
 codes replaced. Read next: hmar/train.py.
@@ -138,7 +138,11 @@ def compare(engine: list[list[float]], plain: list[list[float]], width: int) -> 
 
 
 def configure(chosen: argparse.Namespace, folder: Path, seed: int, plain: bool) -> TrainConfig:
-    fast = {"precision": chosen.precision, "compile": False if chosen.compile == "false" else chosen.compile}
+    fast = {
+        "precision": chosen.precision,
+        "residual_precision": chosen.residual_precision,
+        "compile": False if chosen.compile == "false" else chosen.compile,
+    }
     slow = {"precision": "fp32", "compile": False, "attention": "reference"}
     mapping = {
         "stage": chosen.stage,
@@ -175,6 +179,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     takes("--seeds", type=int, default=4)
     takes("--lr", type=float, default=3e-4)
     takes("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
+    takes("--residual-precision", choices=("auto", "bf16", "fp32"), default="auto")
     takes("--compile", choices=("false", "blocks", "model"), default="blocks")
     takes("--device", default="auto")
     add_record(parser)

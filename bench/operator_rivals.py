@@ -1,7 +1,7 @@
 """The fused operators beside attention: inputs of a training step, who computes them, and how much work they are.
 
 An operator is a function of a dict of tensors to a dict of outputs; its gradients are those of `leaves`. Everything
-runs under autocast as in training: residual stream and parameters float32, branches and products bfloat16. Read
+runs under autocast as in training: parameters float32, residual stream, branches and products bfloat16. Read
 `operators.py` next for what is done with them.
 """
 
@@ -84,7 +84,7 @@ def _tokens(shape: Shape) -> int:
 def _draw_norm(shape: Shape, device: torch.device) -> Tensors:
     normal, size = _normal(device), (shape.batch, shape.length, shape.width)
     return {
-        "x": normal(*size),
+        "x": normal(*size, dtype=LOW),
         "branch": normal(*size, dtype=LOW),
         "modulation": 0.5 * normal(shape.batch, 6 * shape.width, dtype=LOW),
         "keep": torch.full((shape.batch,), 1 / 0.9, device=device),
@@ -215,11 +215,10 @@ def _no_products(shape: Shape) -> dict[str, int]:
     return {"forward": 0, "backward": 0}
 
 
-def _elements(float32: dict[str, int], low: dict[str, int]) -> Callable[[Shape], dict[str, int]]:
-    """Bytes of so many [B, L, C] tensors of either dtype in each direction."""
+def _elements(tensors: dict[str, int]) -> Callable[[Shape], dict[str, int]]:
+    """Bytes of so many bfloat16 [B, L, C] tensors in each direction."""
     return lambda shape: {
-        direction: (4 * float32[direction] + 2 * low[direction]) * _tokens(shape) * shape.width
-        for direction in ("forward", "backward")
+        direction: LOW.itemsize * count * _tokens(shape) * shape.width for direction, count in tensors.items()
     }
 
 
@@ -227,8 +226,8 @@ def _norm_linear_bytes(shape: Shape) -> dict[str, int]:
     tokens, c = _tokens(shape), shape.width
     # forward: x, y and branch, out. Backward: dy, x, dx and d_out, branch, d_branch.
     return {
-        "forward": tokens * (2 * 4 * c + 2 * (c + 4 * c)) + 4 * 4 * c * c,
-        "backward": tokens * (3 * 4 * c + 2 * (4 * c + 2 * c)) + 2 * 4 * 4 * c * c,
+        "forward": 2 * tokens * (3 * c + 4 * c) + 4 * 4 * c * c,
+        "backward": 2 * tokens * (5 * c + 4 * c) + 2 * 4 * 4 * c * c,
     }
 
 
@@ -266,7 +265,7 @@ def cases() -> list[OperatorCase]:
             ("x", "modulation"),
             _implementations(_norm),
             # x, h; dh, x, dx
-            _elements({"forward": 1, "backward": 2}, {"forward": 1, "backward": 1}),
+            _elements({"forward": 2, "backward": 3}),
             _no_products,
         ),
         OperatorCase(
@@ -275,7 +274,7 @@ def cases() -> list[OperatorCase]:
             ("x", "branch", "modulation"),
             _implementations(_residual_norm),
             # x, y and branch, h; dy, y, dx and dh, branch, d_branch
-            _elements({"forward": 2, "backward": 3}, {"forward": 2, "backward": 3}),
+            _elements({"forward": 4, "backward": 6}),
             _no_products,
         ),
         OperatorCase(
@@ -300,7 +299,7 @@ def cases() -> list[OperatorCase]:
             ("qkv", "q_bias", "v_bias", "log_scale"),
             _implementations(_qk_norm),
             # qkv, q, k, v; dq, dk, dv, q, k, d_qkv
-            _elements({"forward": 0, "backward": 0}, {"forward": 6, "backward": 8}),
+            _elements({"forward": 6, "backward": 8}),
             _no_products,
         ),
         OperatorCase(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from hmar_kernels.gelu_linear import triton as gelu_kernels
 from hmar_kernels.linear_cross_entropy import triton as loss_kernels
 from hmar_kernels.modulated_norm import triton as norm_kernels
 from hmar_kernels.qk_norm import triton as qk_kernels
@@ -47,8 +48,8 @@ def attributes(module, **values) -> Iterator[None]:
 
 def norm_tiles(direction: int) -> Iterator[Change]:
     """Rows of the forward (direction 0) or stages of the backward (1), warps, programs of the backward."""
-    firsts, warps = ((1, 2, 4, 8), (2, 4, 8)) if direction == 0 else ((1, 2, 3, 4), (4, 8, 16))
-    programs = (norm_kernels.PROGRAMS_PER_SM,) if direction == 0 else (4, 8, 12, 16)
+    firsts, warps = ((1, 2, 4, 8), (2, 4, 8)) if direction == 0 else ((2, 3), (4, 8, 16))
+    programs = (norm_kernels.PROGRAMS_PER_SM,) if direction == 0 else (4, 8, 16)
     for first, num_warps, per_sm in itertools.product(firsts, warps, programs):
         tile = norm_kernels.Tile(first, num_warps)
         table = {
@@ -60,9 +61,18 @@ def norm_tiles(direction: int) -> Iterator[Change]:
 
 
 def qk_tiles(direction: int) -> Iterator[Change]:
-    backward_rows = (qk_kernels.BACKWARD_ROWS,) if direction == 0 else (64, 128, 256)
-    for rows, per_program in itertools.product((8, 16, 32, 64), backward_rows):
-        yield f"rows {rows} of {per_program}", attributes(qk_kernels, TILE_ROWS=rows, BACKWARD_ROWS=per_program)
+    backward_rows = (qk_kernels.BACKWARD_ROWS,) if direction == 0 else (64, 128)
+    name, stages = ("FORWARD_TILE", (1,)) if direction == 0 else ("BACKWARD_TILE", (1, 3))
+    for rows, warps, num_stages, per_program in itertools.product((8, 16, 32), (4, 8), stages, backward_rows):
+        tile = qk_kernels.Tile(rows, warps, num_stages)
+        yield f"{tile} of {per_program}", attributes(qk_kernels, BACKWARD_ROWS=per_program, **{name: tile})
+
+
+def gelu_tiles(direction: int) -> Iterator[Change]:
+    programs = (gelu_kernels.PROGRAMS_PER_SM,) if direction == 0 else (8, 16, 32)
+    for rows, block, warps, per_sm in itertools.product((4, 8, 16), (256,), (4, 8), programs):
+        changed = attributes(gelu_kernels, TILE_ROWS=rows, BLOCK_F=block, WARPS=warps, PROGRAMS_PER_SM=per_sm)
+        yield f"{rows} x {block}, {warps} warps, programs {per_sm}", changed
 
 
 def loss_tiles() -> Iterator[Change]:
@@ -74,6 +84,9 @@ def loss_tiles() -> Iterator[Change]:
 TABLES: dict[str, tuple[str, Callable[[], Iterator[Change]]]] = {
     "residual_modulated_norm": ("forward", lambda: norm_tiles(0)),
     "residual_modulated_norm backward": ("backward", lambda: norm_tiles(1)),
+    "residual_norm_linear backward": ("backward", lambda: norm_tiles(1)),
+    "gelu_linear": ("forward", lambda: gelu_tiles(0)),
+    "gelu_linear backward": ("backward", lambda: gelu_tiles(1)),
     "qk_norm": ("forward", lambda: qk_tiles(0)),
     "qk_norm backward": ("backward", lambda: qk_tiles(1)),
     "linear_cross_entropy": ("forward", loss_tiles),

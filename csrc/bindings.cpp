@@ -93,12 +93,12 @@ hmar::HopperTensor tensor(const View& view) { return {pointer<const void>(view.f
 // What every pass is told, in this order: bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start,
 // key_end, scale.
 using ShapeTuple = std::tuple<bool, int, int, int, int, int, uintptr_t, uintptr_t, float>;
-// Of the plan of the pass: jobs, num_jobs, tail_heads, next_item.
-using PlanTuple = std::tuple<uintptr_t, int, int, uintptr_t>;
+// Of the plan of the pass: jobs, num_jobs, tail_heads, next_item, set_zero.
+using PlanTuple = std::tuple<uintptr_t, int, int, uintptr_t, bool>;
 
 hmar::HopperShape hopper_shape(const ShapeTuple& shape, const PlanTuple& plan) {
   const auto [bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale] = shape;
-  const auto [jobs, num_jobs, tail_heads, next_item] = plan;
+  const auto [jobs, num_jobs, tail_heads, next_item, set_zero] = plan;
   return {bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
           head_dim,
           batch_size,
@@ -111,6 +111,7 @@ hmar::HopperShape hopper_shape(const ShapeTuple& shape, const PlanTuple& plan) {
           num_jobs,
           tail_heads,
           pointer<int32_t>(next_item),
+          set_zero,
           scale};
 }
 

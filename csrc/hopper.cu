@@ -3,6 +3,8 @@
 
 #include <cuda.h>
 
+#include <algorithm>
+
 #include "hopper_backward.cuh"
 #include "hopper_backward_dkdv.cuh"
 #include "hopper_backward_dq.cuh"
@@ -142,24 +144,31 @@ HopperWork work_of(const HopperShape& shape) {
 
 bool is_empty(const HopperShape& shape) { return shape.batch_size * shape.num_heads * shape.num_jobs == 0; }
 
-template <class Params>
-cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, Params& params, cudaStream_t stream,
-                   int num_counters = 1) {
-  const int num_items = params.work.num_items;
+// Thread blocks of a launch: as many as are resident at a time, but no more than items.
+cudaError_t count_blocks(const HopperTile& tile, const HopperWork& work, int* num_blocks) {
   int device, num_sms;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) *num_blocks = std::min(work.num_items, num_sms * tile.blocks_per_sm);
+  return error;
+}
+
+template <class Params>
+cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, Params& params, cudaStream_t stream,
+                   int num_counters = 2) {
+  int num_blocks;
+  cudaError_t error = count_blocks(instance.tile, params.work, &num_blocks);
   const void* kernel =
       reinterpret_cast<const void*>(shape.dtype == DType::kBFloat16 ? instance.bfloat16 : instance.float16);
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.tile.shared_bytes);
   }
-  if (error == cudaSuccess) error = cudaMemsetAsync(params.work.next_item, 0, num_counters * sizeof(int32_t), stream);
+  if (error == cudaSuccess && shape.set_zero) {
+    error = cudaMemsetAsync(params.work.next_item, 0, num_counters * sizeof(int32_t), stream);
+  }
   if (error != cudaSuccess) return error;
-  const int resident = num_sms * instance.tile.blocks_per_sm;
   void* arguments[] = {&params};
-  return cudaLaunchKernel(kernel, num_items < resident ? num_items : resident, instance.num_threads, arguments,
-                          instance.tile.shared_bytes, stream);
+  return cudaLaunchKernel(kernel, num_blocks, instance.num_threads, arguments, instance.tile.shared_bytes, stream);
 }
 
 template <class Params, size_t kCount>
@@ -253,12 +262,17 @@ cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTen
   params.dk = const_cast<void*>(dk.data), params.dk_strides = dk.strides;
   params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;
   params.dq_sums = dq_sums, params.statistics = statistics;
-  params.next_chunk = shape.next_item + 1;
-  params.progress = reinterpret_cast<HeadProgress*>(shape.next_item + 2);
+  params.next_chunk = shape.next_item + 1, params.next_first_chunk = shape.next_item + 2;
+  params.progress = reinterpret_cast<HeadProgress*>(shape.next_item + kNumQueues);
   params.num_slots = num_slots;
   params.num_chunks = (shape.num_queries + kChunkQueries - 1) / kChunkQueries;
+  params.num_batch_heads = num_heads;
   params.work = work_of(shape);
-  return launch(*instance, shape, params, stream, 2 + 2 * num_heads);
+  int num_blocks;
+  error = count_blocks(instance->tile, params.work, &num_blocks);
+  if (error != cudaSuccess) return error;
+  params.num_first_heads = std::min(num_slots, (num_blocks + shape.num_jobs - 1) / shape.num_jobs);
+  return launch(*instance, shape, params, stream, kNumQueues + 2 * num_heads);
 }
 
 cudaError_t load_hopper() {

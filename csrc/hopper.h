@@ -35,7 +35,8 @@ struct HopperShape {
   const int32_t* jobs;
   int32_t num_jobs;
   int32_t tail_heads;  // as in HopperWork
-  int32_t* next_item;  // set to zero before the launch; in the one-pass backward 2 + 2 B H counters begin here
+  int32_t* next_item;  // as in HopperWork
+  bool set_zero;       // the counters have to be set to zero before the launch
   float scale;
 };
 

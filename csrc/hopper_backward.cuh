@@ -10,8 +10,8 @@
 //
 // The sums are those of a few heads at a time, which stay in the L2 cache: head h uses slot h % num_slots. Warps that the
 // fetching warp leaves idle work ahead and behind on chunks of queries: they round a finished head's sums into dq, then make
-// the slot ready for the head that takes it over: sums of zero, and its statistics (lse, delta). `ready` counts a head's
-// chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk that is not finished
+// the slot ready for the head that takes it over: sums of zero, and its statistics (lse, delta). At the beginning and at the
+// end, where there is nothing to compute, all warps do. `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk that is not finished
 // waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be resident beside another.
 // (Jobs of the last tail_heads heads alternate, but these have slots of their own: tail_heads <= num_slots.)
 // Read next: hopper.cu.
@@ -56,7 +56,7 @@ __device__ __forceinline__ void wait_for_count(const int32_t* counter, int count
     for (;;) {
       asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
       if (seen >= count) break;
-      __nanosleep(100);
+      __nanosleep(500);
     }
   }
   __syncwarp();
@@ -146,18 +146,32 @@ __device__ __forceinline__ void count_jobs(const HopperBackwardParams& params, t
   }
 }
 
+// The queries whose sums and statistics a warp serves at a time, in the order of heads.
+struct HeadChunk {
+  int batch_head, query_begin, query_end;
+
+  __device__ __forceinline__ HeadChunk(int batch_head, int query_begin, int query_end)
+      : batch_head(batch_head), query_begin(query_begin), query_end(query_end) {}
+  __device__ __forceinline__ HeadChunk(const HopperBackwardParams& params, int number) {
+    batch_head = number / params.num_chunks;
+    query_begin = number % params.num_chunks * kChunkQueries;
+    query_end = min(query_begin + kChunkQueries, params.work.num_queries);
+  }
+};
+
+constexpr int kLanesOfSums = kSumsRowBytes / 16;
+
 // Rounds the sums of a chunk's queries into dq.
 template <class Tile>
-__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, int batch_head, int query_begin,
-                                           int query_end) {
-  const int lane = threadIdx.x % 32, position = lane % 16;
+__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  const int lane = threadIdx.x % 32, position = lane % kLanesOfSums;
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const float4* sums = reinterpret_cast<const float4*>(sums_of<Tile>(params, batch_head, panel));
-    uint16_t* dq = rows_of(params.dq, params.dq_strides, params.work, batch_head, 0) + panel * kPanelColumns;
+    const float4* sums = reinterpret_cast<const float4*>(sums_of<Tile>(params, chunk.batch_head, panel));
+    uint16_t* dq = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, 0) + panel * kPanelColumns;
 #pragma unroll(Tile::kPanels == 1 ? 4 : 2)
-    for (int query = query_begin + lane / 16; query < query_end; query += 2) {
-      const float4 sum = __ldcg(sums + static_cast<int64_t>(query) * 16 + position);
+    for (int query = chunk.query_begin + lane / kLanesOfSums; query < chunk.query_end; query += 32 / kLanesOfSums) {
+      const float4 sum = __ldcg(sums + static_cast<int64_t>(query) * kLanesOfSums + position);
       uint16_t* of_chunk = dq + query * params.dq_strides.row + sums_chunk(query, position / 4) * 16 + position % 4 * 2;
       const float scale = params.work.scale;
       *reinterpret_cast<uint32_t*>(of_chunk) = pack<Tile::kType>(sum.x * scale, sum.y * scale);
@@ -166,72 +180,87 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, i
   }
 }
 
-// Zero sums and the statistics of a chunk's queries.
+// Keeps the compiler from making what follows from x before a loop, where it would take registers that there are not.
+__device__ __forceinline__ int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Zero sums and the statistics of a chunk's queries. Four lanes a row, and offsets within the chunk of 32 bits: the warps that
+// serve heads have few registers.
 template <class Tile>
-__device__ __forceinline__ void prepare(const HopperBackwardParams& params, int batch_head, int query_begin,
-                                        int query_end) {
-  constexpr int kLanesOfRow = Tile::kHeadDim / 8, kRowsOfStep = 32 / kLanesOfRow;
+__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  constexpr int kLanesOfRow = 4, kRowsOfStep = 32 / kLanesOfRow, kLaneBytes = 16, kStepBytes = kLanesOfRow * kLaneBytes;
   const int lane = threadIdx.x % 32, index = lane % kLanesOfRow;
-  float* sums = sums_of<Tile>(params, batch_head, index / 8);
-  RowStatistics* statistics = statistics_of(params, batch_head);
-  const uint16_t* out = rows_of(const_cast<void*>(params.out), params.out_strides, params.work, batch_head, 0);
-  const uint16_t* d_out = rows_of(const_cast<void*>(params.d_out_rows), params.d_out_strides, params.work, batch_head, 0);
-  const int64_t first_query = static_cast<int64_t>(batch_head) * params.work.num_queries;
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    float4* sums = reinterpret_cast<float4*>(sums_of<Tile>(params, chunk.batch_head, panel));
 #pragma unroll 2
-  for (int step = query_begin; step < query_end; step += kRowsOfStep) {
-    const int query = step + lane / kLanesOfRow;
-    const bool valid = query < query_end;
+    for (int i = chunk.query_begin * kLanesOfSums + lane; i < chunk.query_end * kLanesOfSums; i += 32) {
+      __stcg(sums + i, float4{0.0f, 0.0f, 0.0f, 0.0f});
+    }
+  }
+  const auto* out = reinterpret_cast<const uint8_t*>(
+      rows_of(const_cast<void*>(params.out), params.out_strides, params.work, chunk.batch_head, chunk.query_begin));
+  const auto* d_out = reinterpret_cast<const uint8_t*>(
+      rows_of(const_cast<void*>(params.d_out_rows), params.d_out_strides, params.work, chunk.batch_head, chunk.query_begin));
+  const uint32_t out_bytes = 2 * params.out_strides.row, d_out_bytes = 2 * params.d_out_strides.row;
+  const int num_rows = chunk.query_end - chunk.query_begin;
+#pragma unroll 1
+  for (int step = 0; step < num_rows; step += kRowsOfStep) {
+    const int query = min(step + lane / kLanesOfRow, num_rows - 1);
+    const uint32_t of_out = query * out_bytes + index * kLaneBytes, of_d_out = query * d_out_bytes + index * kLaneBytes;
     float sum = 0.0f;
-    if (valid) {
-      const uint4 a = *reinterpret_cast<const uint4*>(out + query * params.out_strides.row + 8 * index);
-      const uint4 b = *reinterpret_cast<const uint4*>(d_out + query * params.d_out_strides.row + 8 * index);
-      sum = dot<Tile::kType>(a.x, b.x) + dot<Tile::kType>(a.y, b.y) + dot<Tile::kType>(a.z, b.z) +
-            dot<Tile::kType>(a.w, b.w);
-      float4* row = reinterpret_cast<float4*>(sums + static_cast<int64_t>(query) * kPanelColumns);
-      __stcg(row + index % 8, float4{0.0f, 0.0f, 0.0f, 0.0f});
-      __stcg(row + index % 8 + 8, float4{0.0f, 0.0f, 0.0f, 0.0f});
+#pragma unroll 1
+    for (int byte = 0; byte < 2 * Tile::kHeadDim; byte += kStepBytes) {
+      const uint4 a = *reinterpret_cast<const uint4*>(out + (of_out + byte));
+      const uint4 b = *reinterpret_cast<const uint4*>(d_out + (of_d_out + byte));
+      sum += dot<Tile::kType>(a.x, b.x) + dot<Tile::kType>(a.y, b.y) + dot<Tile::kType>(a.z, b.z) +
+             dot<Tile::kType>(a.w, b.w);
     }
 #pragma unroll
     for (int distance = 1; distance < kLanesOfRow; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (valid && index == 0) {
-      const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : params.d_lse_log2[first_query + query] * kLog2E;
-      statistics[query] = {params.lse_log2[first_query + query], sum - d_lse};
+    if (index == 0 && step + lane / kLanesOfRow < num_rows) {
+      const int batch_head = computed_here(chunk.batch_head);
+      const int64_t row = static_cast<int64_t>(batch_head) * params.work.num_queries + chunk.query_begin + query;
+      const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : params.d_lse_log2[row] * kLog2E;
+      statistics_of(params, batch_head)[chunk.query_begin + query] = {params.lse_log2[row], sum - d_lse};
     }
   }
 }
 
-// The queries whose sums and statistics a warp serves at a time, in the order of heads.
-struct HeadChunk {
-  int batch_head, query_begin, query_end;
+template <class Tile>
+__device__ __forceinline__ void make_ready(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  prepare<Tile>(params, chunk);
+  fence_async_proxy_global();
+  count_up(&params.progress[chunk.batch_head].ready);
+}
 
-  __device__ __forceinline__ HeadChunk(const HopperBackwardParams& params, int number) {
-    batch_head = number / params.num_chunks;
-    query_begin = number % params.num_chunks * kChunkQueries;
-    query_end = min(query_begin + kChunkQueries, params.work.num_queries);
-  }
-};
+// All warps make the first heads ready, as there is nothing to compute yet.
+template <class Tile>
+__device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& params) {
+  const auto take = [&] { return receive_item(threadIdx.x % 32 == 0 ? atomicAdd(params.next_first_chunk, 1) : 0); };
+  const int num_chunks = params.num_first_heads * params.num_chunks;
+  for (int number = take(); number < num_chunks; number = take()) make_ready<Tile>(params, HeadChunk(params, number));
+}
 
-// The warps that make heads ready and round their sums, chunk by chunk.
+// Makes the other heads ready and rounds the sums of all, chunk by chunk: the work of two warps, at the end of all.
 template <class Tile>
 __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) {
-  const int num_batch_heads = params.work.num_items / params.work.num_jobs;
   const auto take = [&] { return threadIdx.x % 32 == 0 ? atomicAdd(params.next_chunk, 1) : 0; };
   for (int number = receive_item(take());;) {
-    const HeadChunk chunk(params, number);
+    HeadChunk chunk(params, number);
+    chunk.batch_head += params.num_first_heads;
     const int last = chunk.batch_head - params.num_slots;  // the head that had the slot before
-    if (last >= num_batch_heads) return;
+    if (last >= params.num_batch_heads) return;
     const int next = take();
     if (last >= 0) {
       wait_for_count(&params.progress[last].ready, params.num_chunks);  // of jobs without blocks nobody else asks
       wait_for_count(&params.progress[last].done, params.work.num_jobs);
-      round_sums<Tile>(params, last, chunk.query_begin, chunk.query_end);
+      round_sums<Tile>(params, {last, chunk.query_begin, chunk.query_end});
       __syncwarp();
     }
-    if (chunk.batch_head < num_batch_heads) {
-      prepare<Tile>(params, chunk.batch_head, chunk.query_begin, chunk.query_end);
-      fence_async_proxy_global();
-      count_up(&params.progress[chunk.batch_head].ready);
-    }
+    if (chunk.batch_head < params.num_batch_heads) make_ready<Tile>(params, chunk);
     number = receive_item(next);
   }
 }
@@ -511,7 +540,9 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
   const int group = threadIdx.x / kGroupThreads;
   if (group < Tile::kGroups) {
     take_registers<Tile::kRegistersOfCompute>();
+    serve_first_heads<Tile>(params);
     compute_backward<Tile>(params, shared);
+    serve_heads<Tile>(params);
   } else if (Tile::kDqGroup && group == Tile::kGroups) {
     give_registers<Tile::kRegistersOfDq>();
     compute_dq_sums<Tile>(params, shared);
@@ -523,6 +554,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
     } else if (warp == 1) {
       count_jobs<Tile>(params, shared);
     } else {
+      serve_first_heads<Tile>(params);
       serve_heads<Tile>(params);
     }
   }

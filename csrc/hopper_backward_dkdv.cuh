@@ -56,6 +56,7 @@ __device__ __forceinline__ void fetch_dkdv(const HopperDkdvParams& params, typen
     auto& slot = shared.slot[rows.stage];
     if (!fetch_job(slot, params.work, item)) {
       if (lane == 0) barrier_arrive(shared.rows_full[rows.stage]);
+      leave_queue(params.work);
       return;
     }
     const int next_item = request_item(params.work);

@@ -44,6 +44,7 @@ __device__ __forceinline__ void fetch_dq(const HopperDqParams& params, typename 
     if (!fetch_job(slot, params.work, item)) {
       if (leader) barrier_arrive(full);
       barrier_arrive(full);
+      leave_queue(params.work);
       return;
     }
     const int next_item = request_item(params.work);

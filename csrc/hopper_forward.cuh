@@ -58,6 +58,7 @@ __device__ __forceinline__ void fetch_forward(const HopperForwardParams& params,
     auto& slot = shared.slot[rows.stage];
     if (!fetch_job(slot, params.work, item)) {
       if (leader) barrier_arrive(shared.q_full[rows.stage]);
+      leave_queue(params.work);
       return;
     }
     const int next_item = request_item(params.work);

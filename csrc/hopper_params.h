@@ -35,7 +35,10 @@ struct HopperWork {
   const int32_t* key_start;  // [Lq]
   const int32_t* key_end;    // [Lq]
   const int32_t* jobs;       // [num_jobs, kJobInts]
-  int32_t* next_item;        // zero at the launch: items beyond the first of each block are taken from here
+  // Zero at the launch. Items beyond the first of each block are taken from the first of two counters; the second counts blocks
+  // that have found no more, and the last of these sets both to zero. (The one-pass backward has kNumQueues and those of the
+  // heads, and leaves them as they come out.)
+  int32_t* next_item;
   int32_t num_jobs, num_items, num_heads;
   int32_t num_queries;
   int32_t tail_heads;  // at least 1; in the one-pass backward at most num_slots
@@ -82,7 +85,8 @@ struct HeadProgress {
   int32_t ready;  // chunks of queries whose sums are zero and whose statistics are written
   int32_t done;   // jobs whose products are in the sums
 };
-constexpr int kChunkQueries = 64;
+constexpr int kChunkQueries = 32;
+constexpr int kNumQueues = 4;  // counters before those of the heads: next_item, next_chunk, next_first_chunk; one is not used
 
 struct HopperBackwardParams {
   TensorMap q, k, v, d_out;
@@ -99,7 +103,10 @@ struct HopperBackwardParams {
   RowStatistics* statistics;  // [num_slots, Lq]
   HeadProgress* progress;     // [B * H]
   int32_t* next_chunk;        // zero at the launch
+  int32_t* next_first_chunk;  // the same
   int32_t num_slots, num_chunks;  // heads under way at most; chunks of queries of a head
+  int32_t num_first_heads;        // those that the first jobs of all blocks belong to, at most num_slots
+  int32_t num_batch_heads;        // B * H
   HopperWork work;
 };
 

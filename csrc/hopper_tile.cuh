@@ -81,6 +81,14 @@ __device__ __forceinline__ bool fetch_job(JobSlot<kGroups>& slot, const HopperWo
   return valid;
 }
 
+// The fetching warp of the last block that finds no more items leaves the queue as the launch found it.
+__device__ __forceinline__ void leave_queue(const HopperWork& work) {
+  if (threadIdx.x % 32 == 0 && atomicAdd(work.next_item + 1, 1) == int(gridDim.x) - 1) {
+    work.next_item[0] = 0;
+    work.next_item[1] = 0;
+  }
+}
+
 // The fetching warp takes an item in two steps, so that it waits for the answer only when it has nothing else to do.
 __device__ __forceinline__ int request_item(const HopperWork& work) {
   return threadIdx.x % 32 == 0 ? atomicAdd(work.next_item, 1) + gridDim.x : 0;

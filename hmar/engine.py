@@ -51,15 +51,30 @@ from hmar.generate import (
     resolve_schedule,
     with_null,
 )
-from hmar.model import HMAR, MLP, Attention, NextScaleTransformer, Residual, SharedModulation
+from hmar.model import (
+    HMAR,
+    MLP,
+    Attention,
+    Block,
+    Head,
+    LayerCache,
+    NextScaleTransformer,
+    Residual,
+    SharedModulation,
+)
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import linear
+from hmar_kernels import SpanMask, linear, qk_norm_attention, triton_device
+from hmar_kernels.linear import num_counters
+from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
-FEW_ROWS = 64
+# Up to so many rows of all images products are Triton's, and up to so many short images are attended in one kernel.
+# Images of up to FEW_KEYS always are: of longer ones each program normalises all keys again.
+FEW_ROWS, FEW_ATTENDED_ROWS, FEW_KEYS = 64, 1024, 64
 DECODERS = ("modules", "fused", "transposed")
 PRODUCTS = ("cublas", "triton")
+ATTENTIONS = ("separate", "fused")
 
 
 @dataclass(frozen=True)
@@ -102,9 +117,15 @@ class Engine:
             "inductor:max-autotune-no-cudagraphs". Default: none.
         compile_decoder: the same for the decoder.
         decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
-            upsampling by transposed convolutions. Default: "fused" in a dtype, "modules" in the weights' own.
+            upsampling by transposed convolutions. Default: "transposed" in a dtype, "modules" in the weights' own.
         products: "cublas", or "triton" for products of at most FEW_ROWS rows by the kernel of `hmar_kernels.linear`, as
-            in the small scales of one image. In a dtype only.
+            in the small scales of one image, with norms and residuals in it. In a dtype only. Default: "triton" on a
+            GPU that has it.
+        attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
+            `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
+            "fused" on a GPU that has it.
+        overlap: whether these kernels may start, and read weights, while the kernel before them still runs, on GPUs
+            that can (compute capability 9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -127,7 +148,9 @@ class Engine:
         compile: str | None = None,
         compile_decoder: str | None = None,
         decoder: str | None = None,
-        products: str = "cublas",
+        products: str | None = None,
+        attention: str | None = None,
+        overlap: bool = False,
         cudnn_benchmark: bool = True,
         max_programs: int = 8,
         max_bytes: int | None = None,
@@ -138,8 +161,9 @@ class Engine:
             raise ValueError(f"dtype is {dtype}; expected torch.bfloat16, torch.float16 or None for the weights' own.")
         if decoder not in (None, *DECODERS):
             raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}, or None for the default.")
-        if products not in PRODUCTS:
-            raise ValueError(f"products is {products!r}; expected one of {', '.join(PRODUCTS)}.")
+        for name, value, known in (("products", products, PRODUCTS), ("attention", attention, ATTENTIONS)):
+            if value not in (None, *known):
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}, or None for the default.")
         if max_programs < 1:
             raise ValueError(f"max_programs is {max_programs}; at least one is needed.")
         self.device = torch.device(device if device is not None else tokenizer.quantizer.codebook.weight.device)
@@ -163,12 +187,18 @@ class Engine:
             self._place(model, tokenizer)
             self.scale_maps = ScaleMaps(self.quantizer)
             self.decoding = self.decoder
-            if decoder in ("fused", "transposed") or (decoder is None and dtype is not None):
+            decoder = decoder or ("modules" if dtype is None else "transposed")
+            if decoder != "modules":
                 self.decoding = FusedDecoder(self.decoder, transposed=decoder == "transposed")
             self._derive()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
         if dtype is not None:
-            self._fuse(products)
+            has_kernels = self.device.type == "cuda" and triton_device.unavailable(self.device, dtype) is None
+            self._fuse(
+                products or ("triton" if has_kernels else "cublas"),
+                attention or ("fused" if has_kernels and self.config.head_dim <= MAX_HEAD_DIM else "separate"),
+                overlap,
+            )
         if compile is not None:
             for block in self._blocks():
                 self._compile(block, compile)
@@ -199,11 +229,17 @@ class Engine:
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
         self._versions = self._current_versions()
 
-    def _fuse(self, products: str) -> None:
-        for block in self._blocks():
-            block.attention, block.mlp = FusedAttention(block.attention, products), FusedMLP(block.mlp, products)
-        for head in self._heads():
-            head.linear = FusedLinear(head.linear, products)
+    def _fuse(self, products: str, attention: str, overlap: bool) -> None:
+        layers = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        counters = max(num_counters(rows, *layer.weight.shape) for rows in (1, 17, FEW_ROWS) for layer in layers)
+        choices = Choices(
+            products, attention, overlap, torch.zeros(max(1, counters), dtype=torch.int32, device=self.device)
+        )
+        for blocks in self._block_lists():
+            for i, block in enumerate(blocks):
+                blocks[i] = FusedBlock(block, choices)
+        for name in self._head_names():
+            setattr(self.model, name, FusedHead(getattr(self.model, name), choices))
 
     def _compile(self, module: nn.Module, backend: str) -> None:
         # NOTE: every scale and batch size is a shape, and a mask, of its own.
@@ -217,19 +253,26 @@ class Engine:
         self.scale_maps.derive()
         if isinstance(self.decoding, FusedDecoder):
             self.decoding.derive()
-        for block in self._blocks():
-            attention = block.attention
+        for attention in self._attentions():
             if attention.bound_H is None:
                 attention.bound_H = attention.logit_bound()
             attention.bound_H.copy_(attention.logit_bound())
 
-    def _blocks(self) -> list[nn.Module]:
+    def _block_lists(self) -> tuple[nn.ModuleList, ...]:
         model = self.model
-        groups = (model.trunk, model.next_scale_blocks, model.mask_blocks) if self.is_hmar else (model.blocks,)
-        return [block for group in groups for block in group]
+        return (model.trunk, model.next_scale_blocks, model.mask_blocks) if self.is_hmar else (model.blocks,)
+
+    def _blocks(self) -> list[nn.Module]:
+        return [block for blocks in self._block_lists() for block in blocks]
+
+    def _attentions(self) -> list[Attention]:
+        return [module for module in self.model.modules() if isinstance(module, Attention)]
+
+    def _head_names(self) -> tuple[str, ...]:
+        return ("next_scale_head", "mask_head") if self.is_hmar else ("head",)
 
     def _heads(self) -> list[nn.Module]:
-        return [self.model.next_scale_head, self.model.mask_head] if self.is_hmar else [self.model.head]
+        return [getattr(self.model, name) for name in self._head_names()]
 
     @property
     def is_hmar(self) -> bool:
@@ -614,48 +657,120 @@ class Program:
         self.images_BCHW = self.engine.decode(self.f_hat_BEhw)
 
 
+@dataclass(frozen=True)
+class Choices:
+    """How blocks and heads compute, see `Engine`; counters are those of `hmar_kernels.linear`."""
+
+    products: str
+    attention: str
+    overlap: bool
+    counters: Tensor
+
+
 class FusedLinear(nn.Module):
-    """A linear layer whose input is in its precision already, with what follows it in the same kernel.
+    """A linear layer with what surrounds it in the same kernel, where its rows are few."""
 
-    products: implementation of few rows, see `Engine`.
-    """
-
-    def __init__(self, layer: nn.Linear, products: str, gelu: bool = False):
+    def __init__(self, layer: nn.Linear, choices: Choices, gelu: bool = False):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.products, self.gelu = products, gelu
+        self.choices, self.gelu = choices, gelu
 
-    def forward(self, x_BLC: Tensor) -> Tensor:
-        few = x_BLC.shape[:-1].numel() <= FEW_ROWS
-        impl = "triton" if few and self.products == "triton" else "auto"
-        return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, impl=impl)
+    def takes(self, x_BLC: Tensor) -> bool:
+        """Whether so many rows are few."""
+        return self.choices.products == "triton" and x_BLC.shape[:-1].numel() <= FEW_ROWS
 
-
-class FusedAttention(Attention):
-    """Attention with such products."""
-
-    def __init__(self, attention: Attention, products: str):
-        nn.Module.__init__(self)
-        self.impl, self.bound_H = attention.impl, attention.bound_H
-        self.qkv, self.proj = FusedLinear(attention.qkv, products), FusedLinear(attention.proj, products)
-        self.q_bias_C, self.v_bias_C = attention.q_bias_C, attention.v_bias_C
-        self.log_scale_H = attention.log_scale_H
-
-    def project(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+    def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and this layer of its norm."""
+        if stream.branch_BLC is None and self.takes(stream.x_BLC):
+            return stream.x_BLC, self(stream.x_BLC, norm=(scale_B1C, shift_B1C))
         x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
-        return x_BLC, self.qkv(h_BLC)
+        return x_BLC, self(h_BLC)
+
+    def added(self, x_BLC: Tensor, gate_B1C: Tensor, h_BLC: Tensor) -> Residual:
+        """x + gate times this layer of h."""
+        if self.takes(x_BLC):
+            return Residual(self(h_BLC, residual=x_BLC, gate=gate_B1C))
+        return Residual(x_BLC, self(h_BLC), gate_B1C)
+
+    def forward(self, x_BLC: Tensor, **surroundings) -> Tensor:
+        options = {"gelu": self.gelu, **surroundings}
+        if self.takes(x_BLC):
+            options |= {"impl": "triton", "overlap": self.choices.overlap, "counters": self.choices.counters}
+        return linear(x_BLC, self.weight, self.bias, **options)
+
+
+class FusedBlock(nn.Module):
+    """A block of such layers, which reads and writes the residual stream in its products where rows are few."""
+
+    def __init__(self, block: Block, choices: Choices):
+        super().__init__()
+        self.modulation = block.modulation
+        self.attention, self.mlp = FusedAttention(block.attention, choices), FusedMLP(block.mlp, choices)
+
+    def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
+        gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
+        stream = self.attention(stream, gate_attn, scale_attn, shift_attn, mask, cache)
+        return self.mlp(stream, gate_mlp, scale_mlp, shift_mlp)
+
+
+class FusedAttention(nn.Module):
+    """Attention of the tokens of one scale, and of earlier ones where they are cached."""
+
+    def __init__(self, attention: Attention, choices: Choices):
+        super().__init__()
+        self.attention, self.choices = attention, choices
+        self.qkv, self.proj = FusedLinear(attention.qkv, choices), FusedLinear(attention.proj, choices)
+
+    def forward(
+        self,
+        stream: Residual,
+        gate_B1C: Tensor,
+        scale_B1C: Tensor,
+        shift_B1C: Tensor,
+        mask: SpanMask,
+        cache: LayerCache | None,
+    ) -> Residual:
+        x_BLC, qkv_BLM = self.qkv.normed(stream, scale_B1C, shift_B1C)
+        return self.proj.added(x_BLC, gate_B1C, self._attended(qkv_BLM, mask, cache))
+
+    def _attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerCache | None) -> Tensor:
+        module, (batch, length, _) = self.attention, qkv_BLM.shape
+        short = length <= FEW_KEYS or (length <= MAX_KEYS and batch * length <= FEW_ATTENDED_ROWS)
+        if cache is not None or not short or self.choices.attention == "separate":
+            return module.attended(qkv_BLM, mask, cache)
+        # NOTE: a pass has the tokens of one scale, which all see each other under either mask.
+        return qk_norm_attention(
+            qkv_BLM,
+            module.q_bias_C,
+            module.v_bias_C,
+            module.log_scale_H,
+            max_log_scale=module.MAX_LOG_SCALE,
+            impl="triton",
+            overlap=self.choices.overlap,
+        )
 
 
 class FusedMLP(nn.Module):
     """The MLP, with its GELU behind the first product and not a pass of its own."""
 
-    def __init__(self, mlp: MLP, products: str):
+    def __init__(self, mlp: MLP, choices: Choices):
         super().__init__()
-        self.fc1, self.fc2 = FusedLinear(mlp.fc1, products, gelu=True), FusedLinear(mlp.fc2, products)
+        self.fc1, self.fc2 = FusedLinear(mlp.fc1, choices, gelu=True), FusedLinear(mlp.fc2, choices)
 
-    def forward(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
-        x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
-        return x_BLC, self.fc2(self.fc1(h_BLC))
+    def forward(self, stream: Residual, gate_B1C: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Residual:
+        x_BLC, hidden_BLM = self.fc1.normed(stream, scale_B1C, shift_B1C)
+        return self.fc2.added(x_BLC, gate_B1C, hidden_BLM)
+
+
+class FusedHead(nn.Module):
+    """The head, with its norm in the same kernel where rows are few."""
+
+    def __init__(self, head: Head, choices: Choices):
+        super().__init__()
+        self.modulation, self.linear = head.modulation, FusedLinear(head.linear, choices)
+
+    def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
+        return self.linear.normed(stream, *self.modulation(F.silu(cond_BC))[:, None].chunk(2, dim=-1))[1]
 
 
 class Remembered(nn.Module):

@@ -239,6 +239,8 @@ class TokenEmbedding(nn.Module):
         self.position_LC = init_table(config, self.pyramid.length, config.width)
         scale_of_token = [k for k, size in enumerate(self.pyramid.sizes) for _ in range(size)]
         self.register_buffer("scale_of_token_L", torch.tensor(scale_of_token), persistent=False)
+        # Of the residual stream, which begins here; None for that of the sums below. The trainer's.
+        self.stream_dtype: torch.dtype | None = None
         for module in (self.classes, self.codes, self.scales):
             init_linear(module, config)
 
@@ -258,7 +260,8 @@ class TokenEmbedding(nn.Module):
             x_BLC = x_BLC + known_BLC
         if first == 0:
             x_BLC = torch.cat([cond_BC[:, None] + self.start_LC, x_BLC], dim=1)
-        return cond_BC, x_BLC + self.position_LC[span] + self.scales(self.scale_of_token_L[span])
+        x_BLC = x_BLC + self.position_LC[span] + self.scales(self.scale_of_token_L[span])
+        return cond_BC, x_BLC if self.stream_dtype is None else x_BLC.to(self.stream_dtype)
 
     def _check(self, class_B: Tensor, inputs_BLE: Tensor, first: int, span: slice) -> None:
         num_inputs = span.stop - (self.pyramid.sizes[0] if first == 0 else span.start)
@@ -275,7 +278,7 @@ class Residual(NamedTuple):
     """The tokens between blocks: x + gate branch, not added yet, because the next layer norm does that in one pass.
 
     Attributes:
-        x_BLC: the residual stream.
+        x_BLC: the residual stream, which keeps its dtype from block to block.
         branch_BLC, gate_B1C: what is added to it; None for nothing.
     """
 
@@ -384,7 +387,11 @@ class Attention(nn.Module):
     def forward(
         self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor, mask: SpanMask, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        x_BLC, qkv_BLM = self.project(stream, scale_B1C, shift_B1C)
+        x_BLC, qkv_BLM = stream.norm_linear(scale_B1C, shift_B1C, self.qkv.weight)
+        return x_BLC, self.proj(self.attended(qkv_BLM, mask, cache))
+
+    def attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Tensor:
+        """Attention of q, k and v side by side [B, L, 3 C], of all heads [B, L, C]."""
         q_BHLD, k_BHLD, v_BHLD = qk_norm(
             qkv_BLM, self.q_bias_C, self.v_bias_C, self.log_scale_H, max_log_scale=self.MAX_LOG_SCALE
         )
@@ -392,11 +399,7 @@ class Attention(nn.Module):
             k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
         bound_H = self.logit_bound() if self.bound_H is None else self.bound_H
         out_BHLD = masked_attention(q_BHLD, k_BHLD, v_BHLD, mask, scale=1.0, logit_bound=bound_H, impl=self.impl)
-        return x_BLC, self.proj(out_BHLD.transpose(1, 2).flatten(2))
-
-    def project(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream, and q, k and v of its norm side by side, [B, L, 3 C]."""
-        return stream.norm_linear(scale_B1C, shift_B1C, self.qkv.weight)
+        return out_BHLD.transpose(1, 2).flatten(2)
 
     def logit_bound(self) -> Tensor:
         """Of each head [H], float32: no product of q and k, of unit length and scaled, is larger."""

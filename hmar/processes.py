@@ -10,6 +10,7 @@ images.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -27,6 +28,12 @@ SECONDS_BETWEEN_LOOKS = 1.0
 # For a process that is about to say itself what is wrong, as all do when all meet the same error.
 SECONDS_OF_GRACE = 3.0
 LONGEST_WAIT = timedelta(days=14)  # of a process that has done its part for the others
+
+
+# NOTE: gloo's threads take the GIL to give up a tensor. DistributedDataParallel's reducer may be the last to hold the
+# group; if it ended the group, with the GIL held, right after a collective, it would wait for these threads forever.
+_ended_groups: list[dist.ProcessGroup] = []
+atexit.register(_ended_groups.clear)
 
 
 class ProcessFailedError(RuntimeError):
@@ -169,6 +176,7 @@ class Processes:
     def close(self) -> None:
         self._ended.set()
         if self._owns_group:
+            _ended_groups.append(dist.group.WORLD)
             dist.destroy_process_group()
             self._owns_group = False
 

@@ -129,6 +129,8 @@ class TrainConfig:
     batch_size     images of one optimisation step, over all processes
     accumulate     into how many micro-batches each process divides its share of them; the result does not depend on it
     precision      "auto" is bf16 autocast on CUDA and fp32 on the CPU; fp16 scales the loss dynamically
+    residual_precision  of the transformer's residual stream: "auto" is bf16 where precision is, and fp32 elsewhere.
+                   What is computed of it (norms, gates, sums) is float32 in any case
     attention      "auto" or one of hmar_kernels.IMPLEMENTATIONS
     compile        torch.compile: false, "blocks" (one graph for all blocks of a transformer: compiles in seconds) or
                    "model" (model and loss in one graph); true means "model"
@@ -160,6 +162,7 @@ class TrainConfig:
     next_scale_weights: str | None = None
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    residual_precision: Literal["auto", "fp32", "bf16"] = "auto"
     attention: str = "auto"
     compile: Literal[False, True, "blocks", "model"] = False
     activation_checkpointing: Literal["none", "mlp", "blocks"] = "none"

@@ -49,7 +49,7 @@ from hmar.data import (
 )
 from hmar.flops import training_flops, utilization
 from hmar.optimizer import AveragedWeights, LossScale, Optimizer, assign, finite, whole
-from hmar.parallelize import Parallel, checkpoint_activations, compile_objective
+from hmar.parallelize import Parallel, checkpoint_activations, compile_objective, narrow_residual_stream
 from hmar.processes import Processes, find_device
 from hmar.progress import Display, Logs, StopSignals
 from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown, with_steps
@@ -166,6 +166,8 @@ class Trainer:
         self.config = config = self.stage.config
         self.stage.module.train()
         self.flops = None if config.stage == "tokenizer" else training_flops(self.stage.module)
+        if narrows_residual_stream(config, dtype):
+            narrow_residual_stream(self.stage.objective, torch.bfloat16)
         checkpoint_activations(self.stage.objective, config.activation_checkpointing)
         compile_objective(self.stage.objective, config.compile)
         self.parallel = Parallel(self.stage.objective, config.parallel, config.shard_size, processes, dtype)
@@ -495,6 +497,17 @@ def find_precision(name: str, device: torch.device) -> torch.dtype | None:
 def find_training_precision(name: str, device: torch.device) -> torch.dtype | None:
     """`find_precision`, and "fp16", whose loss has to be scaled."""
     return torch.float16 if name == "fp16" else find_precision(name, device)
+
+
+def narrows_residual_stream(config: TrainConfig, dtype: torch.dtype | None) -> bool:
+    """Whether a run that computes in `dtype` has a bfloat16 residual stream; ValueError if it cannot but is to."""
+    possible = dtype == torch.bfloat16 and config.stage != "tokenizer"
+    if config.residual_precision == "bf16" and not possible:
+        raise ValueError(
+            f"residual_precision=bf16 is for transformers that compute in bf16, got stage={config.stage} "
+            f"precision={config.precision} on {config.device}: leave it out, or set precision=bf16"
+        )
+    return possible and config.residual_precision != "fp32"
 
 
 def check_division(config: TrainConfig, processes: Processes) -> None:

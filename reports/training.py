@@ -17,7 +17,7 @@ from .markdown import DASH, number, or_dash, percent, table
 from .results import TARGET_GPU, data_files
 from .style import FLOOR_LINE, look_of, rank_of, save
 
-KIND, VERSIONS = "training", (1,)
+KIND, VERSIONS = "training", (1, 2)
 COLUMNS = ["gpu", "commit", "model", "attention", "resolution", "depth", "batch", "ms", "peak_gb", "mfu"]
 CELL = ["gpu", "commit", "model", "attention", "resolution", "depth", "batch", "dtype"]
 # The dense mask with plain operators and without a compiler.
@@ -54,6 +54,8 @@ def load(folder: Path) -> dict[Path, pd.DataFrame]:
         if not content["results"]:
             continue
         rows = pd.DataFrame(content["results"])
+        if "residual" not in rows:  # version 1
+            rows["residual"] = "float32"
         for column in ("ms", "forward_ms", "step_ms", "optimizer_share", "peak_bytes", "step_peak_bytes", "mfu"):
             rows[column] = pd.to_numeric(rows[column]).astype("float64")
         rows["gpu"] = content["environment"]["gpu"]
@@ -71,6 +73,7 @@ def load(folder: Path) -> dict[Path, pd.DataFrame]:
                 "attention": rows["attention"].map(_attention_rank),
                 "operators": rows["operators"],
                 "compile": rows["compile"],
+                "residual": rows["residual"],
                 "activation_checkpointing": rows["activation_checkpointing"],
             }
         )
@@ -107,13 +110,14 @@ def markdown(rows: pd.DataFrame) -> str:
                 for column, target in zip(("ms", "peak_gb"), goal or (None, None), strict=True)
             )
             operators = {"auto": "fused", "reference": "plain"}[row["operators"]]
-            ways = [MODELS[row["model"]], _label(row), operators, row["compile"], row["activation_checkpointing"]]
+            ways = [MODELS[row["model"]], _label(row), operators, row["compile"], row["residual"]]
+            ways.append(row["activation_checkpointing"])
             if row["status"] != "ok":
                 lines.append([*ways, row["status"], *[DASH] * 5])
                 continue
             more = [number(row["forward_ms"]), gb, percent(row["optimizer_share"]), number(row["step_peak_gb"])]
             lines.append([*ways, ms, *more, percent(row["mfu"])])
-        ways = ["model", "attention", "operators", "compile", "recomputed"]
+        ways = ["model", "attention", "operators", "compile", "residual", "recomputed"]
         head = [*ways, "ms", "forward", "GB", "optimizer", "GB with it", "MFU"]
         parts.append(table(head, lines, left=range(len(ways))))
         reasons = of_cell[of_cell["status"] != "ok"]

@@ -226,6 +226,34 @@ def test_torch_compile_and_cuda_graph(impl):
     assert torch.equal(out, expected_out) and torch.equal(dq, expected_dq)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_launches_one_after_the_other_and_side_by_side(head_dim):
+    """Counters of items are left zero by each launch: streams have their own, the launches of one follow each other."""
+    masks = [pyramid_mask("block_causal", 256), pyramid_mask("block_diagonal", 512), SpanMask.full(70, 300)]
+    cases = [(draw_inputs(mask, 1, 2, head_dim, torch.bfloat16, "cuda", seed), mask) for seed, mask in enumerate(masks)]
+    skip_unless_available("hopper", *cases[0])
+
+    def run(inputs, mask):
+        q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+        out = attention(q, k, v, mask, impl="hopper", deterministic=True)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])
+
+    expected = [run(*case) for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(50_000_000)
+    found = []
+    for round_ in range(10):
+        for i, stream in enumerate(streams):
+            stream.wait_stream(torch.cuda.default_stream())
+            with torch.cuda.stream(stream):
+                case = (i + round_) % len(cases)
+                found.append((case, run(*cases[case])))
+    torch.cuda.synchronize()
+    for case, results in found:
+        assert all(torch.equal(actual, wanted) for actual, wanted in zip(results, expected[case], strict=True))
+
+
 # --- the backward in one pass ---------------------------------------------------------------------------------------
 
 # NOTE: poisoned_memory turns deterministic algorithms on, so that deterministic=False has to be said.

@@ -30,13 +30,16 @@ def test_a_run_measures_every_engine(written):
     assert (content["kind"], content["version"], content["complete"]) == ("generation", 1, True)
     assert list(written.parent.iterdir()) == [written]
     rows = content["results"]
-    assert [(r["model"], r["engine"], r["schedule"], r["batch"]) for r in rows] == [
-        (model, engine, schedule, batch)
-        for model, schedules in (("hmar", ("default", "none")), ("var", ("none",)))
-        for engine in ("eager", "optimised")
-        for schedule in schedules
-        for batch in (1, 2)
+    series = [
+        ("hmar", "optimised", "default"),
+        ("hmar", "eager", "default"),
+        ("hmar", "eager", "none"),
+        ("hmar", "optimised", "none"),
+        ("var", "eager", "none"),
+        ("var", "optimised", "none"),
     ]
+    found = [(r["model"], r["engine"], r["schedule"], r["batch"]) for r in rows]
+    assert found == [(*names, batch) for names in series for batch in (1, 2)]
     for row in rows:
         assert row["status"] == "ok" and row["commit"] == "abc" and row["rounds"] >= 5
         assert 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"]
@@ -76,9 +79,11 @@ def test_a_variant_is_recorded_and_has_a_file_of_its_own(tmp_path, monkeypatch, 
     monkeypatch.setattr(generation, "run_cell", run_cell)
     path = tmp_path / "variant.json"
     arguments = ["--device", "cpu", "--models", "var", "--engines", "optimised", "--output", str(path)]
-    variant = ["--decoder", "transposed", "--compile-decoder", "inductor", "--no-cudnn-benchmark"]
+    variant = ["--decoder", "transposed", "--attention", "separate", "--compile-decoder", "inductor"]
+    variant += ["--no-cudnn-benchmark", "--overlap"]
     assert generation.main([*arguments, *variant]) == 0
-    expected = {"decoder": "transposed", "compile_decoder": "inductor", "cudnn_benchmark": False}
+    expected = {"decoder": "transposed", "attention": "separate", "compile_decoder": "inductor"}
+    expected |= {"cudnn_benchmark": False, "overlap": True}
     assert given == [expected] and json.loads(path.read_text())["method"]["variant"] == expected
     with pytest.raises(SystemExit):
         generation.main([*arguments, "--continue"])

@@ -10,6 +10,7 @@ from bench import operators, tune_operators
 from bench.check import CheckFailed
 from bench.timing import Stopwatch
 from hmar.pyramid import Pyramid
+from hmar_kernels.gelu_linear import triton as gelu_kernels
 from hmar_kernels.linear_cross_entropy import triton as loss_kernels
 from hmar_kernels.modulated_norm import triton as norm_kernels
 from hmar_kernels.qk_norm import triton as qk_kernels
@@ -44,10 +45,10 @@ def test_shapes_are_those_of_the_targets():
 
 def test_work_of_an_operator():
     shape, elements = rivals.SHAPES[0], 32 * 680 * 1024
-    assert case_of("modulated_norm").bytes(shape) == {"forward": 6 * elements, "backward": 10 * elements}
-    assert case_of("residual_modulated_norm").bytes(shape) == {"forward": 12 * elements, "backward": 18 * elements}
+    assert case_of("modulated_norm").bytes(shape) == {"forward": 4 * elements, "backward": 6 * elements}
+    assert case_of("residual_modulated_norm").bytes(shape) == {"forward": 8 * elements, "backward": 12 * elements}
     weight = 4 * 4 * 1024 * 1024
-    forward, backward = 18 * elements + weight, 24 * elements + 2 * weight
+    forward, backward = 14 * elements + weight, 18 * elements + 2 * weight
     assert case_of("residual_norm_linear").bytes(shape) == {"forward": forward, "backward": backward}
     forward, backward = 10 * elements + weight, 18 * elements + 2 * weight
     assert case_of("gelu_linear").bytes(shape) == {"forward": forward, "backward": backward}
@@ -114,25 +115,33 @@ def test_what_an_implementation_raises_is_recorded():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU the kernels run under the interpreter")
 def test_tiles_are_tried_checked_and_put_back(tmp_path, capsys):
-    output, before = tmp_path / "tiles.json", (qk_kernels.TILE_ROWS, qk_kernels.BACKWARD_ROWS)
+    def in_use():
+        return qk_kernels.FORWARD_TILE, qk_kernels.BACKWARD_TILE, qk_kernels.BACKWARD_ROWS
+
+    output, before = tmp_path / "tiles.json", in_use()
     tune_operators.main(["--device", "cpu", "--tables", "qk_norm", "--rounds", "1", "--output", str(output)])
     content = json.loads(output.read_text())
     rows = content["results"]
-    assert (content["kind"], len(rows)) == ("operator_tiles", 4)
+    assert (content["kind"], len(rows)) == ("operator_tiles", 6)
     assert all(row["reason"] is None and row["ms"] > 0 for row in rows)
     assert [row["ms"] for row in rows] == sorted(row["ms"] for row in rows)
-    assert before == (qk_kernels.TILE_ROWS, qk_kernels.BACKWARD_ROWS)
-    assert capsys.readouterr().out.count("qk_norm") == 4
+    assert before == in_use()
+    assert capsys.readouterr().out.count("qk_norm") == 6
 
 
 @pytest.mark.parametrize("table", tune_operators.TABLES)
 def test_candidates_include_what_is_in_use(table):
     found = [name for name, _ in tune_operators.TABLES[table][1]()]
     assert len(found) == len(set(found)) >= 4
-    norm = norm_kernels.TILES[1024][table.endswith("backward")]
+    backward = table.endswith("backward")
+    norm = f"{norm_kernels.TILES[1024][backward]} programs {norm_kernels.PROGRAMS_PER_SM}"
+    qk = qk_kernels.BACKWARD_TILE if backward else qk_kernels.FORWARD_TILE
+    gelu = gelu_kernels
     in_use = {
-        "residual_modulated_norm": f"{norm} programs {norm_kernels.PROGRAMS_PER_SM}",
-        "qk_norm": f"rows {qk_kernels.TILE_ROWS} of {qk_kernels.BACKWARD_ROWS}",
+        "residual_modulated_norm": norm,
+        "residual_norm_linear": norm,
+        "gelu_linear": f"{gelu.TILE_ROWS} x {gelu.BLOCK_F}, {gelu.WARPS} warps, programs {gelu.PROGRAMS_PER_SM}",
+        "qk_norm": f"{qk} of {qk_kernels.BACKWARD_ROWS}",
         "linear_cross_entropy": f"{loss_kernels.CHUNK_BYTES >> 20} MB, {loss_kernels.WARPS} warps",
     }
     assert in_use[table.split()[0]] in found

@@ -20,15 +20,17 @@ from engine_cases import (
     plain,
     sampling_for,
 )
+from hmar import engine as engine_module
 from hmar.config import ModelConfig
-from hmar.decoder import FusedDecoder
+from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
 from hmar_kernels import triton_device
 from hmar_kernels.linear import triton as kernels
+from hmar_kernels.qk_norm_attention import triton as attention
 
-forward = kernels.forward
+forward, attend = kernels.forward, attention.forward
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +133,46 @@ def test_half_precision_is_that_of_autocast(kind):
     assert kept == {torch.bfloat16} and engine.decoder.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernel runs there")
-def test_products_of_few_rows_by_the_kernel_under_the_interpreter(monkeypatch):
-    """Which rows are few: up to 64, so that the largest scale of three images and their null class is not."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_few_rows_by_the_kernel_under_the_interpreter(kind, monkeypatch):
+    """Which rows are few: up to 64, so that the largest scale of three images and their null class is not. Norms and
+    residuals are in the products, and nothing is left for torch to add."""
     few = []
-    model, tokenizer, sampling = build("hmar"), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
-    engine = Engine(model, tokenizer, dtype=torch.float16, products="triton")
-    monkeypatch.setattr(kernels, "forward", lambda *arguments: few.append(len(arguments[0])) or forward(*arguments))
+    engine = Engine(model, tokenizer, dtype=torch.float16, products="triton", attention="fused")
+
+    def seen(x, weight, bias, scale, shift, residual, *others):
+        few.append((x.shape[0] * x.shape[1], scale is not None, residual is not None))
+        return forward(x, weight, bias, scale, shift, residual, *others)
+
+    monkeypatch.setattr(kernels, "forward", seen)
     actual = engine.generate(CLASSES, sampling)
-    assert torch.equal(actual.codes_BL, expected.codes_BL)
-    passes = {3, 2 * 3 * 4, 2 * 3 * 9, 3 * 4, 3 * 9}
-    assert passes <= set(few) and max(few) <= 64 and 2 * 3 * 25 not in few
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
+    assert torch.equal(actual.codes_BL[:, : PYRAMID.offsets[2]], expected.codes_BL[:, : PYRAMID.offsets[2]])
+    rows = Counter(rows for rows, _, _ in few)
+    passes = {2 * 3 if kind == "var" else 3: 1, 2 * 3 * 4: 1, 2 * 3 * 9: 1}
+    passes |= {3 * 4: 1, 3 * 9: 3} if kind == "hmar" else {}
+    assert passes.keys() <= rows.keys() and max(rows) <= 64 and 2 * 3 * 25 not in rows
+    kinds = Counter((norm, residual) for _, norm, residual in few)
+    assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * sum(passes.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+def test_short_images_are_attended_by_one_kernel(monkeypatch):
+    """Not those of VAR, which have earlier keys in a cache, and not too many rows of longer ones."""
+    shapes = []
+    monkeypatch.setattr(attention, "forward", lambda qkv, *rest: shapes.append(qkv.shape[:2]) or attend(qkv, *rest))
+    monkeypatch.setattr(engine_module, "FEW_KEYS", 8)
+    monkeypatch.setattr(engine_module, "FEW_ATTENDED_ROWS", 30)
+    for kind, seen in (("hmar", {(6, 1), (6, 4), (3, 4), (3, 9)}), ("var", set())):
+        model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, cfg_ramp="constant")
+        expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+        actual = Engine(model, tokenizer, dtype=torch.float16, attention="fused").generate(CLASSES, sampling)
+        assert {tuple(shape) for shape in shapes} == seen
+        assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
+        shapes.clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_engine_gpu.py runs the kernels")
@@ -179,9 +209,10 @@ def test_every_decoder_gives_the_same_images(hmar, tokenizer):
         assert_same(Engine(hmar, tokenizer, decoder=decoder).generate(CLASSES, sampling), expected)
 
 
-def test_the_decoder_of_a_dtype_is_fused(hmar, tokenizer):
+def test_the_decoder_of_a_dtype_is_fused_and_transposed(hmar, tokenizer):
     assert not isinstance(Engine(hmar, tokenizer).decoding, FusedDecoder)
-    assert isinstance(Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding, FusedDecoder)
+    decoding = Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding
+    assert isinstance(decoding, FusedDecoder) and isinstance(decoding.upsamples[0], TransposedUpsample)
 
 
 def test_cudnn_chooses_by_trying_only_while_the_engine_runs(hmar, tokenizer, monkeypatch):
@@ -369,6 +400,7 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, capture=True), "CUDA graphs need a CUDA device"),
         (lambda: Engine(hmar, tokenizer, max_programs=0), "at least one"),
         (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, triton"),
+        (lambda: Engine(hmar, tokenizer, attention="flash"), "expected one of separate, fused"),
         (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
         (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
         (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),

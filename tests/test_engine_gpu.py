@@ -1,13 +1,14 @@
 """The engine's CUDA graphs against the same steps one by one, to the bit, and their memory."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 
 from engine_cases import CLASSES, CONFIG, KINDS, PYRAMID, SAMPLINGS, build, build_tokenizer, holes, plain, sampling_for
 from hmar.config import PRESETS
-from hmar.engine import DECODERS, PRODUCTS, Engine
+from hmar.engine import ATTENTIONS, DECODERS, PRODUCTS, Engine
 from hmar.generate import SamplingConfig
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import Pyramid
@@ -87,16 +88,37 @@ def test_decoders_of_the_published_size(decoder, side):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_products_by_either_implementation(model, tokenizer, dtype):
+def test_products_and_attention_by_either_implementation(model, tokenizer, dtype):
     """Graphs equal steps, and codes of one image are those of cuBLAS's products but for what rounding turns."""
     sampling = replace(sampling_for(model, "default"), seed=3)
-    outputs = {}
-    for products in PRODUCTS:
-        engines = [Engine(model, tokenizer, dtype=dtype, products=products, capture=flag) for flag in (True, False)]
+    outputs = []
+    for choices in product(PRODUCTS, ATTENTIONS):
+        options = dict(zip(("products", "attention"), choices, strict=True), dtype=dtype)
+        engines = [Engine(model, tokenizer, capture=flag, **options) for flag in (True, False)]
         captured, stepwise = (engine.generate(CLASSES[:1], sampling) for engine in engines)
         assert_equal(captured, stepwise)
-        outputs[products] = captured.codes_BL
-    assert (outputs["cublas"] == outputs["triton"]).double().mean() > 0.5
+        outputs.append(captured.codes_BL)
+    assert all((codes_BL == outputs[0]).double().mean() > 0.5 for codes_BL in outputs)
+
+
+@pytest.mark.parametrize("kind", ["hmar", "var"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_overlapping_kernels_give_what_kernels_in_turn_give(kind, batch):
+    """d16 at 256 px, graphs of many images one after another, to the bit."""
+    torch.manual_seed(0)
+    tokenizer_config, config = PRESETS["d16-256"]
+    with torch.device("cuda"):
+        tokenizer = Tokenizer(tokenizer_config, config.pyramid).eval()
+        model = (HMAR(config) if kind == "hmar" else NextScaleTransformer(config, "block_causal")).eval()
+        torch.nn.init.normal_(tokenizer.quantizer.codebook.weight)
+        for name, parameter in model.named_parameters():
+            if name.endswith("head.linear.weight"):
+                parameter.data.mul_(50)
+    engines = [Engine(model, tokenizer, dtype=torch.bfloat16, overlap=flag) for flag in (True, False)]
+    for seed in range(8):
+        sampling = SamplingConfig(cfg=1.5, top_k=900, top_p=0.96, seed=seed)
+        classes = torch.arange(seed, seed + batch)
+        assert_equal(*(engine.generate(classes, sampling) for engine in engines))
 
 
 def test_programs_share_memory_and_stay_right_in_any_order(model, tokenizer):

@@ -14,6 +14,7 @@ from hmar.loss import (
     token_weights,
 )
 from hmar.model import DropPath, MaskedTransformer, NextScaleTransformer, Residual, run
+from hmar.parallelize import narrow_residual_stream
 from hmar_kernels import triton_device
 
 interpreted = pytest.mark.skipif(
@@ -128,8 +129,10 @@ def test_triton_generates_what_the_reference_does(triton_is_chosen, monkeypatch)
 
 @interpreted
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_bytes_that_a_block_keeps(compiled, triton_is_chosen):
-    """24 C a token: the residual stream 4, two branches 2 each, q, k, v and attention's result 8, the hidden layer 8.
+@pytest.mark.parametrize("stream_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_bytes_that_a_block_keeps(stream_dtype, compiled, triton_is_chosen):
+    """22 C a token, 24 C with a float32 stream: the residual stream 2 (4), two branches 2 each, q, k, v and
+    attention's result 8, the hidden layer 8.
 
     Of weights, rounded copies of the modulation's and of the projection behind attention. Vectors of images and numbers
     of tokens come on top; a second stream, a norm, GELU's result or another weight would be far above the limit.
@@ -138,6 +141,7 @@ def test_bytes_that_a_block_keeps(compiled, triton_is_chosen):
     config = replace(TINY, depth=3, width=96, sides=(1, 2, 4, 8))
     model = build(lambda config: NextScaleTransformer(config, attention="triton"), config).train()
     classes_B, inputs_BLE, _ = draw(config, batch=2)
+    narrow_residual_stream(model, stream_dtype)
     cond_BC, x_BLC = model.embedding(classes_B, inputs_BLE)
     if compiled:
         for block in model.blocks:
@@ -156,7 +160,7 @@ def test_bytes_that_a_block_keeps(compiled, triton_is_chosen):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model.blocks[-1](stream, cond_BC, model.masks[None])
     found = sum(storage.nbytes() for storage in kept.values())
-    expected = 24 * x_BLC.numel() + 2 * (6 + 1) * config.width**2
+    expected = (20 + stream_dtype.itemsize) * x_BLC.numel() + 2 * (6 + 1) * config.width**2
     assert expected <= found < 1.05 * expected
 
 
@@ -190,9 +194,15 @@ def test_dropped_branches_leave_the_stream_as_it_is(monkeypatch):
         assert not torch.equal(stream.x_BLC[1], x_BLC[1])
 
 
-def test_dtypes_under_autocast():
-    """The residual stream is float32, as embeddings are; branches, gates, scales and shifts are bfloat16."""
-    model = build(NextScaleTransformer)
+@pytest.mark.parametrize("shared", [False, True], ids=["modulation_of_each_block", "shared_modulation"])
+@pytest.mark.parametrize("stream_dtype", [None, torch.bfloat16], ids=["as_embedded", "bf16"])
+def test_dtypes_under_autocast(stream_dtype, shared):
+    """The residual stream is float32, as embeddings are, unless it is narrowed; branches are bfloat16, and so are
+    gates, scales and shifts but for those to which a float32 table is added."""
+    model = build(NextScaleTransformer, replace(TINY, shared_modulation=shared))
+    if stream_dtype is not None:
+        narrow_residual_stream(model, stream_dtype)
+    stream, modulation = stream_dtype or torch.float32, torch.float32 if shared else torch.bfloat16
     classes_B, inputs_BLE, codes_BL = draw()
     seen = []
 
@@ -209,7 +219,7 @@ def test_dtypes_under_autocast():
     for name, arguments, output in seen:
         if name == "Block":
             assert isinstance(output, Residual)
-            assert [x.dtype for x in output] == [torch.float32, torch.bfloat16, torch.bfloat16]
+            assert [x.dtype for x in output] == [stream, torch.bfloat16, modulation]
         else:
-            assert [x.dtype for x in arguments[1:3]] == [torch.bfloat16, torch.bfloat16]
-            assert [x.dtype for x in output] == [torch.float32, torch.bfloat16]
+            assert [x.dtype for x in arguments[1:3]] == [modulation, modulation]
+            assert [x.dtype for x in output] == [stream, torch.bfloat16]

@@ -15,33 +15,61 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hmar_kernels.group_norm import triton as group_norm
 from hmar_kernels.linear import triton as linear
+from hmar_kernels.qk_norm_attention import triton as attention
 
-FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr")
-VARYING = ("num_rows", "num_positions", "num_chunks", "chunk_size", "channels_per_group")
+FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "residual_ptr", "partials_ptr", "log_scale_ptr")
+SCALARS = ("eps", "max_log_scale")
+VARYING = ("num_rows", "length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", *SCALARS)
+arch, dtype = int(sys.argv[1]), sys.argv[2]
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+overlap = arch >= 90
 jobs = {}
-for rows, tile in linear.TILES.items():
-    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.stages}
-    jobs[f"linear {rows}"] = linear._linear_kernel, constants | {"HAS_BIAS": True, "GELU": True}, 4
+for rows in linear.TILES:
+    for C in (1024, 1920):
+        for layer, N, K in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
+            tile = linear.select_tile(rows, N * C, K * C)
+            norm = tile.norms and tile.splits == 1 and layer in ("qkv", "fc1")
+            split_k = tile.block_k * triton.cdiv(K * C, tile.splits * tile.block_k)
+            residual = layer in ("proj", "fc2")
+            constants = {"N": N * C, "K": K * C, "HAS_BIAS": layer != "qkv", "NORM": norm, "GELU": layer == "fc1"}
+            constants |= {"RESIDUAL": residual, "OVERLAP": overlap, "SPLIT_K": split_k, "LINE": 64}
+            constants |= {"EVEN": split_k * tile.splits == K * C, "GROUPS": tile.groups, "SPLITS": tile.splits}
+            constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+            floats = ["x_ptr"] * norm + ["y_ptr"] * residual
+            name = f"linear {rows} {C} {layer}"
+            jobs[name] = linear._linear_kernel, constants | {"STAGES": tile.stages}, tile.warps, floats
+norm = {"K": 1920, "BLOCK_K": 2048, "OVERLAP": overlap}
+jobs["norm"] = linear._norm_kernel, norm, linear.NORM_WARPS, ["x_ptr"]
+for length in attention.TILES:
+    for head_dim in (64, 128):
+        block_l, tile = attention.select_tile(length, head_dim)
+        constants = {"H": 16, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_L": block_l, "BLOCK_Q": tile.block_q}
+        constants["OVERLAP"] = overlap
+        jobs[f"attention {length} {head_dim}"] = attention._attention_kernel, constants, tile.warps, []
 for residual in (False, True):
-    constants = {"RESIDUAL": residual, "HAS_SHIFT": residual, "ROWS": group_norm.ROWS, "BLOCK_C": 32}
-    jobs[f"statistics {residual}"] = group_norm._statistics_kernel, constants, 4
-jobs["factors"] = group_norm._factors_kernel, {"HAS_SHIFT": True, "BLOCK_K": 128, "BLOCK_J": 8}, 4
-jobs["apply"] = group_norm._apply_kernel, {"SILU": True, "BLOCK": group_norm.ELEMENTS}, 8
+    for block_c in (32, 128):
+        constants = {"RESIDUAL": residual, "HAS_SHIFT": residual, "ROWS": group_norm.TILE // block_c}
+        constants |= {"BLOCK_C": block_c, "STAGES": group_norm.STAGES}
+        jobs[f"statistics {residual} {block_c}"] = group_norm._statistics_kernel, constants, group_norm.WARPS, []
+jobs["factors"] = group_norm._factors_kernel, {"HAS_SHIFT": True, "BLOCK_K": 128, "BLOCK_J": 8}, 4, []
+jobs["apply"] = group_norm._apply_kernel, {"SILU": True, "BLOCK": group_norm.ELEMENTS, "C": 160}, 8, []
 report = {}
-for name, (kernel, constants, warps) in jobs.items():
+for name, (kernel, constants, warps, floats) in jobs.items():
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument], constexprs[i,] = "constexpr", constants[argument]
             continue
-        pointer = "*fp32" if argument in FLOATS else "*" + sys.argv[2]
-        signature[argument] = pointer if argument.endswith("_ptr") else "fp32" if argument == "eps" else "i32"
-        if argument != "eps" and argument not in VARYING:
+        if argument.endswith("_ptr"):
+            kind = "fp32" if argument in (*FLOATS, *floats) else "i32" if argument == "counters_ptr" else dtype
+            signature[argument] = "*" + kind
+        else:
+            signature[argument] = "fp32" if argument in SCALARS else "i32"
+        if argument not in VARYING:
             attributes[i,] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
-        target=GPUTarget("cuda", int(sys.argv[1]), 32),
+        target=GPUTarget("cuda", arch, 32),
         options={"num_warps": warps},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -49,8 +77,16 @@ for name, (kernel, constants, warps) in jobs.items():
         cubin.flush()
         command = [cuobjdump, "--dump-resource-usage", cubin.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    stack, copies = int(re.search(r"STACK:(\\d+)", usage)[1]), compiled.asm["ptx"].count("cp.async.c")
-    report[name] = {"shared": compiled.metadata.shared, "stack": stack, "copies": copies}
+    before, waits, after = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    report[name] = {
+        "shared": compiled.metadata.shared,
+        "stack": int(re.search(r"STACK:(\\d+)", usage)[1]),
+        "copies": compiled.asm["ptx"].count("cp.async.c"),
+        "waits": bool(waits) + after.count("griddepcontrol.wait"),
+        "ahead": before.count("ld.global") + before.count("prefetch.global"),
+        "written_ahead": len(re.findall(r"\\b(st\\.global|red|atom)\\.", before)) if waits else 0,
+        "steps": -(-constants["SPLIT_K"] // constants["BLOCK_K"]) if "SPLIT_K" in constants else None,
+    }
 print(json.dumps(report))
 """
 
@@ -64,7 +100,13 @@ def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
-    assert len(report) == 7
+    assert len(report) == 3 * 2 * 4 + 1 + 2 * 5 + 6
     for name, usage in report.items():
-        assert usage["shared"] <= shared and usage["stack"] == 0, name
-        assert not name.startswith("linear") or usage["copies"] > 0, f"{name}: loads run ahead"
+        assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
+        assert usage["steps"] in (None, 1) or usage["copies"] > 0, f"{name}: loads run ahead"
+        assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"
+        overlapping = arch >= 90 and name.startswith(("linear", "norm", "attention"))
+        assert usage["waits"] == overlapping and usage["written_ahead"] == 0, f"{name}: all programs wait, then write"
+        assert not (overlapping and name.startswith("linear")) or usage["ahead"] > 0, (
+            f"{name}: the weight is on its way"
+        )

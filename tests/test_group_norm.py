@@ -156,9 +156,10 @@ def test_compiled_and_chosen_on_a_gpu():
 
 def test_chunks_are_few_enough_to_combine():
     assert [kernels.chunk_size(side * side) for side in (16, 256, 512, 1024)] == [512, 512, 2048, 8192]
+    assert [kernels.chunk_size(256 * 256, images * 5) for images in (1, 16, 1000)] == [512, 2688, 4096]
     for positions in (1, 511, 65537, 100_001, 1 << 22):
         size = kernels.chunk_size(positions)
-        assert size % kernels.ROWS == 0 and -(-positions // size) <= kernels.MAX_CHUNKS
+        assert size % kernels.ROUNDED == 0 and -(-positions // size) <= kernels.MAX_CHUNKS
 
 
 def test_channel_blocks_divide_the_published_channels():

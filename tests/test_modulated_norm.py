@@ -176,7 +176,7 @@ def test_custom_ops_pass_opcheck():
     inputs = norm_inputs(2, 3, 8, x_dtype=FP32, dtype=FP32)
     x, branch, gate, scale, shift = (t.detach().requires_grad_() for t in arguments(inputs))
     torch.library.opcheck(api._norm.overload, (x, scale, shift, 1e-6, FP32))
-    arguments_ = (x, branch, gate, inputs["keep"], scale, shift, 1e-6, FP32, FP16)
+    arguments_ = (x, branch, gate, inputs["keep"], scale, shift, 1e-6, FP16)
     torch.library.opcheck(api._residual_norm.overload, arguments_)
 
 

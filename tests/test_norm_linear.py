@@ -116,7 +116,7 @@ def test_custom_ops_pass_opcheck():
     torch.library.opcheck(api._norm_linear.overload, (x, scale, shift, weight, 1e-6, FP32))
     for keep_x in (False, True):
         torch.library.opcheck(
-            api._residual_norm_linear.overload, (x, branch, gate, scale, shift, weight, 1e-6, FP32, FP16, keep_x)
+            api._residual_norm_linear.overload, (x, branch, gate, scale, shift, weight, 1e-6, FP16, keep_x)
         )
 
 

@@ -102,6 +102,7 @@ def test_host_constants_are_those_of_the_sources(real_compiler):
         f"static_assert(kGroupRows == {hopper_launch.GROUP_ROWS} && kPanelColumns == {hopper_launch.PANEL_COLUMNS});\n"
         f"static_assert(alignof(TensorMap) == {hopper_launch.TENSOR_MAP_ALIGNMENT} && sizeof(RowStatistics) == 8);\n"
         f"static_assert(kChunkQueries == {hopper_launch.CHUNK_QUERIES} && sizeof(HeadProgress) == 8);\n"
+        f"static_assert(kNumQueues == {hopper_launch.NUM_QUEUES});\n"
         "static_assert(int(DType::kFloat16) == 0 && int(DType::kBFloat16) == 1);\n"
         "static_assert(sizeof(uint8_t) == 1 && sizeof(uint16_t) == 2 && sizeof(uint32_t) == 4);\n"
         "static_assert(sizeof(int32_t) == 4 && sizeof(int64_t) == 8 && sizeof(uint64_t) == 8);\n"
@@ -369,6 +370,8 @@ def kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=42))
     properties = SimpleNamespace(multi_processor_count=kernels._cuda.num_sms(None))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(hopper, "_queues", {})
     return kernels
 
 
@@ -404,12 +407,17 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
 
     of_forward = plans["forward"].jobs, numbers["forward"]
     out, lse_log2 = hopper.forward(q, k, v, starts, ends, *of_forward, 0.5, 40.0, bounds)
-    (zero, launch), driver.calls = driver.calls, []
+    (launch,), driver.calls = driver.calls, []
     kind, blocks, threads, shared_bytes, stream, params = launch
     items = plans["forward"].num_jobs * batch * heads
     assert (kind, threads, shared_bytes, stream) == ("forward", 384, 99328, 42)
     assert blocks == min(items, 5 * tiles.forward.blocks_per_sm)
-    assert zero == ("zero", lse_log2.data_ptr() + 4 * lse_log2.numel(), 4, 42) and params.work.next_item == zero[1]
+    (((of_device, of_stream), queue),) = hopper._queues.items()
+    assert (of_device, of_stream, queue.tolist()) == (
+        q.device,
+        42,
+        [0, 0],
+    ) and params.work.next_item == queue.data_ptr()
     maps = {"q": q, "k": k, "v": v}
     for name, x in maps.items():
         assert getattr(params, name).opaque[0] == x.data_ptr()
@@ -431,13 +439,13 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
     d_out, d_lse_log2 = torch.zeros_like(out), torch.zeros_like(lse_log2)
     rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
     dq, dk, dv = hopper.backward(d_out, d_lse_log2, q, k, v, out, lse_log2, *rest)
-    zero_dq, launch_dq, zero_dkdv, launch_dkdv = driver.calls
+    launch_dq, launch_dkdv = driver.calls
     params, later = launch_dq[-1], launch_dkdv[-1]
-    assert (launch_dq[0], launch_dkdv[0]) == ("dq", "dkdv") and zero_dkdv[1] == zero_dq[1] + 4
-    assert (params.work.next_item, later.work.next_item) == (zero_dq[1], zero_dkdv[1])
+    assert (launch_dq[0], launch_dkdv[0]) == ("dq", "dkdv")
+    assert params.work.next_item == later.work.next_item == queue.data_ptr() and len(hopper._queues) == 1
     assert (params.work.jobs, later.work.jobs) == (plans["dq"].jobs.data_ptr(), plans["dkdv"].jobs.data_ptr())
     assert (params.lse_log2, params.d_lse_log2) == (lse_log2.data_ptr(), d_lse_log2.data_ptr())
-    assert later.lse_log2 == lse_log2.data_ptr() and params.delta == later.delta == zero_dq[1] - 4 * lse_log2.numel()
+    assert later.lse_log2 == lse_log2.data_ptr() and params.delta == later.delta
     assert (params.dq, later.dk, later.dv) == (dq.data_ptr(), dk.data_ptr(), dv.data_ptr())
     for x, y in ((dq, params.dq_strides), (dk, later.dk_strides), (dv, later.dv_strides)):
         assert (y.batch, y.head, y.row) == x.stride()[:3]
@@ -449,6 +457,26 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
 
     hopper.forward(q, k, v, starts, ends, *of_forward, 0.5)
     assert len(driver.loads) == 3 and capfd.readouterr().err.count("compiles") == 3
+
+
+def test_captured_launches_have_counters_of_their_own(kernels, monkeypatch):
+    """A graph may run beside anything else: it sets to zero what no other launch counts with."""
+    mask, driver = SpanMask.block_causal([40, 100]), kernels._cuda
+    tiles = hopper.select_tiles(64, mask)
+    plans, numbers = hopper.make_plans(mask, tiles, "cpu"), hopper.tile_numbers(64, tiles)
+    starts, ends = mask.intervals("cpu")
+    q, k, v = torch.zeros(3, 1, 2, 140, 64, dtype=torch.bfloat16).unbind(0)
+    out, lse_log2 = hopper.forward(q, k, v, starts, ends, plans["forward"].jobs, numbers["forward"], 0.5)
+    ((*_, plain),) = driver.calls
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    driver.calls = []
+    hopper.forward(q, k, v, starts, ends, plans["forward"].jobs, numbers["forward"], 0.5)
+    rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
+    hopper.backward(torch.zeros_like(out), None, q, k, v, out, lse_log2, *rest)
+    assert [call[0] for call in driver.calls] == ["zero", "forward", "zero", "dq", "zero", "dkdv"]
+    for zero, (*_, params) in zip(driver.calls[::2], driver.calls[1::2], strict=True):
+        assert zero == ("zero", params.work.next_item, 8, 42) and params.work.next_item != plain.work.next_item
+    assert len(hopper._queues) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=DTYPES)
@@ -490,12 +518,15 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_d
     assert (work.key_start, work.key_end, work.jobs) == (starts.data_ptr(), ends.data_ptr(), plan.jobs.data_ptr())
     assert (work.num_jobs, work.num_items, work.num_heads) == (plan.num_jobs, items, heads)
     assert (work.num_queries, work.scale) == (length, 0.5) and 1 <= work.tail_heads <= slots
-    assert (params.num_slots, params.num_chunks) == (slots, 6)
+    assert (params.num_slots, params.num_chunks, params.num_batch_heads) == (slots, 11, batch * heads)
+    first_items = min(driver.num_sms(0) * tile.blocks_per_sm, items)
+    assert params.num_first_heads == min(slots, len({item // plan.num_jobs for item in range(first_items)}))
 
-    # Counters of items, of chunks and two a head, all zeroed; then the sums, then the statistics.
-    num_zeroed = 4 * (2 + 2 * batch * heads)
+    # Counters of items and of chunks, and two a head, all zeroed; then the sums, then the statistics.
+    num_zeroed = 4 * (hopper_launch.NUM_QUEUES + 2 * batch * heads)
     assert zero == ("zero", work.next_item, num_zeroed, 42)
-    assert (params.next_chunk, params.progress) == (work.next_item + 4, work.next_item + 8)
+    queues = params.next_chunk, params.next_first_chunk, params.progress
+    assert queues == (work.next_item + 4, work.next_item + 8, work.next_item + 16)
     assert params.dq_sums % 16 == 0 and params.statistics % 8 == 0
     (storage,) = (x for x in made if x.dtype == torch.float32)
     parts = [

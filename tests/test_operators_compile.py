@@ -38,7 +38,7 @@ for module, name, pointers, constants, warps in jobs:
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "enable_fp_fusion": not module.startswith("modulated_norm")},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -106,11 +106,13 @@ def jobs_of_qk_norm():
     vectors = dict.fromkeys(("q_bias_ptr", "v_bias_ptr", "log_scale_ptr", "norms_ptr", "partials_ptr"), "fp32")
     for head_dim, dtype in ((64, "bf16"), (64, "fp32"), (128, "fp16")):
         constants = {"H": 16, "D": head_dim, "BLOCK_D": head_dim}
-        rows = triton._tile_rows(head_dim)
         pointers = vectors | {"default": dtype}
-        yield "qk_norm.triton", "_forward_kernel", pointers, constants | {"ROWS": rows}, 4
-        backward = constants | {"TILE_ROWS": rows, "ROWS": triton.BACKWARD_ROWS}
-        yield "qk_norm.triton", "_backward_kernel", pointers, backward, 4
+        tile = triton.FORWARD_TILE
+        forward = constants | {"ROWS": triton.tile_rows(tile, head_dim)}
+        yield "qk_norm.triton", "_forward_kernel", pointers, forward, tile.warps
+        tile = triton.BACKWARD_TILE
+        backward = constants | {"TILE_ROWS": triton.tile_rows(tile, head_dim), "STAGES": tile.stages}
+        yield "qk_norm.triton", "_backward_kernel", pointers, backward, tile.warps
 
 
 def jobs_of_linear_cross_entropy():
@@ -136,6 +138,9 @@ def jobs_of_partial_sums():
 
     tiles = {"PARTIALS_TILE": triton_device.PARTIALS_TILE, "COLUMNS_TILE": triton_device.COLUMNS_TILE}
     yield "triton_device", "_sum_kernel", {"default": "fp32", "out_ptr": "bf16"}, tiles, 4
+    tiles = {"SUM_ROWS": triton_device.SUM_ROWS, "SUM_COLUMNS": triton_device.SUM_COLUMNS, "N": 1536}
+    pointers = {"default": "bf16", "partials_ptr": "fp32"}
+    yield "triton_device", "_column_sums_kernel", pointers, tiles, triton_device.SUM_WARPS
 
 
 @pytest.mark.parametrize("arch", [80, 90])

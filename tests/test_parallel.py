@@ -1,5 +1,6 @@
 """Runs that several processes share, over gloo on the CPU: the same curve, any number of processes, one end for all."""
 
+import faulthandler
 import math
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ def _work(rank, size, port, config, options, after_step, backend, answers):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     sys.stderr = open(f"{config.output_dir}-{rank}.stderr", "w")  # noqa: SIM115 - for as long as the process lives
+    faulthandler.register(signal.SIGUSR1, sys.stderr)
     if after_step:
         advance = Trainer._advance
 
@@ -129,8 +131,10 @@ def start():
             worker.join(max(0, deadline - time.monotonic()))
         hanging = [worker for worker in workers if worker.is_alive()]
         for worker in hanging:
+            os.kill(worker.pid, signal.SIGUSR1)
+            time.sleep(1)
             worker.kill()
-        assert not hanging
+        assert not hanging, "".join(Path(f"{config.output_dir}-{rank}.stderr").read_text() for rank in range(size))
         found = dict.fromkeys(range(size))
         while not answers.empty():
             rank, answer = answers.get()

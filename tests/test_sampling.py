@@ -229,6 +229,20 @@ def test_kernel_with_the_published_vocabulary_and_any_strides():
 
 
 @interpreted
+@pytest.mark.parametrize("top_k, top_p", [(5, 0.0), (0, 0.9), (20, 0.7)])
+def test_kernel_with_logits_of_any_size(top_k, top_p):
+    """From the smallest floats to the largest, neighbours that differ in the last bit, and one far above the others."""
+    generator = torch.Generator().manual_seed(2)
+    signs = torch.randint(2, (1, 1, 40), generator=generator) * 2.0 - 1
+    wide = signs * 10 ** (76 * torch.rand(1, 1, 40, generator=generator) - 38)
+    near = torch.nextafter(torch.ones(1, 1, 40), 2 * signs)
+    alone = torch.cat([1e-3 * wide.sign() + near, torch.full((1, 1, 1), 1e30)], dim=-1)
+    for logits in (wide, near, alone, -alone):
+        options = {"top_k": top_k, "top_p": top_p}
+        assert_same_draws(draw(logits, impl="triton", **options), draw(logits, **options))
+
+
+@interpreted
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.51, 0.99])
 def test_kernel_keeps_the_same_ties(top_p):
     """Equal codes, of which top-p cuts through the middle: every code that may be drawn is, and no other."""

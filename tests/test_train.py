@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -536,6 +537,34 @@ def test_precision_reaches_the_model(tmp_path, runs):
     bf16, fp32 = weights(tmp_path / "bf16"), weights(tmp_path / "fp32")
     assert {tensor.dtype for tensor in bf16.values() if tensor.is_floating_point()} == {torch.float32}
     assert not torch.equal(bf16["head.linear.weight"], fp32["head.linear.weight"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "residual", "expected"),
+    [
+        ("bf16", "auto", torch.bfloat16),
+        ("bf16", "fp32", None),
+        ("fp16", "auto", None),
+        ("auto", "auto", None),
+    ],
+)
+def test_precision_of_the_residual_stream(precision, residual, expected, tmp_path, runs):
+    config = configure("masked", tmp_path, f"precision={precision}", f"residual_precision={residual}", runs=runs)
+    trainer = Trainer(config, resume=False, overwrite=False, console=Console(quiet=True))
+    assert trainer.stage.module.embedding.stream_dtype == expected
+    with pytest.raises(ValueError, match="bf16 is for transformers that compute in bf16, got stage=var precision=auto"):
+        run(configure("var", tmp_path, "residual_precision=bf16", runs=runs))
+
+
+@pytest.mark.parametrize("stage", CODE_STAGES)
+def test_a_narrow_residual_stream_rounds_and_no_more(stage, tmp_path, runs):
+    """The first loss, before any weight has changed, is that of a float32 stream but for the rounding of bfloat16."""
+    losses = []
+    for residual in ("bf16", "fp32"):
+        folder = tmp_path / residual
+        run(configure(stage, folder, "precision=bf16", f"residual_precision={residual}", "log_every=1", runs=runs))
+        losses.append([row["loss"] for row in read_metrics(folder / "metrics.jsonl")])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
 def test_labels_and_paths_are_dropped_with_their_probability(tmp_path, runs):

@@ -2,8 +2,8 @@
 
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
-behind, keeping less for the backward; linear: for generation, where rows are few; sampling: from logits to codes;
-group_norm: for the decoder. Each in `api.py` of its folder.
+behind, keeping less for the backward; linear, qk_norm_attention: for generation, where rows are few; sampling: from
+logits to codes; group_norm: for the decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
@@ -15,6 +15,7 @@ from .mask import SpanMask
 from .modulated_norm import modulated_norm, residual_modulated_norm
 from .norm_linear import norm_linear, residual_norm_linear
 from .qk_norm import qk_norm
+from .qk_norm_attention import qk_norm_attention
 from .sampling import SampledCodes, sample_codes
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "modulated_norm",
     "norm_linear",
     "qk_norm",
+    "qk_norm_attention",
     "residual_group_norm",
     "residual_modulated_norm",
     "residual_norm_linear",

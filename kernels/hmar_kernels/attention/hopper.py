@@ -15,7 +15,7 @@ import torch
 
 from ..mask import SpanMask
 from . import cuda
-from .hopper_launch import HopperKernels
+from .hopper_launch import NUM_QUEUES, HopperKernels
 from .plan import JobPlan, key_jobs, query_jobs
 from .triton import empty_rows_like
 
@@ -194,15 +194,14 @@ def forward(
             )
     b, h, num_queries, _ = q.shape
     out = empty_rows_like(q)
-    rows = b * h * num_queries
-    storage = torch.empty(rows + 1, dtype=torch.float32, device=q.device)  # and the counter of items
-    lse_log2 = storage[:rows].view(b, h, num_queries)
+    lse_log2 = torch.empty(b, h, num_queries, dtype=torch.float32, device=q.device)
     if k.shape[2] == 0:
         return out.zero_(), lse_log2.fill_(math.inf)
+    queue = _queue(q)
     _kernels.hopper_forward(
         tile,
         _shape(q, k, key_start, key_end, scale),
-        _plan("forward", tile, jobs, q, storage.data_ptr() + 4 * rows),
+        _plan("forward", tile, jobs, q, *queue),
         *(_view(x) for x in (q, k, v, out)),
         lse_log2.data_ptr(),
         0 if head_bounds is None else head_bounds.data_ptr(),
@@ -255,14 +254,14 @@ def backward(
     if dq_jobs is None:
         b, h, num_queries, d = q.shape
         slots = num_slots(len(key_jobs), b * h, torch.cuda.get_device_properties(q.device).multi_processor_count)
-        num_counters = math.ceil((2 + 2 * b * h) / 4) * 4
+        num_counters = math.ceil((NUM_QUEUES + 2 * b * h) / 4) * 4
         num_sums = slots * num_queries * d
         storage = torch.empty(num_counters + num_sums + 2 * slots * num_queries, dtype=torch.float32, device=q.device)
         sums = storage.data_ptr() + 4 * num_counters
         _kernels.hopper_backward(
             tiles[0],
             shape,
-            _plan("backward", tiles[0], key_jobs, q, storage.data_ptr(), slots, ONE_PASS_TAIL_JOBS),
+            _plan("backward", tiles[0], key_jobs, q, storage, True, slots, ONE_PASS_TAIL_JOBS),
             *(q_view, k_view, v_view, out_view, d_out_view),
             *lse_addresses,
             *(_view(x) for x in (dq, dk, dv)),
@@ -270,12 +269,11 @@ def backward(
             *where,
         )
         return dq, dk, dv
-    delta = torch.empty(lse_log2.numel() + 2, dtype=torch.float32, device=q.device)  # and two counters of items
-    counters = delta.data_ptr() + 4 * lse_log2.numel()
+    delta, queue = torch.empty_like(lse_log2), _queue(q)
     _kernels.hopper_dq(
         tiles[0],
         shape,
-        _plan("dq", tiles[0], dq_jobs, q, counters),
+        _plan("dq", tiles[0], dq_jobs, q, *queue),
         *(q_view, k_view, v_view, out_view, d_out_view),
         *lse_addresses,
         _view(dq),
@@ -285,7 +283,7 @@ def backward(
     _kernels.hopper_dkdv(
         tiles[1],
         shape,
-        _plan("dkdv", tiles[1], key_jobs, q, counters + 4),
+        _plan("dkdv", tiles[1], key_jobs, q, *queue),
         *(q_view, k_view, v_view, d_out_view),
         *(lse_log2.data_ptr(), delta.data_ptr()),
         *(_view(dk), _view(dv)),
@@ -305,14 +303,33 @@ def _plan(
     tile: int,
     jobs: torch.Tensor,
     q: torch.Tensor,
-    counter: int,
+    counters: torch.Tensor,
+    set_zero: bool,
     most_heads: int | None = None,
     tail_jobs: int = TAIL_JOBS,
-) -> tuple[int, int, int, int]:
+) -> tuple[int, int, int, int, bool]:
     *_, blocks_per_sm = getattr(_kernels, f"hopper_{name}_tiles")[tile]
     num_heads = q.shape[0] * q.shape[1] if most_heads is None else most_heads
     num_blocks = blocks_per_sm * torch.cuda.get_device_properties(q.device).multi_processor_count
-    return jobs.data_ptr(), len(jobs), tail_heads(len(jobs), num_heads, num_blocks, tail_jobs), counter
+    tail = tail_heads(len(jobs), num_heads, num_blocks, tail_jobs)
+    return jobs.data_ptr(), len(jobs), tail, counters.data_ptr(), set_zero
+
+
+_queues: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _queue(q: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """A launch's two counters of items, to be held until it is queued, and whether it must set them to zero.
+
+    Launches on a stream follow each other and leave their counters zero, so each stream has one pair for all of them.
+    Graphs may run at the same time on any stream: each captured launch has a pair of its own.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty(2, dtype=torch.int32, device=q.device), True
+    key = q.device, torch.cuda.current_stream(q.device).cuda_stream
+    if key not in _queues:
+        _queues[key] = torch.zeros(2, dtype=torch.int32, device=q.device)
+    return _queues[key], False
 
 
 def _view(x: torch.Tensor) -> tuple[int, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -76,8 +77,9 @@ class HopperBackwardParams(Structure):
         *(("out", c_void_p), ("d_out_rows", c_void_p), ("out_strides", Strides), ("d_out_strides", Strides)),
         *((name, c_void_p) for name in ("lse_log2", "d_lse_log2", "dq", "dk", "dv")),
         *((name, Strides) for name in ("dq_strides", "dk_strides", "dv_strides")),
-        *((name, c_void_p) for name in ("dq_sums", "statistics", "progress", "next_chunk")),
-        *(("num_slots", c_int32), ("num_chunks", c_int32), ("work", HopperWork)),
+        *((name, c_void_p) for name in ("dq_sums", "statistics", "progress", "next_chunk", "next_first_chunk")),
+        *((name, c_int32) for name in ("num_slots", "num_chunks", "num_first_heads", "num_batch_heads")),
+        ("work", HopperWork),
     )
 
 
@@ -121,7 +123,7 @@ PASSES = {
         HopperBackwardParams,
     ),
 }
-CHUNK_QUERIES = 64  # csrc/hopper_params.h, kChunkQueries
+CHUNK_QUERIES, NUM_QUEUES = 32, 4  # csrc/hopper_params.h, kChunkQueries and kNumQueues
 
 
 def make_source(kind: str, tile: Sequence[int], bfloat16: bool, folder: Path) -> nvrtc.Source:
@@ -311,16 +313,19 @@ class HopperKernels:
         params.dk, params.dk_strides = dk[0], Strides(*dk[1])
         params.dv, params.dv_strides = dv[0], Strides(*dv[1])
         params.dq_sums, params.statistics, params.num_slots = sums, statistics, num_slots
-        params.next_chunk, params.progress = plan[3] + 4, plan[3] + 8
-        params.num_chunks = -(-num_queries // CHUNK_QUERIES)
+        params.next_chunk, params.next_first_chunk, params.progress = (plan[3] + 4 * n for n in (1, 2, NUM_QUEUES))
+        params.num_chunks, params.num_batch_heads = -(-num_queries // CHUNK_QUERIES), num_heads
         rows, columns, tile = {"k": k, "v": v}, {"q": q, "d_out": d_out}, self.hopper_backward_tiles[tile]
-        num_counters = 2 + 2 * num_heads
+        num_jobs, blocks_per_sm = plan[1], tile[TILE_FIELDS.index("blocks_per_sm")]
+        num_blocks = min(num_jobs * num_heads, self._cuda.num_sms(device) * blocks_per_sm)
+        params.num_first_heads = min(num_slots, math.ceil(num_blocks / num_jobs)) if num_jobs else 0
+        num_counters = NUM_QUEUES + 2 * num_heads
         self._launch("backward", tile, params, shape, plan, rows, columns, device, stream, num_counters)
 
-    def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=1) -> None:
+    def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=2) -> None:
         """rows: the tensors of which a warpgroup holds its own 64 rows; columns: those that come block by block."""
         bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale = shape
-        jobs, num_jobs, tail_heads, next_item = plan
+        jobs, num_jobs, tail_heads, next_item, set_zero = plan
         num_items = num_jobs * batch_size * num_heads
         tile_of = dict(zip(TILE_FIELDS, tile, strict=True))
         assert tile_of["head_dim"] == head_dim
@@ -343,7 +348,8 @@ class HopperKernels:
                     )
             _, function, numbers, num_sms = self._kernel(kind, tile, bfloat16, device)
             blocks = min(num_items, num_sms * tile_of["blocks_per_sm"])
-            self._cuda.set_zero(next_item, 4 * num_counters, stream)
+            if set_zero:
+                self._cuda.set_zero(next_item, 4 * num_counters, stream)
             self._cuda.launch(
                 *(function, blocks, numbers.num_threads, numbers.shared_bytes, stream), ctypes.addressof(params)
             )

@@ -12,7 +12,7 @@ import torch
 
 from ..custom_op import Operator
 from ..products import product, product_dtype
-from ..triton_device import select
+from ..triton_device import column_sums, select
 from . import reference, triton
 
 __all__ = ["gelu_linear"]
@@ -92,7 +92,7 @@ def _run_backward(
         d_hidden = torch.mm(d_out, weight.to(d_out.dtype))
         hidden, dx, d_bias = triton.backward(d_hidden, x.flatten(0, -2), bias)
         d_weight = product(d_out.T, hidden, weight.dtype)
-        return dx.view(x.shape), d_bias, d_weight, d_out.sum(0, dtype=out_bias_dtype)
+        return dx.view(x.shape), d_bias, d_weight, column_sums(d_out, out_bias_dtype)
 
 
 def _fake_backward(d_out, x, bias, weight, out_bias_dtype):

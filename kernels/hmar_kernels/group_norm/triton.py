@@ -23,9 +23,12 @@ from torch import Tensor
 
 from .. import triton_device
 
-MIN_CHUNK, MAX_CHUNKS = 512, 128  # positions of a program of the first kernel at least; such programs an image
-ROWS = 32  # positions it reads at a time
-ELEMENTS = 2048  # of a program of the last kernel
+# Of the first kernel: positions of a program at least, programs an image at most; where a batch has more programs than
+# PROGRAMS, which is several for every multiprocessor, they are longer, down to MIN_CHUNKS an image.
+MIN_CHUNK, MAX_CHUNKS, PROGRAMS, MIN_CHUNKS = 512, 128, 2048, 16
+ROUNDED = 128  # positions of a chunk are a multiple of this
+TILE, STAGES, WARPS = 4096, 3, 8  # numbers it reads at a time, such tiles on their way
+ELEMENTS = 4096  # of a program of the last kernel
 MAX_CHANNEL_BLOCK = 128
 
 
@@ -55,6 +58,7 @@ def _statistics_kernel(
     HAS_SHIFT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     chunk, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -70,9 +74,10 @@ def _statistics_kernel(
     offs_first = begin.to(tl.int64) * num_channels + channels
     first = _load(x_ptr, branch_ptr, shift, offs_first, mask_c, RESIDUAL)
 
-    sums = tl.zeros([BLOCK_C], tl.float32)
-    squares = tl.zeros([BLOCK_C], tl.float32)
-    for start in tl.range(begin, end, ROWS):
+    # NOTE: sums of a thread's own, added up once: a sum over the program in every step would wait for all its warps.
+    sums = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    squares = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for start in tl.range(begin, end, ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & mask_c[None, :]
         offs = rows.to(tl.int64)[:, None] * num_channels + channels[None, :]
@@ -80,10 +85,11 @@ def _statistics_kernel(
         if RESIDUAL:
             tl.store(z_ptr + offs, x.to(z_ptr.dtype.element_ty), mask=mask)
         x = tl.where(mask, x - first[None, :], 0.0)
-        sums += tl.sum(x, 0)
-        squares += tl.sum(x * x, 0)
+        sums += x
+        squares += x * x
 
     count = (end - begin).to(tl.float32)
+    sums, squares = tl.sum(sums, 0), tl.sum(squares, 0)
     offs = (image * num_chunks + chunk) * num_channels + channels
     tl.store(mean_ptr + offs, first + sums / count, mask=mask_c)
     tl.store(deviation_ptr + offs, squares - sums * (sums / count), mask=mask_c)
@@ -141,17 +147,17 @@ def _apply_kernel(
     factor_ptr,
     offset_ptr,
     num_elements,
-    num_channels,
+    C: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < num_elements
-    channels = offs % num_channels
+    channels = offs % C  # NOTE: of a constant, for that is most of what there is to compute
     x = tl.load(x_ptr + image * num_elements + offs, mask=mask, other=0.0).to(tl.float32)
-    factor = tl.load(factor_ptr + image * num_channels + channels, mask=mask, other=0.0)
-    offset = tl.load(offset_ptr + image * num_channels + channels, mask=mask, other=0.0)
+    factor = tl.load(factor_ptr + image * C + channels, mask=mask, other=0.0)
+    offset = tl.load(offset_ptr + image * C + channels, mask=mask, other=0.0)
     y = x * factor + offset
     if SILU:
         y = y * tl.sigmoid(y)
@@ -173,9 +179,13 @@ def channel_block(num_channels: int) -> int:
     return min(divisor if divisor >= 16 else triton.next_power_of_2(num_channels), MAX_CHANNEL_BLOCK)
 
 
-def chunk_size(positions: int) -> int:
-    """Positions of a chunk: few enough chunks for one program to combine, many enough to occupy a GPU."""
-    return max(MIN_CHUNK, ROWS * triton.cdiv(positions, ROWS * MAX_CHUNKS))
+def chunk_size(positions: int, per_position: int = 1) -> int:
+    """Positions of a chunk: few enough chunks for one program to combine, many enough to occupy a GPU.
+
+    per_position: programs for each chunk of an image, over channels and images.
+    """
+    chunks = min(MAX_CHUNKS, max(MIN_CHUNKS, PROGRAMS // per_position))
+    return max(MIN_CHUNK, ROUNDED * triton.cdiv(positions, ROUNDED * chunks))
 
 
 def forward(
@@ -213,7 +223,8 @@ def _launch(
 ) -> Tensor:
     N, C, H, W = x.shape
     positions, y = H * W, torch.empty_like(x, memory_format=torch.channels_last)
-    size, block_c = chunk_size(positions), channel_block(C)
+    block_c = channel_block(C)
+    size = chunk_size(positions, N * triton.cdiv(C, block_c))
     chunks = triton.cdiv(positions, size)
     residual, has_shift = branch is not None, shift is not None
     mean, deviation = torch.empty(2, N, chunks, C, dtype=torch.float32, device=x.device)
@@ -233,8 +244,10 @@ def _launch(
             chunk_size=size,
             RESIDUAL=residual,
             HAS_SHIFT=has_shift and residual,
-            ROWS=ROWS,
+            ROWS=TILE // block_c,
             BLOCK_C=block_c,
+            STAGES=STAGES,
+            num_warps=WARPS,
         )
         _factors_kernel[(num_groups, N)](
             mean_ptr=mean,
@@ -260,7 +273,7 @@ def _launch(
             factor_ptr=factor,
             offset_ptr=offset,
             num_elements=positions * C,
-            num_channels=C,
+            C=C,
             SILU=silu,
             BLOCK=ELEMENTS,
             num_warps=8,

@@ -1,5 +1,6 @@
-"""A linear layer, with GELU behind it, for generation: `api.py` checks arguments and picks an implementation."""
+"""A linear layer for generation, with norm, GELU and residual around it: `api.py` has the operator."""
 
 from .api import IMPLEMENTATIONS, linear
+from .triton import num_counters
 
-__all__ = ["IMPLEMENTATIONS", "linear"]
+__all__ = ["IMPLEMENTATIONS", "linear", "num_counters"]

@@ -9,37 +9,53 @@ import torch
 from torch import Tensor
 
 from .. import triton_device
+from ..modulated_norm import modulated_norm
+from ..modulated_norm.reference import residual as gated_residual
 from . import reference, triton
 
 IMPLEMENTATIONS = ("reference", "cublas", "triton")
 """Names that `linear(..., impl=...)` takes beside "auto"."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool = False, impl: str = "auto") -> Tensor:
-    """x W^T + b, then the tanh form of GELU (arXiv 1606.08415, section 2) if wanted.
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, Tensor] | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str = "auto",
+    overlap: bool = False,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """y = h W^T + b, then the tanh form of GELU (arXiv 1606.08415, section 2) if wanted, then residual + gate y.
 
     Args:
-        x: [..., K] of the weight's dtype: nothing is cast, whatever autocast says.
+        x: [..., K] of the weight's dtype: nothing is cast, whatever autocast says. With `norm` or `residual` [B, L, K].
         weight: [N, K].
-        bias: [N] or None.
+        bias: [N] or None, of the weight's dtype.
+        norm: scale and shift [B, 1, K] of an adaptive layer norm before it, h = LN(x) (1 + scale) + shift, which has
+            the weight's dtype; x, scale and shift then have dtypes of their own. None: h = x.
+        residual, gate: [B, L, N] and [B, 1, N], both or neither, dtypes of their own.
+        eps: added to the variance of the norm.
         impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel;
-            "triton" is for few rows, where the time goes into reading the weight. Neither has a derivative. "auto" is
-            "cublas" on a GPU where no gradient is needed, else "reference". A named implementation runs or raises.
+            "triton" is for few rows, where the time goes into reading the weight, and has everything in one kernel, or
+            one more for the norm. Neither has a derivative. "auto" is "cublas" on a GPU where no gradient is needed,
+            else "reference". A named implementation runs or raises.
+        overlap: of "triton": the kernel may read weight and bias before the kernel queued just before it has ended. For
+            weights that no kernel writes which may still run. Without effect below compute capability 9.0.
+        counters: of "triton": int32 zeros, at least `triton.num_counters`, which are zeros again afterwards; for calls
+            that never run at the same time. Saves setting them to zero in every call.
     Returns:
-        [..., N] in x's dtype. Sums are float32.
+        [..., N] in x's dtype; after a norm in the weight's, of a residual in that of the residual. Sums are float32.
     Raises:
         ValueError: shapes or dtypes do not fit together, or the implementation cannot take them.
     """
-    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or 0 in x.shape or 0 in weight.shape:
-        raise ValueError(
-            f"x must be [..., K] and weight [N, K], none of them 0, got {list(x.shape)} and {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], one a row of the weight, got {list(bias.shape)}")
-    given = [x, weight] if bias is None else [x, weight, bias]
-    if len({tensor.dtype for tensor in given}) > 1 or not x.is_floating_point():
-        dtypes = ", ".join(str(tensor.dtype) for tensor in given)
-        raise ValueError(f"x, weight and bias must be of one floating dtype, got {dtypes}; x.to(weight.dtype) is")
+    _check(x, weight, bias, norm, residual, gate)
+    given = [t for t in (x, weight, bias, *(norm or ()), residual, gate) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
@@ -50,35 +66,97 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gelu: bool 
         if reason is None and impl == "cublas" and not x.is_cuda:
             reason = f"it needs a CUDA device, got {x.device.type}"
         if reason is None and impl == "triton":
-            reason = triton_device.unavailable(x.device, x.dtype)
+            reason = triton_device.unavailable(x.device, *(tensor.dtype for tensor in given)) or _too_large(given)
         if reason is not None:
             raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="reference" would')
     if impl == "reference":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.forward(x, weight, bias, gelu)
-    rows = x.reshape(-1, x.shape[-1])
-    if impl == "triton":
-        # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
-        forward = _linear_triton if torch.compiler.is_compiling() else triton.forward
-        y = forward(rows, weight, bias, gelu)
+            return reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
+    if impl == "cublas":
+        with torch.autocast(x.device.type, enabled=False):
+            h = x if norm is None else modulated_norm(x, *norm, eps=eps, dtype=weight.dtype)
+            y = _cublas(h.reshape(-1, h.shape[-1]), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
+            return y if residual is None else gated_residual(residual, y, gate, None).to(residual.dtype)
+    rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+    scale, shift = (None, None) if norm is None else (_dense_rows(vector) for vector in norm)
+    gate = None if gate is None else _dense_rows(gate)
+    # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
+    if torch.compiler.is_compiling():
+        y = _linear_triton(rows, weight, bias, scale, shift, residual, gate, gelu, eps, overlap)
     else:
-        y = _cublas(rows, weight, bias, gelu)
+        y = triton.forward(rows, weight, bias, scale, shift, residual, gate, gelu, eps, counters, overlap)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, Tensor] | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    if x.ndim < 1 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or 0 in x.shape or 0 in weight.shape:
+        raise ValueError(
+            f"x must be [..., K] and weight [N, K], none of them 0, got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], one a row of the weight, got {list(bias.shape)}")
+    alike = [tensor for tensor in (None if norm else x, weight, bias) if tensor is not None]
+    if len({tensor.dtype for tensor in alike}) > 1 or not weight.is_floating_point():
+        dtypes = ", ".join(str(tensor.dtype) for tensor in alike)
+        raise ValueError(f"x, weight and bias must be of one floating dtype, got {dtypes}; x.to(weight.dtype) is")
+    if (residual is None) != (gate is None):
+        raise ValueError("residual and gate go together, got one of them; torch.ones([B, 1, N]) is a gate that adds")
+    if (norm is not None or residual is not None) and x.ndim != 3:
+        raise ValueError(f"x must be [B, L, K] with a norm or a residual, got {list(x.shape)}; x[None] has one image")
+    expected = {}
+    if norm is not None:
+        expected |= {"scale": (norm[0], [x.shape[0], 1, x.shape[2]]), "shift": (norm[1], [x.shape[0], 1, x.shape[2]])}
+    if residual is not None:
+        expected["residual"] = residual, [*x.shape[:2], weight.shape[0]]
+        expected["gate"] = gate, [x.shape[0], 1, weight.shape[0]]
+    for name, (tensor, shape) in expected.items():
+        if list(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name} must be floats {shape} to go with x {list(x.shape)} and weight {list(weight.shape)}, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _dense_rows(vector: Tensor) -> Tensor:
+    """[B, 1, C] of any stride over B."""
+    return vector if vector.stride(-1) == 1 else vector.contiguous()
+
+
+def _too_large(given: list[Tensor]) -> str | None:
+    span = max(sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) for t in given)
+    return None if span < 2**31 else f"a tensor that spans {span} numbers exceeds 32-bit offsets"
+
+
 def _cublas(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        if gelu and bias is not None:
-            # NOTE: on CUDA this is the tanh form; on a CPU it would be the other one.
-            return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        return reference.forward(x, weight, bias, gelu)
+    if gelu and bias is not None:
+        # NOTE: on CUDA this is the tanh form; on a CPU it would be the other one.
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+    return reference.forward(x, weight, bias, gelu=gelu)
 
 
 @torch.library.custom_op("hmar_kernels::linear_triton", mutates_args=())
-def _linear_triton(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    return triton.forward(x, weight, bias, gelu)
+def _linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gelu: bool,
+    eps: float,
+    overlap: bool,
+) -> Tensor:
+    return triton.forward(x, weight, bias, scale, shift, residual, gate, gelu, eps, None, overlap)
 
 
 @_linear_triton.register_fake
-def _(x, weight, bias, gelu):
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _(x, weight, bias, scale, shift, residual, gate, gelu, eps, overlap):
+    return x.new_empty(*x.shape[:2], weight.shape[0], dtype=weight.dtype if residual is None else residual.dtype)

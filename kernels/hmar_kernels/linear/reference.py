@@ -1,12 +1,28 @@
-"""A linear layer and the tanh form of GELU behind it, as torch has them: y = gelu(x W^T + b).
+"""A linear layer as torch has it, between an adaptive layer norm and a gated residual where these are given.
 
-Any dtype and device, differentiated by autograd.
+    y = gelu(h W^T + b)  or  residual + gate gelu(...);   h = x  or  h = LN(x) (1 + scale) + shift
+
+with the norm and the residual of `modulated_norm/reference.py` and the tanh form of GELU, where it is wanted. Any dtype
+and device, differentiated by autograd.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..modulated_norm import reference
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    y = F.linear(x, weight, bias)
-    return F.gelu(y, approximate="tanh") if gelu else y
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, Tensor] | None = None,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    h = x if norm is None else reference.norm(x, *norm, eps).to(weight.dtype)
+    y = F.linear(h, weight, bias)
+    y = F.gelu(y, approximate="tanh") if gelu else y
+    return y if residual is None else reference.residual(residual, y, gate, None).to(residual.dtype)

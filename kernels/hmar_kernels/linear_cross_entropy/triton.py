@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_device import on_device
+from ..triton_device import column_sums, on_device
 
 CHUNK_BYTES = 64 << 20
 # Chunks are multiples of it, for whole tiles of matrix products.
@@ -136,7 +136,7 @@ def forward(
         if wants_weight:
             _add_product(d_weight, z.T, x)
         if wants_bias:
-            d_bias += z.sum(0, dtype=torch.float32)
+            d_bias += column_sums(z, torch.float32)
     d_weight, d_bias = d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
     return losses.sum() * unit, correct, unit, d_hidden, d_weight, d_bias
 

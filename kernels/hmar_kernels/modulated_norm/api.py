@@ -66,19 +66,18 @@ def residual_modulated_norm(
         keep: [B], a factor on each image's branch: 0 or 1 / (1 - p) under drop-path. It has no gradient.
         eps, dtype, impl: as in `modulated_norm`.
     Returns:
-        y [B, L, C] in the common dtype of x, gate and branch, and h [B, L, C]. The backward keeps y, branch and two
-        numbers a token; it is bit-deterministic.
+        y [B, L, C] in x's dtype, rounded once, and h [B, L, C]. The backward keeps y, branch and two numbers a token;
+        it is bit-deterministic.
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
     """
     check_inputs(x, {"gate": gate, "scale": scale, "shift": shift}, branch, keep)
-    y_dtype = torch.promote_types(x.dtype, torch.promote_types(gate.dtype, branch.dtype))
     dtype = _result_dtype(dtype, x, branch, gate, scale, shift)
     inputs = (x, branch, gate, scale, shift) if keep is None else (x, branch, gate, scale, shift, keep)
     if select(impl, x.device, *(t.dtype for t in inputs), dtype) == "reference":
         y = reference.residual(x, branch, gate, keep)
         return y, reference.norm(y, scale, shift, eps).to(dtype)
-    y, h, _ = _residual_norm(x, branch, gate, keep, scale, shift, eps, y_dtype, dtype)
+    y, h, _ = _residual_norm(x, branch, gate, keep, scale, shift, eps, dtype)
     return y, h
 
 
@@ -130,7 +129,7 @@ def _result_dtype(dtype: torch.dtype | None, *tensors: torch.Tensor) -> torch.dt
 def _run_norm(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _, h, statistics = triton.forward(x, None, None, None, scale, shift, eps, x.dtype, dtype)
+    _, h, statistics = triton.forward(x, None, None, None, scale, shift, eps, dtype)
     return h, statistics
 
 
@@ -153,7 +152,7 @@ def _differentiate_norm(ctx, dh, _):
     x, scale, statistics = ctx.saved_tensors
     if dh is None:
         return None, None, None, None, None
-    dx, _, d_vectors = _norm_backward(None, dh, x, None, None, None, scale, statistics, x.dtype)
+    dx, _, d_vectors = _norm_backward(None, dh, x, None, None, None, scale, statistics)
     return dx, d_vectors[:, 0:1], d_vectors[:, 1:2].to(ctx.shift_dtype), None, None
 
 
@@ -165,22 +164,21 @@ def _run_residual_norm(
     scale: torch.Tensor,
     shift: torch.Tensor,
     eps: float,
-    y_dtype: torch.dtype,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return triton.forward(x, branch, gate, keep, scale, shift, eps, y_dtype, dtype)
+    return triton.forward(x, branch, gate, keep, scale, shift, eps, dtype)
 
 
-def _fake_residual_norm(x, branch, gate, keep, scale, shift, eps, y_dtype, dtype):
-    y = torch.empty_like(x, dtype=y_dtype, memory_format=torch.contiguous_format)
+def _fake_residual_norm(x, branch, gate, keep, scale, shift, eps, dtype):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, torch.empty_like(y, dtype=dtype), _fake_statistics(x)
 
 
 def _save_residual_norm(ctx, inputs, output):
-    x, branch, gate, keep, scale, shift, _, _, _ = inputs
+    _, branch, gate, keep, scale, shift, _, _ = inputs
     y, _, statistics = output
     ctx.save_for_backward(y, branch, gate, keep, scale, statistics)
-    ctx.x_dtype, ctx.shift_dtype = x.dtype, shift.dtype
+    ctx.shift_dtype = shift.dtype
     ctx.set_materialize_grads(False)
 
 
@@ -188,9 +186,9 @@ def _differentiate_residual_norm(ctx, dy, dh, _):
     y, branch, gate, keep, scale, statistics = ctx.saved_tensors
     if dh is None:
         dh = torch.zeros_like(y)
-    dx, d_branch, d_vectors = _norm_backward(dy, dh, y, branch, gate, keep, scale, statistics, ctx.x_dtype)
+    dx, d_branch, d_vectors = _norm_backward(dy, dh, y, branch, gate, keep, scale, statistics)
     d_scale, d_shift, d_gate = d_vectors.split(1, dim=1)
-    return dx, d_branch, d_gate.to(gate.dtype), None, d_scale, d_shift.to(ctx.shift_dtype), None, None, None
+    return dx, d_branch, d_gate.to(gate.dtype), None, d_scale, d_shift.to(ctx.shift_dtype), None, None
 
 
 def _run_norm_backward(
@@ -202,14 +200,13 @@ def _run_norm_backward(
     keep: torch.Tensor | None,
     scale: torch.Tensor,
     statistics: torch.Tensor,
-    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return triton.backward(dy, dh, y, branch, gate, keep, scale, statistics, dtype)
+    return triton.backward(dy, dh, y, branch, gate, keep, scale, statistics)
 
 
-def _fake_norm_backward(dy, dh, y, branch, gate, keep, scale, statistics, dtype):
+def _fake_norm_backward(dy, dh, y, branch, gate, keep, scale, statistics):
     b, _, c = y.shape
-    dx = torch.empty_like(y, dtype=dtype, memory_format=torch.contiguous_format)
+    dx = torch.empty_like(y, memory_format=torch.contiguous_format)
     if branch is None:
         return dx, y.new_empty(0), scale.new_empty(b, 2, c)
     d_branch = torch.empty_like(branch, memory_format=torch.contiguous_format)

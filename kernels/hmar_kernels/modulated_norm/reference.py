@@ -17,9 +17,8 @@ def norm(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, eps: float) 
 
 
 def residual(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """x branch [B,L,C], gate [B,1,C], keep [B] or None -> y [B,L,C] in the common dtype of x, branch and gate."""
+    """x branch [B,L,C], gate [B,1,C], keep [B] or None -> y [B,L,C] in x's dtype."""
     update = gate * branch
-    if keep is None:
-        return x + update
-    # NOTE: keep has more bits than the branch; the sum is rounded once, to what it is without keep.
-    return (x + update * keep[:, None, None]).to(torch.promote_types(x.dtype, update.dtype))
+    if keep is not None:
+        update = update * keep[:, None, None]
+    return (x + update).to(x.dtype)

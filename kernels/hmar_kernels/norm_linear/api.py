@@ -72,22 +72,20 @@ def residual_norm_linear(
         gate, scale, shift: [B, 1, C], any stride over B; dtypes of their own.
         weight, eps, impl: as in `norm_linear`.
         keep_x: the backward keeps x and adds the branch to it once more, instead of keeping y. That saves a residual
-            stream where x is kept anyway, by the operator that gave it. No effect where y has more bits than x.
+            stream where x is kept anyway, by the operator that gave it.
     Returns:
-        y [B, L, C] in the common dtype of x, gate and branch, and out [B, L, M]. The backward keeps y or x, branch, the
-        weight as it is and two numbers a token.
+        y [B, L, C] in x's dtype, rounded once, and out [B, L, M]. The backward keeps y or x, branch, the weight as it
+        is and two numbers a token.
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
     """
     check_inputs(x, {"gate": gate, "scale": scale, "shift": shift}, branch)
     check_weight(weight, x)
-    y_dtype = torch.promote_types(x.dtype, torch.promote_types(gate.dtype, branch.dtype))
     dtype, inputs = product_dtype(x, weight), (x, branch, gate, scale, shift, weight)
     if select(impl, x.device, *(t.dtype for t in inputs), dtype) == "reference":
         y = norm_reference.residual(x, branch, gate, None)
         return y, reference.norm_linear(y, scale, shift, weight, eps, dtype)
-    keep_x = keep_x and y_dtype == x.dtype
-    y, out, _ = _residual_norm_linear(x, branch, gate, scale, shift, weight, eps, y_dtype, dtype, keep_x)
+    y, out, _ = _residual_norm_linear(x, branch, gate, scale, shift, weight, eps, dtype, keep_x)
     return y, out
 
 
@@ -104,7 +102,7 @@ def check_weight(weight: torch.Tensor, x: torch.Tensor) -> None:
 def _run(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _, h, statistics = triton.forward(x, None, None, None, scale, shift, eps, x.dtype, dtype)
+    _, h, statistics = triton.forward(x, None, None, None, scale, shift, eps, dtype)
     return _product(h, weight), statistics
 
 
@@ -132,7 +130,7 @@ def _differentiate(ctx, d_out, _):
     if d_out is None:
         return (None,) * 6
     x, scale, shift, weight, statistics = ctx.saved_tensors
-    dx, _, d_vectors, d_weight = _backward(None, d_out, x, None, None, scale, shift, weight, statistics, x.dtype, False)
+    dx, _, d_vectors, d_weight = _backward(None, d_out, x, None, None, scale, shift, weight, statistics, False)
     return dx, d_vectors[:, 0:1], d_vectors[:, 1:2].to(shift.dtype), d_weight, None, None
 
 
@@ -144,24 +142,23 @@ def _run_residual(
     shift: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
-    y_dtype: torch.dtype,
     dtype: torch.dtype,
     keep_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y, h, statistics = triton.forward(x, branch, gate, None, scale, shift, eps, y_dtype, dtype)
+    y, h, statistics = triton.forward(x, branch, gate, None, scale, shift, eps, dtype)
     return y, _product(h, weight), statistics
 
 
-def _fake_residual(x, branch, gate, scale, shift, weight, eps, y_dtype, dtype, keep_x):
-    y = torch.empty_like(x, dtype=y_dtype, memory_format=torch.contiguous_format)
+def _fake_residual(x, branch, gate, scale, shift, weight, eps, dtype, keep_x):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, x.new_empty(*x.shape[:2], len(weight), dtype=dtype), _fake_statistics(x)
 
 
 def _save_residual(ctx, inputs, output):
-    x, branch, gate, scale, shift, weight, _, _, dtype, keep_x = inputs
+    x, branch, gate, scale, shift, weight, _, dtype, keep_x = inputs
     y, _, statistics = output
     ctx.save_for_backward(x if keep_x else y, branch, gate, scale, shift, weight, statistics)
-    ctx.x_dtype, ctx.dtype, ctx.keep_x = x.dtype, dtype, keep_x
+    ctx.dtype, ctx.keep_x = dtype, keep_x
     ctx.set_materialize_grads(False)
 
 
@@ -170,10 +167,10 @@ def _differentiate_residual(ctx, dy, d_out, _):
     if d_out is None:
         d_out = start.new_zeros(*start.shape[:2], len(weight), dtype=ctx.dtype)
     dx, d_branch, d_vectors, d_weight = _backward(
-        dy, d_out, start, branch, gate, scale, shift, weight, statistics, ctx.x_dtype, ctx.keep_x
+        dy, d_out, start, branch, gate, scale, shift, weight, statistics, ctx.keep_x
     )
     d_scale, d_shift, d_gate = d_vectors.split(1, dim=1)
-    return dx, d_branch, d_gate.to(gate.dtype), d_scale, d_shift.to(shift.dtype), d_weight, None, None, None, None
+    return dx, d_branch, d_gate.to(gate.dtype), d_scale, d_shift.to(shift.dtype), d_weight, None, None, None
 
 
 def _run_backward(
@@ -186,20 +183,19 @@ def _run_backward(
     shift: torch.Tensor,
     weight: torch.Tensor,
     statistics: torch.Tensor,
-    dtype: torch.dtype,
     from_x: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.autocast(start.device.type, enabled=False):
         d_out = d_out.flatten(0, 1)
         dh = torch.mm(d_out, weight.to(d_out.dtype)).view(start.shape)
-        found = triton.backward(dy, dh, start, branch, gate, None, scale, statistics, dtype, shift=shift, from_x=from_x)
+        found = triton.backward(dy, dh, start, branch, gate, None, scale, statistics, shift=shift, from_x=from_x)
         h = dh.flatten(0, 1)
         return *found, product(d_out.T, h, weight.dtype)
 
 
-def _fake_backward(dy, d_out, start, branch, gate, scale, shift, weight, statistics, dtype, from_x):
+def _fake_backward(dy, d_out, start, branch, gate, scale, shift, weight, statistics, from_x):
     b, _, c = start.shape
-    dx = torch.empty_like(start, dtype=dtype, memory_format=torch.contiguous_format)
+    dx = torch.empty_like(start, memory_format=torch.contiguous_format)
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     if branch is None:
         return dx, start.new_empty(0), scale.new_empty(b, 2, c), d_weight

@@ -13,6 +13,8 @@ The equations are stated in reference.py; autograd and argument checks live in a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,19 @@ import triton.language as tl
 from ..triton_device import on_device, sum_partials
 
 EPS: tl.constexpr = tl.constexpr(1e-12)  # that of F.normalize
-# Rows of a tile at head dim 64, of a program of the backward; both small enough to compile without spills.
-TILE_ROWS, BACKWARD_ROWS = 32, 128
+
+
+class Tile(NamedTuple):
+    """Rows at head dim 64, warps; stages of the backward, which goes down its rows tile by tile."""
+
+    rows: int
+    warps: int
+    stages: int = 1
+
+
+# Both compile for sm_80 and sm_90 without spills; `python -m bench.tune_operators` prints what is fastest.
+FORWARD_TILE, BACKWARD_TILE = Tile(32, 4), Tile(16, 4)
+BACKWARD_ROWS = 128  # of a program
 
 
 @triton.jit
@@ -55,19 +68,18 @@ def _forward_kernel(
     scale = tl.exp(tl.minimum(tl.load(log_scale_ptr + h).to(tl.float32), max_log_scale))
 
     q = tl.load(qkv_ptr + offs_in, mask=mask, other=0.0).to(tl.float32)
-    q += tl.load(q_bias_ptr + h * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    q_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(q * q, 1)), EPS)
-    tl.store(q_ptr + offs_out, (q * (q_norm * scale)[:, None]).to(q_ptr.dtype.element_ty), mask=mask)
-    tl.store(norms_ptr + offs_norm, q_norm, mask=mask_l)
-
     k = tl.load(qkv_ptr + H * D + offs_in, mask=mask, other=0.0).to(tl.float32)
-    k_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(k * k, 1)), EPS)
-    tl.store(k_ptr + offs_out, (k * k_norm[:, None]).to(k_ptr.dtype.element_ty), mask=mask)
-    tl.store(norms_ptr + tl.num_programs(2).to(tl.int64) * H * length + offs_norm, k_norm, mask=mask_l)
-
     v = tl.load(qkv_ptr + 2 * H * D + offs_in, mask=mask, other=0.0).to(tl.float32)
+    q += tl.load(q_bias_ptr + h * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     v += tl.load(v_bias_ptr + h * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    q_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(q * q, 1)), EPS)
+    k_norm = 1.0 / tl.maximum(tl.sqrt(tl.sum(k * k, 1)), EPS)
+
+    tl.store(q_ptr + offs_out, (q * (q_norm * scale)[:, None]).to(q_ptr.dtype.element_ty), mask=mask)
+    tl.store(k_ptr + offs_out, (k * k_norm[:, None]).to(k_ptr.dtype.element_ty), mask=mask)
     tl.store(v_ptr + offs_out, v.to(v_ptr.dtype.element_ty), mask=mask)
+    tl.store(norms_ptr + offs_norm, q_norm, mask=mask_l)
+    tl.store(norms_ptr + tl.num_programs(2).to(tl.int64) * H * length + offs_norm, k_norm, mask=mask_l)
 
 
 @triton.jit
@@ -105,17 +117,18 @@ def _backward_kernel(
     q_strides,
     k_strides,
     length,
+    rows,
     max_log_scale,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     h = tl.program_id(0).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    row_begin = tl.program_id(1) * ROWS
-    row_end = tl.minimum(row_begin + ROWS, length)
+    row_begin = tl.program_id(1) * rows
+    row_end = tl.minimum(row_begin + rows, length)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     partials_ptr += (b * tl.num_programs(1) + tl.program_id(1)) * (2 * H * D + H)
@@ -124,34 +137,35 @@ def _backward_kernel(
     log_scale = tl.load(log_scale_ptr + h).to(tl.float32)
     scale = tl.exp(tl.minimum(log_scale, max_log_scale))
 
-    d_q_bias = tl.zeros([BLOCK_D], tl.float32)
-    d_v_bias = tl.zeros([BLOCK_D], tl.float32)
+    d_q_bias = tl.zeros([TILE_ROWS, BLOCK_D], tl.float32)
+    d_v_bias = tl.zeros([TILE_ROWS, BLOCK_D], tl.float32)
     d_scale = tl.zeros([TILE_ROWS], tl.float32)
-    for start in range(row_begin, row_end, TILE_ROWS):
+    for start in tl.range(row_begin, row_end, TILE_ROWS, num_stages=STAGES):
         offs_l = start + tl.arange(0, TILE_ROWS)
         mask_l = offs_l < row_end
         mask = mask_l[:, None] & mask_d[None, :]
         offs = (b * length + offs_l)[:, None] * (3 * H * D) + h * D + offs_d[None, :]
-
         dq = _load_tile(dq_ptr, b, h, offs_l, offs_d, dq_strides, mask)
         q = _load_tile(q_ptr, b, h, offs_l, offs_d, q_strides, mask)
-        dq, inner = _through_norm(dq, q, tl.load(q_norms_ptr + offs_l, mask=mask_l, other=0.0))
-        dq *= scale
-        tl.store(d_qkv_ptr + offs, dq.to(d_qkv_ptr.dtype.element_ty), mask=mask)
-        d_q_bias += tl.sum(dq, 0)
-        d_scale += inner
-
         dk = _load_tile(dk_ptr, b, h, offs_l, offs_d, dk_strides, mask)
         k = _load_tile(k_ptr, b, h, offs_l, offs_d, k_strides, mask)
-        dk, _ = _through_norm(dk, k, tl.load(k_norms_ptr + offs_l, mask=mask_l, other=0.0))
-        tl.store(d_qkv_ptr + H * D + offs, dk.to(d_qkv_ptr.dtype.element_ty), mask=mask)
-
         dv = _load_tile(dv_ptr, b, h, offs_l, offs_d, dv_strides, mask)
-        tl.store(d_qkv_ptr + 2 * H * D + offs, dv.to(d_qkv_ptr.dtype.element_ty), mask=mask)
-        d_v_bias += tl.sum(dv, 0)
+        q_norm = tl.load(q_norms_ptr + offs_l, mask=mask_l, other=0.0)
+        k_norm = tl.load(k_norms_ptr + offs_l, mask=mask_l, other=0.0)
 
-    tl.store(partials_ptr + h * D + offs_d, d_q_bias, mask=mask_d)
-    tl.store(partials_ptr + H * D + h * D + offs_d, d_v_bias, mask=mask_d)
+        dq, inner = _through_norm(dq, q, q_norm)
+        dq *= scale
+        dk, _ = _through_norm(dk, k, k_norm)
+        tl.store(d_qkv_ptr + offs, dq.to(d_qkv_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_qkv_ptr + H * D + offs, dk.to(d_qkv_ptr.dtype.element_ty), mask=mask)
+        tl.store(d_qkv_ptr + 2 * H * D + offs, dv.to(d_qkv_ptr.dtype.element_ty), mask=mask)
+        # NOTE: rows are summed after the loop, for a sum over them waits for all warps.
+        d_q_bias += dq
+        d_v_bias += dv
+        d_scale += inner
+
+    tl.store(partials_ptr + h * D + offs_d, tl.sum(d_q_bias, 0), mask=mask_d)
+    tl.store(partials_ptr + H * D + h * D + offs_d, tl.sum(d_v_bias, 0), mask=mask_d)
     # NOTE: as torch has it, the limit itself still passes the gradient.
     tl.store(partials_ptr + 2 * H * D + h, tl.where(log_scale <= max_log_scale, tl.sum(d_scale, 0), 0.0))
 
@@ -168,7 +182,7 @@ def forward(
     )
     reciprocal_norms = torch.empty(2, b, heads, length, dtype=torch.float32, device=qkv.device)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    rows = _tile_rows(block_d)
+    rows = tile_rows(FORWARD_TILE, block_d)
     if qkv.numel():
         with on_device(qkv):
             _forward_kernel[(heads, triton.cdiv(length, rows), b)](
@@ -186,6 +200,7 @@ def forward(
                 D=head_dim,
                 BLOCK_D=block_d,
                 ROWS=rows,
+                num_warps=FORWARD_TILE.warps,
             )
     return q, k, v, reciprocal_norms
 
@@ -226,16 +241,18 @@ def backward(
                 q_strides=q.stride()[:3],
                 k_strides=k.stride()[:3],
                 length=length,
+                rows=BACKWARD_ROWS,
                 max_log_scale=max_log_scale,
                 H=heads,
                 D=head_dim,
                 BLOCK_D=block_d,
-                TILE_ROWS=_tile_rows(block_d),
-                ROWS=BACKWARD_ROWS,
+                TILE_ROWS=tile_rows(BACKWARD_TILE, block_d),
+                STAGES=BACKWARD_TILE.stages,
+                num_warps=BACKWARD_TILE.warps,
             )
     return d_qkv, sum_partials(partials, torch.float32)[0]
 
 
-def _tile_rows(block_d: int) -> int:
-    """As many as fit in registers; a tile of the same size whatever the head dim."""
-    return max(1, min(BACKWARD_ROWS, TILE_ROWS * 64 // block_d))
+def tile_rows(tile: Tile, block_d: int) -> int:
+    """As many as make a tile of the same size whatever the head dim, so that it fits in registers."""
+    return max(1, min(BACKWARD_ROWS, tile.rows * 64 // block_d))

@@ -4,9 +4,9 @@
 
 Grid: one program a token. It reads the row (both halves of it with guidance) once and keeps it in registers, as a tile
 [V / 4, 4] of which a row takes its four words from one call of the generator. Nothing is sorted: the k-th likeliest
-logit and the threshold of top-p are found by bisection over float bits, which order as the floats do, so at most 32
-counts or sums over the row give the exact value. Weights are summed as int64 (reference.py tells why), the rest is
-float32.
+logit and the threshold of top-p are found by bisection over float bits, which order as the floats do, and over the
+values in turn, so that usually 14 and at most 96 counts or sums over the row give the exact value. Weights are summed
+as int64 (reference.py tells why), the rest is float32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ ONE_MASS: tl.constexpr = tl.constexpr(float(2**MASS_BITS))
 BITS: tl.constexpr = tl.constexpr(SHARE_BITS)
 LOW_BITS: tl.constexpr = tl.constexpr(2**SHARE_BITS - 1)
 ABOVE_ALL: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+SNAPPING_TURN: tl.constexpr = tl.constexpr(8)  # about the binary logarithm of the codes that hold most of the mass
 
 
 @triton.jit
@@ -43,15 +44,38 @@ def _exponential(seed, position, step, groups):
 
 
 @triton.jit
+def _value(key):
+    """The float of a key."""
+    bits = key.to(tl.int32)
+    return (bits ^ ((bits >> 31) & ABOVE_ALL)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _middle(low, high, turn):
+    """A key between low and high, not either: half of their values in even turns, of their bits in odd ones.
+
+    The halved values are those of a range without most of the keys, which lie around 0; the halved bits bound the turns
+    where values are of very different sizes.
+    """
+    value = 0.5 * _value(low) + 0.5 * _value(high)
+    bits = value.to(tl.int32, bitcast=True)
+    of_values = (bits ^ ((bits >> 31) & ABOVE_ALL)).to(tl.int64)
+    of_bits = low + (high - low) // 2
+    return tl.minimum(tl.maximum(tl.where(turn % 2 == 0, of_values, of_bits), low + 1), high - 1)
+
+
+@triton.jit
 def _kth_key(keys, valid, low, top, k):
     """The largest threshold that at least k of the valid keys reach; `low` is the smallest key, `top` the largest."""
     low, high = low.to(tl.int64), top.to(tl.int64) + 1
+    turn = 0
     while high - low > 1:
-        middle = low + (high - low) // 2
+        middle = _middle(low, high, turn)
         count = tl.sum((valid & (keys >= middle.to(tl.int32))).to(tl.int32))
         # With exactly k the set is found, whatever the value of the k-th key.
         high = tl.where(count == k, middle + 1, tl.where(count > k, high, middle))
         low = tl.where(count >= k, middle, low)
+        turn += 1
     return low.to(tl.int32)
 
 
@@ -59,11 +83,17 @@ def _kth_key(keys, valid, low, top, k):
 def _share_key(keys, masses, low, top, wanted):
     """The largest threshold of which the keys that reach it have a mass of at least `wanted`."""
     low, high = low.to(tl.int64), top.to(tl.int64) + 1
+    turn = 0
     while high - low > 1:
-        middle = low + (high - low) // 2
+        middle = _middle(low, high, turn)
+        snaps = turn % 3 == 2 and turn >= SNAPPING_TURN
+        if snaps:
+            # NOTE: with few keys left between the bounds, the largest of them is soon the one that is looked for.
+            middle = tl.max(tl.where(keys < high.to(tl.int32), keys, low.to(tl.int32))).to(tl.int64)
         enough = tl.sum(tl.where(keys >= middle.to(tl.int32), masses, 0)) >= wanted
-        high = tl.where(enough, high, middle)
+        high = tl.where(enough, tl.where(snaps, middle + 1, high), middle)
         low = tl.where(enough, middle, low)
+        turn += 1
     return low.to(tl.int32)
 
 
