@@ -150,7 +150,7 @@ class CapturedStep:
         return tree_map_only(Tensor, torch.clone, recording.results[accumulate])
 
     def forget(self) -> None:
-        """Drop all graphs; their memory is free when nothing holds their gradients any more."""
+        """Drop all graphs. Their memory is free when nothing holds their gradients any more."""
         if self._recordings:
             self._recordings.clear()
             self.recorder.begin_again()
@@ -178,13 +178,14 @@ class CapturedStep:
         try:
             with self.recorder.measuring():
                 graph, result = self.recorder.record(lambda: self.compute(*recording.arguments))
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            cause = error.__context__ or error  # NOTE: a capture in which something was raised cannot end either
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise RuntimeError(
                 f"this step cannot be captured into a CUDA graph ({reason}): cuda_graphs=false runs it without"
-            ) from error
+            ) from cause
         recording.graphs[accumulate], recording.results[accumulate] = graph, result
 
 

@@ -1,5 +1,7 @@
 """Captured steps: on the CPU over a tape of operations (graph_tape.py), on a GPU over CUDA graphs; both equal eager."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 import copy
 import sys
 
@@ -149,6 +151,27 @@ def test_what_cannot_be_captured_says_what_can_be_done():
     assert len(seen) == 3  # the calls of the warm-up
 
 
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError, "^no room$"),
+        (ValueError("no such\nthing"), RuntimeError, r"\(no such\): cuda_graphs=false"),
+    ],
+)
+def test_what_is_raised_in_a_capture_is_not_lost_at_its_end(raised, expected, message, monkeypatch):
+    problem = Problem("cpu")
+
+    def record(call):
+        try:
+            raise raised
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(problem.recorder, "record", record)
+    with pytest.raises(expected, match=message):
+        problem.captured(*problem.inputs(4))
+
+
 @pytest.mark.gpu
 def test_memory_of_graphs_is_counted():
     model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))).cuda()
@@ -203,7 +226,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("stage", RUNS)
-def test_training_on_tapes_ends_with_the_same_bits(stage, tmp_path, runs, stop_after, monkeypatch):  # noqa: F811
+def test_training_on_tapes_ends_with_the_same_bits(stage, tmp_path, runs, stop_after, monkeypatch):
     options = (*RUNS[stage], "steps=5", "log_every=1")
     run(configure(stage, tmp_path / "eager", *options, runs=runs))
     with monkeypatch.context() as patched:
@@ -220,7 +243,7 @@ def test_training_on_tapes_ends_with_the_same_bits(stage, tmp_path, runs, stop_a
     assert_same_run(tmp_path / "parts", tmp_path / "eager")
 
 
-def test_fp16_on_tapes_skips_the_same_steps(tmp_path, runs, monkeypatch):  # noqa: F811
+def test_fp16_on_tapes_skips_the_same_steps(tmp_path, runs, monkeypatch):
     monkeypatch.setattr(LossScale, "START", 2.0**30)
     monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 3)
     options = ("precision=fp16", "steps=25", "accumulate=2", "log_every=5")
@@ -231,7 +254,7 @@ def test_fp16_on_tapes_skips_the_same_steps(tmp_path, runs, monkeypatch):  # noq
     assert 0 < read_metrics(tmp_path / "tape" / "metrics.jsonl")[-1]["skipped_steps"] < 25
 
 
-def test_where_steps_are_captured(tmp_path, runs, monkeypatch):  # noqa: F811
+def test_where_steps_are_captured(tmp_path, runs, monkeypatch):
     def ask(device, size=1, stage="var", **options):
         overrides = [f"{name}={value}" for name, value in options.items()]
         processes = Processes()
@@ -248,29 +271,34 @@ def test_where_steps_are_captured(tmp_path, runs, monkeypatch):  # noqa: F811
         run(configure("var", tmp_path, "cuda_graphs=true", runs=runs))
 
 
+@pytest.fixture
+def deterministic():
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(was)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", ["false", "blocks", "model"])
 @pytest.mark.parametrize("stage", RUNS)
-def test_training_on_graphs_ends_with_the_same_bits(stage, compiled, tmp_path, runs, stop_after, monkeypatch):  # noqa: F811
-    was = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        options = (*RUNS[stage], "steps=5", "log_every=1", "device=cuda", f"compile={compiled}")
-        run(configure(stage, tmp_path / "eager", *options, "cuda_graphs=false", runs=runs))
-        run(configure(stage, tmp_path / "whole", *options, "cuda_graphs=true", runs=runs))
-        assert_same_run(tmp_path / "whole", tmp_path / "eager")
-        stop_after(3)
-        with pytest.raises(Interrupted):
-            run(configure(stage, tmp_path / "parts", *options, runs=runs))
-        monkeypatch.undo()
-        run(configure(stage, tmp_path / "parts", *options, runs=runs), resume=True)
-        assert_same_run(tmp_path / "parts", tmp_path / "eager")
-    finally:
-        torch.use_deterministic_algorithms(was)
+def test_training_on_graphs_ends_with_the_same_bits(
+    stage, compiled, tmp_path, runs, stop_after, monkeypatch, deterministic
+):
+    options = (*RUNS[stage], "steps=5", "log_every=1", "device=cuda", f"compile={compiled}")
+    run(configure(stage, tmp_path / "eager", *options, "cuda_graphs=false", runs=runs))
+    run(configure(stage, tmp_path / "whole", *options, "cuda_graphs=true", runs=runs))
+    assert_same_run(tmp_path / "whole", tmp_path / "eager")
+    stop_after(3)
+    with pytest.raises(Interrupted):
+        run(configure(stage, tmp_path / "parts", *options, runs=runs))
+    monkeypatch.undo()
+    run(configure(stage, tmp_path / "parts", *options, runs=runs), resume=True)
+    assert_same_run(tmp_path / "parts", tmp_path / "eager")
 
 
 @pytest.mark.gpu
-def test_fp16_on_graphs_skips_the_same_steps(tmp_path, runs, monkeypatch):  # noqa: F811
+def test_fp16_on_graphs_skips_the_same_steps(tmp_path, runs, monkeypatch, deterministic):
     monkeypatch.setattr(LossScale, "START", 2.0**30)
     monkeypatch.setattr(LossScale, "GROWTH_INTERVAL", 3)
     options = ("precision=fp16", "steps=25", "accumulate=2", "log_every=5", "device=cuda")
@@ -281,7 +309,7 @@ def test_fp16_on_graphs_skips_the_same_steps(tmp_path, runs, monkeypatch):  # no
 
 
 @pytest.mark.gpu
-def test_a_captured_step_is_queued_with_few_launches(tmp_path, runs, monkeypatch):  # noqa: F811
+def test_a_captured_step_is_queued_with_few_launches(tmp_path, runs, monkeypatch):
     launches, advance = [], Trainer._advance
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
 
