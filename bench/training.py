@@ -159,7 +159,7 @@ class Step:
         p_D1 = torch.tensor([module.p for module in self.drop_paths])[:, None]
         self.factors_DB = ((kept_DB >= p_D1) / (1 - p_D1)).to(device)
         recorder = Recorder(device) if case.cuda_graphs == "true" else None
-        self.captured = CapturedStep(self._forward_backward, [self.objective], recorder)
+        self.captured = CapturedStep([self.objective], recorder)
 
     def forward(self, images: slice = slice(None)) -> Tensor:
         return self._loss(*(argument[images] for argument in self.arguments), self.factors_DB[:, images])
@@ -172,7 +172,7 @@ class Step:
 
     def forward_backward(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
-        return self.captured(*self.arguments, self.factors_DB)
+        return self.captured(self._forward_backward, *self.arguments, self.factors_DB)
 
     def _forward_backward(self, *arguments: Tensor) -> Tensor:
         loss = self._loss(*arguments)

@@ -7,6 +7,7 @@ optimizer, stays outside. Read next: train.py, whose micro-batches these are.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,10 +29,11 @@ class Graph(Protocol):
 
 
 class Recorder:
-    """Captures work of a CUDA device, on a stream of its own, into graphs that share a pool of memory.
+    """Captures work of a CUDA device, on a stream beside the others, into graphs that share a pool of memory.
 
     Args:
         pool: that other recorders share, too; default is a new one. What shares a pool runs one after another.
+        stream: default is one for all recorders of a device.
 
     Attributes:
         reserved_bytes: by how much the pool has grown.
@@ -39,8 +41,10 @@ class Recorder:
             know it, for graphs allocate when they are captured and not when they run.
     """
 
-    def __init__(self, device: torch.device, pool: tuple[int, int] | None = None):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+    def __init__(
+        self, device: torch.device, pool: tuple[int, int] | None = None, stream: torch.cuda.Stream | None = None
+    ):
+        self.device, self.stream = device, stream or capture_stream(device)
         self.begin_again(pool)
 
     def begin_again(self, pool: tuple[int, int] | None = None) -> None:
@@ -80,6 +84,12 @@ class Recorder:
         return graph, result
 
 
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    # NOTE: cuBLAS keeps a workspace, on an H100 of 32 MiB, for each stream and thread that it has seen.
+    return torch.cuda.Stream(device)
+
+
 @dataclass
 class Recording:
     """What was captured for arguments of one shape: buffers, and a graph that writes and one that adds gradients."""
@@ -94,20 +104,16 @@ class CapturedStep:
     """A forward and backward pass that runs as a CUDA graph, one for every shape of its arguments; or as it is.
 
     Args:
-        compute: takes tensors, or None, leaves gradients in `.grad` of the modules' parameters as `backward` does, and
-            returns scalars (one, or a nest of lists, tuples and dicts). On the host it may depend on nothing that
-            changes between calls, on the device on the arguments, the modules, and tensors that stay where they are.
-            Random numbers of the device's default generator are those of a run that is not captured.
         modules: whose parameters and buffers it reads.
-        recorder: what captures; None runs `compute` itself.
+        recorder: what captures; None runs the function itself.
 
     A module's tensor that is put elsewhere (`load_state_dict(assign=True)`, `.data = ...`) makes all graphs be captured
     again; changes in place need nothing. Whatever else decides what is computed, as `train()` and `requires_grad_()`,
     is noticed after `forget`.
     """
 
-    def __init__(self, compute: Callable[..., Any], modules: Sequence[nn.Module], recorder: Recorder | None):
-        self.compute, self.recorder = compute, recorder
+    def __init__(self, modules: Sequence[nn.Module], recorder: Recorder | None):
+        self.recorder = recorder
         self._owners = [
             (owner, name)
             for module in {sub: None for module in modules for sub in module.modules()}
@@ -123,10 +129,17 @@ class CapturedStep:
         hidden = 0 if self.recorder is None else self.recorder.hidden_bytes
         return max(torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device) + hidden)
 
-    def __call__(self, *arguments: Tensor | None, accumulate: bool = False) -> Any:
-        """What `compute` returns. accumulate: there are gradients, and these are added to them; else there are none."""
+    def __call__(self, compute: Callable[..., Any], *arguments: Tensor | None, accumulate: bool = False) -> Any:
+        """What compute(*arguments) returns: scalars, one or a nest of lists, tuples and dicts.
+
+        compute: the same in all calls. It leaves gradients in `.grad` of the modules' parameters, as `backward` does.
+            Nothing of the host that it depends on may change from call to call, and of the device only arguments, and
+            the values of tensors that stay where they are. Random numbers of the device's default generator are those
+            of a run that is not captured.
+        accumulate: there are gradients, to which these are added; else there are none.
+        """
         if self.recorder is None:
-            return self.compute(*arguments)
+            return compute(*arguments)
         tensors = [owner[name] for owner, name in self._owners]
         parameters = list({id(tensor): tensor for tensor in tensors if tensor.requires_grad}.values())
         places = [tensor.data_ptr() for tensor in tensors]
@@ -135,7 +148,7 @@ class CapturedStep:
             self._places = places
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in arguments)
         if key not in self._recordings:
-            self._recordings[key] = self._prepare(arguments, parameters)
+            self._recordings[key] = self._prepare(compute, arguments, parameters)
         recording = self._recordings[key]
         for buffer, argument in zip(recording.arguments, arguments, strict=True):
             if buffer is not None:
@@ -145,7 +158,7 @@ class CapturedStep:
         else:
             put_gradients(parameters, recording.gradients)
         if accumulate not in recording.graphs:
-            self._record(recording, accumulate)
+            self._record(compute, recording, accumulate)
         recording.graphs[accumulate].replay()
         return tree_map_only(Tensor, torch.clone, recording.results[accumulate])
 
@@ -155,7 +168,7 @@ class CapturedStep:
             self._recordings.clear()
             self.recorder.begin_again()
 
-    def _prepare(self, arguments: Arguments, parameters: list[Tensor]) -> Recording:
+    def _prepare(self, compute: Callable[..., Any], arguments: Arguments, parameters: list[Tensor]) -> Recording:
         """Buffers, and the graph that writes gradients, which are those it leaves. The parameters keep their own."""
         recording = Recording([None if tensor is None else tensor.clone() for tensor in arguments])
         before = [parameter.grad for parameter in parameters]
@@ -164,20 +177,20 @@ class CapturedStep:
             for call in range(WARM_UP_CALLS):
                 if call < WARM_UP_CALLS - 1:  # the last one adds, as the other graph will
                     put_gradients(parameters, [None] * len(parameters))
-                self.compute(*recording.arguments)
+                compute(*recording.arguments)
 
         self.recorder.warm_up(warm_up)
         # NOTE: without a gradient, backward leaves what it has computed in the graph's memory, and adds nothing.
         put_gradients(parameters, [None] * len(parameters))
-        self._record(recording, False)
+        self._record(compute, recording, False)
         recording.gradients = [parameter.grad for parameter in parameters]
         put_gradients(parameters, before)
         return recording
 
-    def _record(self, recording: Recording, accumulate: bool) -> None:
+    def _record(self, compute: Callable[..., Any], recording: Recording, accumulate: bool) -> None:
         try:
             with self.recorder.measuring():
-                graph, result = self.recorder.record(lambda: self.compute(*recording.arguments))
+                graph, result = self.recorder.record(lambda: compute(*recording.arguments))
         except RuntimeError as error:
             cause = error.__context__ or error  # NOTE: a capture in which something was raised cannot end either
             if isinstance(cause, torch.OutOfMemoryError):

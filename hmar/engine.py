@@ -539,7 +539,7 @@ class Program:
 
         Returns the bytes by which the pool has grown.
         """
-        recorder = Recorder(self.engine.device, pool)
+        recorder = Recorder(self.engine.device, pool, torch.cuda.Stream())
         recorder.warm_up(self._run_segments)
         self._drop()
         del self.images_BCHW

@@ -184,7 +184,7 @@ class Trainer:
         )
         self.averaged = AveragedWeights(self.stage.module, config.ema) if config.ema else None
         recorder = Recorder(self.device) if captures else None
-        self.micro_batch = CapturedStep(self._forward_backward, self.stage.modules, recorder)
+        self.micro_batch = CapturedStep(self.stage.modules, recorder)
         self.step = 0
         self.samples = 0
         self.skipped = 0
@@ -257,7 +257,7 @@ class Trainer:
             micro = draws.of(slice(own.start + images.start, own.start + images.stop), self.device)
             arguments = (batch[images], classes_B[images], micro.dropped_B, micro.drop_path_DB, micro.masked_L)
             with self.parallel.synchronizing(i == config.accumulate - 1):
-                names, values = self.micro_batch(*arguments, accumulate=i > 0)
+                names, values = self.micro_batch(self._forward_backward, *arguments, accumulate=i > 0)
             figures.append(values)
         figures = self.processes.mean(torch.stack(figures).mean(0))
         norm, found_inf = self.optimizer.step(figures[0], lr)

@@ -156,9 +156,9 @@ def test_a_captured_case_takes_whole_steps_apart_from_the_optimizer(tmp_path, mo
     """On a tape: the same check, no time of the forward alone."""
     kept = training.CapturedStep
 
-    def captured(compute, modules, recorder):
+    def captured(modules, recorder):
         recorders.append(TapeRecorder(modules))
-        return kept(compute, modules, recorders[-1] if len(recorders) > 2 else None)  # the first two are the oracle's
+        return kept(modules, recorders[-1] if len(recorders) > 2 else None)  # the first two are the oracle's
 
     recorders = []
     monkeypatch.setattr(training, "CapturedStep", captured)

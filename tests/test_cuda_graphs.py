@@ -3,7 +3,10 @@
 # ruff: noqa: F811 (fixtures are imported)
 
 import copy
+import functools
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -33,7 +36,7 @@ class Problem:
         self.plain = copy.deepcopy(self.model)
         self.scale = torch.tensor(2.0, device=self.device)
         self.recorder = TapeRecorder([self.model]) if device == "cpu" else Recorder(self.device)
-        self.captured = CapturedStep(lambda *inputs: self.compute(self.model, *inputs), [self.model], self.recorder)
+        self.captured = CapturedStep([self.model], self.recorder)
 
     def compute(self, model, x, keep):
         out = model(x) if keep is None else model(x) * keep
@@ -56,7 +59,8 @@ class Problem:
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1])
-        actual = [self.captured(*inputs, accumulate=i > 0) for i, inputs in enumerate(micro_batches)]
+        compute = functools.partial(self.compute, self.model)
+        actual = [self.captured(compute, *inputs, accumulate=i > 0) for i, inputs in enumerate(micro_batches)]
         assert torch.equal(torch.rand(3, device=self.device), ended)
         for a, b in zip(actual, expected, strict=True):
             assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -137,17 +141,16 @@ def test_without_a_recorder_the_function_runs_as_it_is():
 
 def test_what_cannot_be_captured_says_what_can_be_done():
     problem = Problem("cpu")
-    compute, seen = problem.compute, []
+    seen = []
 
     def waits(*inputs):
-        values = compute(problem.model, *inputs)
+        values = problem.compute(problem.model, *inputs)
         seen.append(values["loss"].item())
         return values
 
-    problem.captured.compute = waits
     message = r"cannot be captured into a CUDA graph \(operation not permitted.*cuda_graphs=false runs it without"
     with pytest.raises(RuntimeError, match=message):
-        problem.captured(*problem.inputs(4))
+        problem.captured(waits, *problem.inputs(4))
     assert len(seen) == 3  # the calls of the warm-up
 
 
@@ -169,7 +172,7 @@ def test_what_is_raised_in_a_capture_is_not_lost_at_its_end(raised, expected, me
 
     monkeypatch.setattr(problem.recorder, "record", record)
     with pytest.raises(expected, match=message):
-        problem.captured(*problem.inputs(4))
+        problem.captured(functools.partial(problem.compute, problem.model), *problem.inputs(4))
 
 
 @pytest.mark.gpu
@@ -183,11 +186,11 @@ def test_memory_of_graphs_is_counted():
         return loss.detach()
 
     for recorder in (None, Recorder(torch.device("cuda", 0))):
-        step = CapturedStep(compute, [model], recorder)
-        step(x)
+        step = CapturedStep([model], recorder)
+        step(compute, x)
         model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
-        step(x)
+        step(compute, x)
         peaks.append(step.peak_bytes(torch.device("cuda", 0)))
         model.zero_grad(set_to_none=True)
     assert peaks[0] <= peaks[1] <= 1.25 * peaks[0]
@@ -197,9 +200,9 @@ def on_tape(monkeypatch):
     """Trainers of this process capture, by tapes; the list of their recorders."""
     recorders = []
 
-    def captured(compute, modules, recorder):
+    def captured(modules, recorder):
         recorders.append(TapeRecorder(modules))
-        return CapturedStep(compute, modules, recorders[-1])
+        return CapturedStep(modules, recorders[-1])
 
     monkeypatch.setattr(hmar.train, "CapturedStep", captured)
     # Only on the CPU does it look at the targets.
@@ -241,6 +244,20 @@ def test_training_on_tapes_ends_with_the_same_bits(stage, tmp_path, runs, stop_a
         on_tape(patched)
         run(configure(stage, tmp_path / "parts", *options, runs=runs), resume=True)
     assert_same_run(tmp_path / "parts", tmp_path / "eager")
+
+
+def test_a_run_that_has_ended_holds_no_memory(tmp_path, runs, monkeypatch):
+    """Not even until the next garbage collection: the next run of the process may need it."""
+    trainers, start = [], Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: trainers.append(weakref.ref(self.stage.module)) or start(self))
+    on_tape(monkeypatch)
+    gc.collect()
+    gc.disable()
+    try:
+        run(configure("next-scale", tmp_path, "steps=2", runs=runs))
+        assert [reference() for reference in trainers] == [None]
+    finally:
+        gc.enable()
 
 
 def test_fp16_on_tapes_skips_the_same_steps(tmp_path, runs, monkeypatch):
