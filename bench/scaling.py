@@ -3,8 +3,9 @@
 The same run (`hmar train`, started by torchrun) with each number of processes and each way of sharing, on random codes,
 with as many images a process in all: what the slowest thing between the GPUs takes shows as lost speed. Speeds are the
 median of the log's rows without the first, which has compilation and warm-up in it. `speedup` is tokens a second over
-those of one process. The loss after the last step is recorded as well: with `--global-batch` the batch of all processes
-together stays the same, and so does the loss but for rounding. Read next: hmar/parallelize.py.
+those of one process, which runs without CUDA graphs, as several do. The loss after the last step is recorded as well:
+with `--global-batch` the batch of all processes together stays the same, and so does the loss but for rounding. Read
+next: hmar/parallelize.py.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def run(chosen: argparse.Namespace, folder: Path, processes: int, parallel: str)
         "parallel": parallel,
         "compile": chosen.compile,
         "device": chosen.device,
+        "cuda_graphs": "false",
         "log_every": every,
         "checkpoint_every": 10 * chosen.steps,
     }

@@ -10,11 +10,13 @@ measured with our other operators, compiled. The method:
   (`Oracle`). What fails is recorded and has no time. Gates and logits are made as large as a trained model's
   beforehand: at the published initialisation attention hardly reaches the loss.
 * `ms` is forward + backward of model and loss, from inputs to the gradients of all weights: median over steps that
-  follow each other without a pause, between device events, host included. `forward_ms` is its first part.
+  follow each other without a pause, between device events, host included. `forward_ms` is its first part, null in a
+  CUDA graph, which has no parts. All ways but the published one run as training does on one GPU: as a CUDA graph, the
+  copies of its inputs included (hmar/cuda_graphs.py).
 * `optimizer_ms` is clipping and AdamW (and the averaged weights with --ema) within whole steps, `step_ms` such a step;
   `optimizer_share` is optimizer_ms / ms.
 * `peak_bytes` is the largest allocation of forward + backward, weights and gradients included, before the optimizer has
-  any state; `step_peak_bytes` is that of whole steps.
+  any state; `step_peak_bytes` is that of whole steps. Of a CUDA graph all memory that it holds counts.
 * `flops` are model FLOPs (hmar.flops), `mfu` those per second of `ms` over the data sheet's peak.
 
 Nothing that one measurement does ends the run: what raises or runs out of memory is recorded with the reason. Results
@@ -39,6 +41,7 @@ from torch import Tensor
 
 import hmar.model
 from hmar.config import ModelConfig
+from hmar.cuda_graphs import CapturedStep, Recorder
 from hmar.flops import training_flops, utilization
 from hmar.loss import token_weights
 from hmar.model import DropPath, NextScaleTransformer, ScaleMasks
@@ -63,16 +66,18 @@ ATTENTION = ("auto", *IMPLEMENTATIONS, "sdpa_dense")
 # (resolution, depth, batch): the targets, then larger models of the same tokens a step.
 CELLS = ((256, 16, 32), (256, 24, 16), (512, 16, 8), (512, 24, 8), (1024, 24, 2))
 MORE_CELLS = ((256, 30, 16), (512, 30, 4), (1024, 16, 4), (1024, 30, 2))
-# (attention, operators, compile) of a default run: ours, as published, the rivals at their best, and ours without a
-# compiler. Each is measured in all cells before the next one, so that a run that is cut short has the targets.
+# (attention, operators, compile, cuda_graphs) of a default run: ours, as published, the rivals at their best, and ours
+# without graphs and without a compiler. Each is measured in all cells before the next one, so that a run that is cut
+# short has the targets.
 WAYS = (
-    ("auto", "auto", "blocks"),
-    ("sdpa_dense", "reference", "false"),
-    ("flex", "auto", "blocks"),
-    ("sdpa_dense", "auto", "blocks"),
-    ("auto", "auto", "false"),
+    ("auto", "auto", "blocks", "true"),
+    ("sdpa_dense", "reference", "false", "false"),
+    ("flex", "auto", "blocks", "true"),
+    ("sdpa_dense", "auto", "blocks", "true"),
+    ("auto", "auto", "blocks", "false"),
+    ("auto", "auto", "false", "true"),
 )
-SMOKE_WAYS = (("reference", "auto", "false"), ("sdpa_dense", "reference", "false"))
+SMOKE_WAYS = (("reference", "auto", "false", "false"), ("sdpa_dense", "reference", "false", "false"))
 WATCHED = (
     "embedding.codes.weight",
     "blocks.0.attention.qkv.weight",
@@ -96,6 +101,7 @@ class Case:
     attention: str
     operators: str
     compile: str
+    cuda_graphs: str
     activation_checkpointing: str
 
     @property
@@ -115,7 +121,7 @@ class Case:
 
     def __str__(self) -> str:
         size = f"{self.model} {self.resolution} px d{self.depth} B{self.batch} {self.dtype}"
-        ways = f"{self.attention} operators={self.operators} compile={self.compile}"
+        ways = f"{self.attention} operators={self.operators} compile={self.compile} graphs={self.cuda_graphs}"
         return f"{size} residual={self.residual} {ways} recompute={self.activation_checkpointing}"
 
 
@@ -150,22 +156,31 @@ class Step:
         )
         self.drop_paths = [m for m in self.model.modules() if isinstance(m, DropPath) and m.p > 0]
         kept_DB = torch.rand(len(self.drop_paths), case.batch, generator=generator)
-        self.factors_DB = [
-            ((kept_B >= module.p) / (1 - module.p)).to(device)
-            for module, kept_B in zip(self.drop_paths, kept_DB, strict=True)
-        ]
+        p_D1 = torch.tensor([module.p for module in self.drop_paths])[:, None]
+        self.factors_DB = ((kept_DB >= p_D1) / (1 - p_D1)).to(device)
+        recorder = Recorder(device) if case.cuda_graphs == "true" else None
+        self.captured = CapturedStep([self.objective], recorder)
 
     def forward(self, images: slice = slice(None)) -> Tensor:
-        for module, factor_B in zip(self.drop_paths, self.factors_DB, strict=True):
-            module.factor_B = factor_B[images]
+        return self._loss(*(argument[images] for argument in self.arguments), self.factors_DB[:, images])
+
+    def _loss(self, class_B: Tensor, inputs_BLE: Tensor, codes_BL: Tensor, factors_DB: Tensor) -> Tensor:
+        for module, factor_B in zip(self.drop_paths, factors_DB, strict=True):
+            module.factor_B = factor_B
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.objective(*(argument[images] for argument in self.arguments))[0]
+            return self.objective(class_B, inputs_BLE, codes_BL)[0]
 
     def forward_backward(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
-        loss = self.forward()
+        return self.captured(self._forward_backward, *self.arguments, self.factors_DB)
+
+    def _forward_backward(self, *arguments: Tensor) -> Tensor:
+        loss = self._loss(*arguments)
         loss.backward()
         return loss.detach()
+
+    def peak_bytes(self) -> int | None:
+        return self.captured.peak_bytes(self.device) if self.device.type == "cuda" else None
 
     def by_image(self) -> tuple[float, dict[str, Tensor]]:
         """Loss and watched gradients of the batch, computed image by image."""
@@ -213,7 +228,12 @@ class Oracle:
 
     def __init__(self, case: Case, device: torch.device):
         plain = replace(
-            case, attention="reference", operators="reference", compile="false", activation_checkpointing="blocks"
+            case,
+            attention="reference",
+            operators="reference",
+            compile="false",
+            cuda_graphs="false",
+            activation_checkpointing="blocks",
         )
         with plain_operators():
             exact = replace(plain, dtype="float32", residual="float32")
@@ -285,29 +305,33 @@ def _warm_up(call: Callable[[], object], device: torch.device, calls: int = 3) -
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
 def _time_forward_backward(step: Step, steps: int) -> dict:
     _warm_up(step.forward_backward, step.device)
     marks = Marks(step.device)
     marks.mark()
-    for _ in range(steps):
-        step.model.zero_grad(set_to_none=True)
-        loss = step.forward()
-        marks.mark()
-        loss.backward()
-        marks.mark()
-    forward, backward = marks.milliseconds(2)
-    both = [a + b for a, b in zip(forward, backward, strict=True)]
+    if step.captured.recorder is not None:
+        for _ in range(steps):
+            step.forward_backward()
+            marks.mark()
+        (both,) = marks.milliseconds(1)
+        forward_ms = None
+    else:
+        for _ in range(steps):
+            step.model.zero_grad(set_to_none=True)
+            loss = step.forward()
+            marks.mark()
+            loss.backward()
+            marks.mark()
+        forward, backward = marks.milliseconds(2)
+        both = [a + b for a, b in zip(forward, backward, strict=True)]
+        forward_ms = quantile(forward, 0.5)
     return {
         "ms": quantile(both, 0.5),
         "p10_ms": quantile(both, 0.1),
         "p90_ms": quantile(both, 0.9),
         "steps": steps,
-        "forward_ms": quantile(forward, 0.5),
-        "peak_bytes": _peak(step.device),
+        "forward_ms": forward_ms,
+        "peak_bytes": step.peak_bytes(),
     }
 
 
@@ -326,10 +350,9 @@ def _time_steps(step: Step, steps: int, ema: float) -> dict:
     marks = Marks(step.device)
     marks.mark()
     for _ in range(steps):
-        loss = step.forward()
-        loss.backward()
+        loss = step.forward_backward()
         marks.mark()
-        finish(loss.detach())
+        finish(loss)
         marks.mark()
     computing, finishing = marks.milliseconds(2)
     milliseconds = quantile(finishing, 0.5)
@@ -338,7 +361,7 @@ def _time_steps(step: Step, steps: int, ema: float) -> dict:
         "optimizer_ms": milliseconds,
         "optimizer_share": milliseconds / quantile(computing, 0.5),
         "ema": ema,
-        "step_peak_bytes": _peak(step.device),
+        "step_peak_bytes": step.peak_bytes(),
     }
 
 
@@ -349,7 +372,7 @@ NUMBERS = (
 
 
 class TrainingResults(Results):
-    kind, version = "training", 2
+    kind, version = "training", 3
 
     @staticmethod
     def key_of(row: dict) -> tuple:
@@ -397,7 +420,8 @@ def run(
 def describe(case: Case, row: dict) -> str:
     if row["status"] != "ok":
         return f"{case}  {row['status']}: {row['reason']}"
-    line = f"{case}  {row['ms']:.2f} ms (forward {row['forward_ms']:.2f}), optimizer {row['optimizer_share']:.1%}"
+    forward = "" if row["forward_ms"] is None else f" (forward {row['forward_ms']:.2f})"
+    line = f"{case}  {row['ms']:.2f} ms{forward}, optimizer {row['optimizer_share']:.1%}"
     if row["peak_bytes"] is not None:
         line += f", {row['peak_bytes'] / 1e9:.2f} GB (whole step {row['step_peak_bytes'] / 1e9:.2f})"
     return line + (f", MFU {row['mfu']:.1%}" if row["mfu"] is not None else "")
@@ -429,9 +453,10 @@ def make_parser() -> argparse.ArgumentParser:
     takes("--cells", type=parse_cells, help="resolution:depth:batch,...; default: those of the targets")
     takes("--full", action="store_true", help="d30, and d16 at 1024 px, as well")
     takes("--models", type=chosen_from(tuple(PATTERNS)), default=list(PATTERNS))
-    takes("--attention", type=chosen_from(ATTENTION), help="with --operators and --compile instead of the default ways")
+    takes("--attention", type=chosen_from(ATTENTION), help="with the next three instead of the default ways")
     takes("--operators", type=chosen_from(("auto", "reference")), help="fused or plain norms and loss")
     takes("--compile", type=chosen_from(("false", "blocks", "model")), help="without, with regional, with whole graphs")
+    takes("--cuda-graphs", type=chosen_from(("false", "true")), help="forward and backward as one; default: on a GPU")
     takes("--activation-checkpointing", type=chosen_from(("none", "mlp", "blocks")), default=["none"])
     takes("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     takes("--residual", choices=("bfloat16", "float32"), help="dtype of the residual stream; default: that of --dtype")
@@ -454,9 +479,13 @@ def main(arguments: list[str] | None = None) -> int:
     smoke = device.type == "cpu"
     cells = chosen.cells or ([(64, 3, 2)] if smoke else [*CELLS, *(MORE_CELLS if chosen.full else ())])
     ways = SMOKE_WAYS if smoke else WAYS
-    if chosen.attention or chosen.operators or chosen.compile:
-        defaults = (["reference" if smoke else "auto"], ["auto"], ["false" if smoke else "blocks"])
-        given = (chosen.attention, chosen.operators, chosen.compile)
+    given = (chosen.attention, chosen.operators, chosen.compile, chosen.cuda_graphs)
+    if smoke and "true" in (chosen.cuda_graphs or ()):
+        parser.error("--cuda-graphs true needs a GPU, the device is cpu")
+    if any(given):
+        defaults = ["reference"], ["auto"], ["false"], ["false"]
+        if not smoke:
+            defaults = ["auto"], ["auto"], ["blocks"], ["true"]
         ways = itertools.product(*(names or default for names, default in zip(given, defaults, strict=True)))
     cases = [
         Case(model, *cell, chosen.dtype, residual, *way, recompute)

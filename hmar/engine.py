@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from hmar.cuda_graphs import Graph, Recorder
 from hmar.decoder import FusedDecoder
 from hmar.generate import (
     GenerationOutput,
@@ -441,7 +442,7 @@ class Segment:
     steps: list[Callable[[], None]]
     scale: int | None = None
     row: int | None = None
-    graph: torch.cuda.CUDAGraph | None = None
+    graph: Graph | None = None
 
     def run(self) -> None:
         if self.graph is not None:
@@ -538,25 +539,19 @@ class Program:
 
         Returns the bytes by which the pool has grown.
         """
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for segment in self.segments:
-                segment.run()
-        torch.cuda.synchronize()
+        recorder = Recorder(self.engine.device, pool, torch.cuda.Stream())
+        recorder.warm_up(self._run_segments)
         self._drop()
         del self.images_BCHW
-        gc.collect()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved()
+        with recorder.measuring():
+            for segment in self.segments:
+                segment.graph, _ = recorder.record(segment.run)
+            self._drop()
+        return recorder.reserved_bytes
+
+    def _run_segments(self) -> None:
         for segment in self.segments:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                for step in segment.steps:
-                    step()
-            segment.graph = graph
-        self._drop()
-        return max(0, torch.cuda.memory_reserved() - before)
+            segment.run()
 
     def _drop(self) -> None:
         """Let go of what steps leave for each other: once recorded, their memory is free for other programs."""

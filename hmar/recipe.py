@@ -134,6 +134,8 @@ class TrainConfig:
     attention      "auto" or one of hmar_kernels.IMPLEMENTATIONS
     compile        torch.compile: false, "blocks" (one graph for all blocks of a transformer: compiles in seconds) or
                    "model" (model and loss in one graph); true means "model"
+    cuda_graphs    forward and backward of a micro-batch as one CUDA graph, so that a step does not wait for the host:
+                   "auto" is true for transformers in one process on a GPU, and false elsewhere, where true is an error
     activation_checkpointing  what the backward pass computes again instead of keeping it: "none", "mlp" (the inner
                    layers of the blocks' MLPs) or "blocks" (everything but the blocks' inputs)
     parallel       what several processes (torchrun) share: "ddp" keeps all of the model in each, "fsdp" shards
@@ -165,6 +167,7 @@ class TrainConfig:
     residual_precision: Literal["auto", "fp32", "bf16"] = "auto"
     attention: str = "auto"
     compile: Literal[False, True, "blocks", "model"] = False
+    cuda_graphs: Literal["auto", True, False] = False
     activation_checkpointing: Literal["none", "mlp", "blocks"] = "none"
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     shard_size: int = 0
@@ -246,6 +249,11 @@ class TrainConfig:
             raise ValueError(
                 f"activation_checkpointing={self.activation_checkpointing} is for transformers' blocks and has no "
                 "effect in stage tokenizer: leave it out"
+            )
+        if self.stage == "tokenizer" and self.cuda_graphs is True:
+            raise ValueError(
+                "cuda_graphs=true is for transformers: a tokenizer's loss depends on the step, and its host waits for "
+                "the device after each; leave it out"
             )
         if self.stage == "tokenizer" and self.precision == "fp16":
             raise ValueError(

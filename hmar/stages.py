@@ -4,7 +4,7 @@ The Trainer (train.py) calls a stage in this order: `prepare` once, then for eve
 micro-batch and, after the optimizer, `after_step` if it has one; at the end `write`. Its `config` is the run's with
 what the stage has found out, its `sources` are fingerprints of the weights it builds on, its `module` is what is
 trained, and `forward` what is called for it: `objective`, the module with its loss, or what the Trainer has wrapped
-around that. Read next: loss.py for the losses, model.py and tokenizer.py.
+around that; `modules` are all that `loss` reads. Read next: loss.py for the losses, model.py and tokenizer.py.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class Draws:
     generator: what is left of the step's random numbers, for `after_step`.
     """
 
-    generator: torch.Generator
     dropped_B: Tensor | None = None
     drop_path_DB: Tensor | None = None
     masked_L: Tensor | None = None
+    generator: torch.Generator | None = None
 
     def of(self, images: slice, device: torch.device) -> Draws:
         """The part of these images, on the device."""
@@ -59,10 +59,10 @@ class Draws:
             return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
         return Draws(
-            self.generator,
             None if self.dropped_B is None else move(self.dropped_B[images]),
             None if self.drop_path_DB is None else move(self.drop_path_DB[:, images]),
             move(self.masked_L),
+            self.generator,
         )
 
 
@@ -74,6 +74,7 @@ class TokenizerStage:
         self.sources: dict[str, str] = {}
         self.module = self.objective = self.forward = Tokenizer(config.tokenizer, config.model.pyramid).to(device)
         weights = config.reconstruction
+        self.modules = (self.module,)
         discriminator = None
         if weights.adversarial > 0:
             discriminator = PatchDiscriminator(config.tokenizer.image_channels).to(device)
@@ -96,7 +97,7 @@ class TokenizerStage:
         return dataset
 
     def draw(self, generator: torch.Generator, batch_size: int) -> Draws:
-        return Draws(generator)
+        return Draws(generator=generator)
 
     def loss(self, batch, classes_B, draws, step) -> tuple[Tensor, dict[str, Tensor]]:
         self.images, self.output = batch, self.forward(batch)
@@ -183,6 +184,10 @@ class CodesStage:
             self.sources["data.path"] = read_index(config.data.path).fingerprint()
         self.class_drop = config.model.class_drop
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return self.objective, self.tokenizer
+
     def prepare(self, dataset: Dataset, console: Console) -> Dataset:
         """The data set to train on: with cache_codes, codes in place of images. ValueError for another tokenizer's."""
         if dataset.num_classes > self.config.model.num_classes:
@@ -205,7 +210,7 @@ class CodesStage:
         masked_L = self.draw_mask(generator)
         p_D = torch.tensor([module.p for module in self.drop_paths])
         kept_DB = torch.rand(len(p_D), batch_size, generator=generator) >= p_D[:, None]
-        return Draws(generator, dropped_B, kept_DB / (1 - p_D[:, None]), masked_L)
+        return Draws(dropped_B, kept_DB / (1 - p_D[:, None]), masked_L, generator)
 
     def draw_mask(self, generator: torch.Generator) -> Tensor | None:
         return None

@@ -6,13 +6,14 @@ paths, masks, restarted codes, crops) follows from the seed and the step or the 
 checkpoint holds, so a run that was interrupted goes on to the same weights, bit for bit on one device with
 deterministic operators, and the number of processes changes rounding only.
 
-The host never waits for the device within a step: figures are read when a row of the log is due, every 100 steps and
-before a checkpoint. Steps that are not finite have changed nothing by then (optimizer.py); only the tokenizer's host
-has to know at once, because it moves codes after a step.
+The host never waits for the device within a step, and on one GPU the device not for the host: forward and backward are
+one CUDA graph (cuda_graphs.py). Figures are read when a row of the log is due, every 100 steps and before a checkpoint.
+Steps that are not finite have changed nothing by then (optimizer.py); only the tokenizer's host has to know at once,
+because it moves codes after a step.
 
 An output folder holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/ and, once finished, weights/.
-Read next: stages.py for what is trained, optimizer.py for the end of a step, parallelize.py and processes.py for what
-is put around the model, checkpoint.py for the files, recipe.py for the configuration.
+Read next: stages.py for what is trained, optimizer.py for the end of a step, parallelize.py, cuda_graphs.py and
+processes.py for what is put around the model, checkpoint.py for the files, recipe.py for the configuration.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hmar import checkpoint
 from hmar.codes import CodesFolder
+from hmar.cuda_graphs import CapturedStep, Recorder
 from hmar.data import (
     BrokenImageError,
     EpochSampler,
@@ -54,7 +56,7 @@ from hmar.processes import Processes, find_device
 from hmar.progress import Display, Logs, StopSignals
 from hmar.recipe import TrainConfig, config_mapping, config_yaml, differences, learning_rate, unknown, with_steps
 from hmar.sharded import load_tensors, save_sharded
-from hmar.stages import make_stage, parameter_groups
+from hmar.stages import Draws, make_stage, parameter_groups
 
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_SKIPPED_IN_A_ROW = 20
@@ -150,6 +152,7 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.device = find_device(config.device, processes)
         check_division(config, processes)
+        captures = captures_steps(config, self.device, processes)
         dtype = find_training_precision(config.precision, self.device)
         self.dtype = dtype
         self.autocast = functools.partial(torch.autocast, self.device.type, dtype, enabled=dtype is not None)
@@ -180,6 +183,8 @@ class Trainer:
             self.parallel.total_norm,
         )
         self.averaged = AveragedWeights(self.stage.module, config.ema) if config.ema else None
+        recorder = Recorder(self.device) if captures else None
+        self.micro_batch = CapturedStep(self.stage.modules, recorder)
         self.step = 0
         self.samples = 0
         self.skipped = 0
@@ -249,12 +254,11 @@ class Trainer:
         figures = []
         for i in range(config.accumulate):
             images = slice(i * size, (i + 1) * size)
-            micro_draws = draws.of(slice(own.start + images.start, own.start + images.stop), self.device)
+            micro = draws.of(slice(own.start + images.start, own.start + images.stop), self.device)
+            arguments = (batch[images], classes_B[images], micro.dropped_B, micro.drop_path_DB, micro.masked_L)
             with self.parallel.synchronizing(i == config.accumulate - 1):
-                with self.autocast():
-                    loss, parts = stage.loss(batch[images], classes_B[images], micro_draws, self.step)
-                (loss * (self.loss_scale.value / config.accumulate)).backward()
-            figures.append(torch.stack([value.detach().float() for value in (loss, *parts.values())]))
+                names, values = self.micro_batch(self._forward_backward, *arguments, accumulate=i > 0)
+            figures.append(values)
         figures = self.processes.mean(torch.stack(figures).mean(0))
         norm, found_inf = self.optimizer.step(figures[0], lr)
         after = {}
@@ -263,13 +267,30 @@ class Trainer:
                 after = stage.after_step(self.optimizer, self.averaged, draws, self.step)
         if self.averaged is not None:
             self.averaged.update(found_inf)
-        self.unread.append((self.step, ("loss", *parts, "grad_norm"), torch.cat([figures, norm[None]]), after))
+        self.unread.append((self.step, (*names, "grad_norm"), torch.cat([figures, norm[None]]), after))
         self.interval.lr = lr
         self.interval.images += config.batch_size
         self.samples += config.batch_size
         self.step += 1
         if len(self.unread) == MAX_STEPS_UNREAD:
             self._read()
+
+    def _forward_backward(
+        self,
+        batch: Tensor,
+        classes_B: Tensor,
+        dropped_B: Tensor | None,
+        drop_path_DB: Tensor | None,
+        masked_L: Tensor | None,
+    ) -> tuple[tuple[str, ...], Tensor]:
+        """A micro-batch, whose gradients are added to those that are there: names and values of what is logged.
+
+        May be captured into a CUDA graph: all that differs from step to step is in the arguments or on the device.
+        """
+        with self.autocast():
+            loss, parts = self.stage.loss(batch, classes_B, Draws(dropped_B, drop_path_DB, masked_L), self.step)
+        (loss * (self.loss_scale.value / self.config.accumulate)).backward()
+        return ("loss", *parts), torch.stack([value.detach().float() for value in (loss, *parts.values())])
 
     def _read(self) -> None:
         """Wait for the device and take over the figures of the steps since the last time; NonFiniteError by them."""
@@ -313,7 +334,7 @@ class Trainer:
             if mfu is not None:
                 row["mfu"] = mfu
         if self.device.type == "cuda":
-            row["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            row["peak_memory_gb"] = self.micro_batch.peak_bytes(self.device) / 1e9
         if self.loss_scale.enabled:
             row["loss_scale"] = self.loss_scale.value.item()
         row["skipped_steps"] = self.skipped
@@ -508,6 +529,17 @@ def narrows_residual_stream(config: TrainConfig, dtype: torch.dtype | None) -> b
             f"precision={config.precision} on {config.device}: leave it out, or set precision=bf16"
         )
     return possible and config.residual_precision != "fp32"
+
+
+def captures_steps(config: TrainConfig, device: torch.device, processes: Processes) -> bool:
+    """Whether forward and backward run as CUDA graphs; ValueError if they cannot but are to."""
+    possible = device.type == "cuda" and processes.size == 1 and config.stage != "tokenizer"
+    if config.cuda_graphs is True and not possible:
+        raise ValueError(
+            f"cuda_graphs=true is for one process on a GPU, got {processes.size} on {device}: auto is on "
+            "wherever it can be"
+        )
+    return possible and config.cuda_graphs is not False
 
 
 def check_division(config: TrainConfig, processes: Processes) -> None:

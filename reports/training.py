@@ -17,7 +17,7 @@ from .markdown import DASH, number, or_dash, percent, table
 from .results import TARGET_GPU, data_files
 from .style import FLOOR_LINE, look_of, rank_of, save
 
-KIND, VERSIONS = "training", (1, 2)
+KIND, VERSIONS = "training", (1, 2, 3)
 COLUMNS = ["gpu", "commit", "model", "attention", "resolution", "depth", "batch", "ms", "peak_gb", "mfu"]
 CELL = ["gpu", "commit", "model", "attention", "resolution", "depth", "batch", "dtype"]
 # The dense mask with plain operators and without a compiler.
@@ -56,12 +56,13 @@ def load(folder: Path) -> dict[Path, pd.DataFrame]:
         rows = pd.DataFrame(content["results"])
         if "residual" not in rows:  # version 1
             rows["residual"] = "float32"
+        if "cuda_graphs" not in rows:  # versions 1 and 2
+            rows["cuda_graphs"] = "false"
         for column in ("ms", "forward_ms", "step_ms", "optimizer_share", "peak_bytes", "step_peak_bytes", "mfu"):
             rows[column] = pd.to_numeric(rows[column]).astype("float64")
         rows["gpu"] = content["environment"]["gpu"]
-        published = (
-            (rows["attention"] == "sdpa_dense") & (rows["operators"] == "reference") & (rows["compile"] == "false")
-        )
+        as_published = {"attention": "sdpa_dense", "operators": "reference", "compile": "false", "cuda_graphs": "false"}
+        published = (rows[list(as_published)] == list(as_published.values())).all(axis=1)
         rows.loc[published, "attention"] = PUBLISHED
         rows["peak_gb"], rows["step_peak_gb"] = rows["peak_bytes"] / 1e9, rows["step_peak_bytes"] / 1e9
         order = pd.DataFrame(
@@ -73,6 +74,7 @@ def load(folder: Path) -> dict[Path, pd.DataFrame]:
                 "attention": rows["attention"].map(_attention_rank),
                 "operators": rows["operators"],
                 "compile": rows["compile"],
+                "cuda_graphs": rows["cuda_graphs"],
                 "residual": rows["residual"],
                 "activation_checkpointing": rows["activation_checkpointing"],
             }
@@ -110,14 +112,15 @@ def markdown(rows: pd.DataFrame) -> str:
                 for column, target in zip(("ms", "peak_gb"), goal or (None, None), strict=True)
             )
             operators = {"auto": "fused", "reference": "plain"}[row["operators"]]
-            ways = [MODELS[row["model"]], _label(row), operators, row["compile"], row["residual"]]
+            captured = {"true": "yes", "false": "no"}[row["cuda_graphs"]]
+            ways = [MODELS[row["model"]], _label(row), operators, row["compile"], captured, row["residual"]]
             ways.append(row["activation_checkpointing"])
             if row["status"] != "ok":
                 lines.append([*ways, row["status"], *[DASH] * 5])
                 continue
             more = [number(row["forward_ms"]), gb, percent(row["optimizer_share"]), number(row["step_peak_gb"])]
             lines.append([*ways, ms, *more, percent(row["mfu"])])
-        ways = ["model", "attention", "operators", "compile", "residual", "recomputed"]
+        ways = ["model", "attention", "operators", "compile", "CUDA graph", "residual", "recomputed"]
         head = [*ways, "ms", "forward", "GB", "optimizer", "GB with it", "MFU"]
         parts.append(table(head, lines, left=range(len(ways))))
         reasons = of_cell[of_cell["status"] != "ok"]

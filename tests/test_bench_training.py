@@ -1,6 +1,7 @@
 """The benchmark of training steps on a tiny model: it measures, refuses wrong results, and goes on where it stopped."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import bench.training as training
 import hmar.model
 from bench.plain import OPERATORS
 from bench.results import partial_of
+from graph_tape import TapeRecorder
 
 CPU = ("--device", "cpu", "--steps", "2")
 
@@ -23,7 +25,7 @@ def measure(tmp_path, *arguments):
 def test_every_implementation_is_checked_and_timed(tmp_path):
     status, content = measure(tmp_path)
     rows = content["results"]
-    assert (status, content["kind"], content["version"], content["complete"]) == (0, "training", 2, True)
+    assert (status, content["kind"], content["version"], content["complete"]) == (0, "training", 3, True)
     assert [(row["model"], row["attention"]) for row in rows] == [
         ("hmar", "reference"),
         ("var", "reference"),
@@ -44,7 +46,7 @@ def test_every_implementation_is_checked_and_timed(tmp_path):
 def test_a_wrong_result_is_recorded_and_has_no_time(tmp_path, monkeypatch):
     dense = training.dense_attention
     other = (
-        training.Case("var", 64, 3, 2, "bfloat16", "bfloat16", "sdpa_dense", "auto", "false", "none")
+        training.Case("var", 64, 3, 2, "bfloat16", "bfloat16", "sdpa_dense", "auto", "false", "false", "none")
         .config()
         .pyramid.block_causal()
     )
@@ -141,6 +143,7 @@ def test_errors_of_one_case_do_not_end_the_run(tmp_path, monkeypatch):
         (("--cells", "256:16"), "expected resolution:depth:batch"),
         (("--attention", "fast"), "unknown 'fast'; known are auto"),
         (("--compile", "yes"), "unknown 'yes'; known are false, blocks, model"),
+        (("--cuda-graphs", "true"), "--cuda-graphs true needs a GPU, the device is cpu"),
     ],
 )
 def test_wrong_arguments_say_what_is_known(arguments, message, capsys):
@@ -149,11 +152,31 @@ def test_wrong_arguments_say_what_is_known(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_captured_case_takes_whole_steps_apart_from_the_optimizer(tmp_path, monkeypatch):
+    """On a tape: the same check, no time of the forward alone."""
+    kept = training.CapturedStep
+
+    def captured(modules, recorder):
+        recorders.append(TapeRecorder(modules))
+        return kept(modules, recorders[-1] if len(recorders) > 2 else None)  # the first two are the oracle's
+
+    recorders = []
+    monkeypatch.setattr(training, "CapturedStep", captured)
+    monkeypatch.setattr(sys.modules["hmar_kernels.linear_cross_entropy.api"], "check_inputs", lambda *inputs: None)
+    status, content = measure(tmp_path, "--models", "hmar", "--attention", "reference")
+    (row,) = content["results"]
+    assert (status, row["status"], row["forward_ms"]) == (0, "ok", None)
+    assert row["ms"] > 0 and 0 < row["optimizer_ms"] < row["step_ms"]
+    assert [recorder.records for recorder in recorders] == [0, 0, 1]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["true", "false"])
 @pytest.mark.parametrize("attention", ["auto", "flex", "sdpa_dense"])
-def test_a_compiled_case_on_a_gpu(attention, tmp_path):
+def test_a_compiled_case_on_a_gpu(attention, graphs, tmp_path):
     file = tmp_path / "training.json"
-    arguments = ("--cells", "256:3:2", "--attention", attention, "--compile", "blocks", "--steps", "3")
+    ways = ("--attention", attention, "--compile", "blocks", "--cuda-graphs", graphs)
+    arguments = ("--cells", "256:3:2", "--steps", "3", *ways)
     assert training.main([*arguments, "--output", str(file)]) == 0
     for row in json.loads(file.read_text())["results"]:
         assert row["status"] == "ok" and row["step_peak_bytes"] > row["peak_bytes"] > 0

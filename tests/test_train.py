@@ -821,9 +821,12 @@ def test_epochs_are_passes_over_the_data(tmp_path, runs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", ["false", "blocks", "model"])
+@pytest.mark.parametrize(
+    ("compiled", "graphs"),
+    [("false", "false"), ("false", "true"), ("blocks", "false"), ("blocks", "true"), ("model", "true")],
+)
 @pytest.mark.parametrize("stage", CODE_STAGES)
-def test_steps_on_a_gpu_without_a_synchronisation(stage, compiled, tmp_path, runs, monkeypatch):
+def test_steps_on_a_gpu_without_a_synchronisation(stage, compiled, graphs, tmp_path, runs, monkeypatch):
     advance = Trainer._advance
 
     def strict(self, *arguments):
@@ -835,7 +838,8 @@ def test_steps_on_a_gpu_without_a_synchronisation(stage, compiled, tmp_path, run
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Trainer, "_advance", strict)
-    options = ("device=cuda", "model.drop_path=0.2", "ema=0.9", "cache_codes=true", f"compile={compiled}")
+    options = ("device=cuda", "model.drop_path=0.2", "ema=0.9", "cache_codes=true")
+    options += (f"compile={compiled}", f"cuda_graphs={graphs}")
     row = run(configure(stage, tmp_path, *options, runs=runs)).metrics
     assert math.isfinite(row["loss"]) and row["peak_memory_gb"] > 0
 
