@@ -161,8 +161,10 @@ def draw_steps(rows: pd.DataFrame) -> Figure:
     labels = [f"{MODELS[model]}\n{pixels} px d{depth}\nbatch {batch}" for model, pixels, depth, batch in cells]
     panels[1].set_xticklabels(labels, fontsize=7)
     handles = [Patch(color=_attention_look(name)[1], label=_attention_look(name)[0]) for name in names]
-    figure.legend(handles=handles, loc="upper center", ncols=len(names), frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+    commits = " and ".join(dict.fromkeys(commit[:7] for commit in rows["commit"].dropna()))
+    figure.suptitle(f"Forward + backward, {', '.join(rows['gpu'].unique())}, commit {commits or '-'}", fontsize=10)
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.96), ncols=len(names), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     return figure
 
 
