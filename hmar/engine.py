@@ -126,7 +126,7 @@ class Engine:
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
         overlap: whether these kernels may start, and read weights, while the kernel before them still runs, on GPUs
-            that can (compute capability 9.0).
+            that can (compute capability 9.0). Not yet proven on a GPU.
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.

@@ -6,12 +6,11 @@ paths, masks, restarted codes, crops) follows from the seed and the step or the 
 checkpoint holds, so a run that was interrupted goes on to the same weights, bit for bit on one device with
 deterministic operators, and the number of processes changes rounding only.
 
-The host never waits for the device within a step, and on one GPU the device not for the host: forward and backward are
-one CUDA graph (cuda_graphs.py). Figures are read when a row of the log is due, every 100 steps and before a checkpoint.
-Steps that are not finite have changed nothing by then (optimizer.py); only the tokenizer's host has to know at once,
-because it moves codes after a step.
+The host never waits for the device within a step, nor on one GPU the device for the host, if forward and backward are
+to be one CUDA graph (cuda_graphs.py). Figures are read when a row of the log is due, every 100 steps and before a
+checkpoint. Steps that are not finite have changed nothing by then (optimizer.py); only the tokenizer's host has to know
+at once, because it moves codes after a step.
 
-An output folder holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/ and, once finished, weights/.
 Read next: stages.py for what is trained, optimizer.py for the end of a step, parallelize.py, cuda_graphs.py and
 processes.py for what is put around the model, checkpoint.py for the files, recipe.py for the configuration.
 """
