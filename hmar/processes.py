@@ -54,6 +54,7 @@ class Processes:
         self._vote: tuple[dist.Work, Tensor] | None = None
         self._owns_group = False
         self._ended = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     @classmethod
     def join(cls) -> Processes:
@@ -71,7 +72,8 @@ class Processes:
         processes._owns_group = True
         # NOTE: a connection of its own; in that of the group a request waits for the one before it.
         processes._store = dist.distributed_c10d._get_default_store().clone()
-        threading.Thread(target=processes._watch, daemon=True).start()
+        processes._watcher = threading.Thread(target=processes._watch, name="hmar-watcher", daemon=True)
+        processes._watcher.start()
         return processes
 
     @property
@@ -98,11 +100,7 @@ class Processes:
         """
         if self.size == 1:
             return number
-        agreed = 0
-        if self._vote is not None:
-            work, result = self._vote
-            work.wait()
-            agreed = int(result)
+        agreed = self._count()
         vote = torch.tensor(number)
         self._vote = dist.all_reduce(vote, dist.ReduceOp.MAX, async_op=True), vote
         return agreed
@@ -112,7 +110,16 @@ class Processes:
         if self.size == 1:
             return number
         self.agree(number)
-        return self.agree(0)
+        return self._count()
+
+    def _count(self) -> int:
+        """The largest number of the vote under way; 0 if there is none. No vote is under way afterwards."""
+        if self._vote is None:
+            return 0
+        work, result = self._vote
+        work.wait()
+        self._vote = None
+        return int(result)
 
     def first_does(self, action: Callable[[], Any]) -> Any:
         """What the first process gets from an action that it does for all; its Exception is raised in all."""
@@ -175,6 +182,12 @@ class Processes:
 
     def close(self) -> None:
         self._ended.set()
+        if self._watcher is not None:
+            # NOTE: were it the last to hold this object, it would give up the group's works while the interpreter ends,
+            # which aborts the process, "without an active exception".
+            self._watcher.join()
+            self._watcher = None
+        self._vote = None
         if self._owns_group:
             _ended_groups.append(dist.group.WORLD)
             dist.destroy_process_group()

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +74,21 @@ def _fail_in_second_while_first_sleeps(trainer):
         time.sleep(PATIENCE)
 
 
+class _SlowStore:
+    def __init__(self, store):
+        self.store = store
+
+    def check(self, keys):
+        time.sleep(3)
+        return self.store.check(keys)
+
+
+def _slow_store_in_second_after_3(trainer):
+    if trainer.step == 3 and trainer.processes.rank == 1:
+        trainer.processes._store = _SlowStore(trainer.processes._store)
+        time.sleep(1.5)
+
+
 def _full_disk_in_second(trainer):
     if trainer.step == 5 and trainer.processes.rank == 1:
         hmar.sharded.dcp.FileSystemWriter.write_data = _no_space
@@ -105,6 +121,8 @@ def _work(rank, size, port, config, options, after_step, backend, answers):
         answer = ("interrupted", interruption.step)
     except Exception as error:
         answer = (type(error).__name__, str(error))
+    if any(thread.name == "hmar-watcher" for thread in threading.enumerate()):
+        answer = ("not alone", None)
     answers.put((rank, answer))
 
 
@@ -268,6 +286,12 @@ def test_a_failure_of_one_ends_all_with_its_reason(action, tmp_path, runs, start
     else:
         assert first is None
         assert f"error: {reason}; process 0 ends with it" in (tmp_path / "run-0.stderr").read_text()
+
+
+def test_no_thread_of_a_run_outlives_it(tmp_path, runs, start):
+    """One that gives up gloo's works while the interpreter ends aborts the process."""
+    config = configure("next-scale", tmp_path / "run", runs=runs)
+    assert start(config, after_step="_slow_store_in_second_after_3") == [("finished", 6)] * 2
 
 
 def test_errors_of_the_first_are_raised_in_all(tmp_path, runs, start):
