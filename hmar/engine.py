@@ -231,11 +231,10 @@ class Engine:
         self._versions = self._current_versions()
 
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
-        layers = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        counters = max(num_counters(rows, *layer.weight.shape) for rows in (1, 17, FEW_ROWS) for layer in layers)
-        choices = Choices(
-            products, attention, overlap, torch.zeros(max(1, counters), dtype=torch.int32, device=self.device)
-        )
+        shapes = {module.weight.shape for module in self.model.modules() if isinstance(module, nn.Linear)}
+        wanted = max(num_counters(rows, *shape) for rows in range(1, FEW_ROWS + 1) for shape in shapes)
+        counters = torch.zeros(wanted, dtype=torch.int32, device=self.device)
+        choices = Choices(products, attention, overlap, counters)
         for blocks in self._block_lists():
             for i, block in enumerate(blocks):
                 blocks[i] = FusedBlock(block, choices)
@@ -539,6 +538,7 @@ class Program:
 
         Returns the bytes by which the pool has grown.
         """
+        # NOTE: a stream of its own, with which cuBLAS's workspace goes: another engine may run at the same time.
         recorder = Recorder(self.engine.device, pool, torch.cuda.Stream())
         recorder.warm_up(self._run_segments)
         self._drop()

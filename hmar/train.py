@@ -11,6 +11,7 @@ to be one CUDA graph (cuda_graphs.py). Figures are read when a row of the log is
 checkpoint. Steps that are not finite have changed nothing by then (optimizer.py); only the tokenizer's host has to know
 at once, because it moves codes after a step.
 
+An output folder holds config.yaml, checkpoints/, metrics.jsonl, tensorboard/ and, once finished, weights/.
 Read next: stages.py for what is trained, optimizer.py for the end of a step, parallelize.py, cuda_graphs.py and
 processes.py for what is put around the model, checkpoint.py for the files, recipe.py for the configuration.
 """

@@ -133,6 +133,19 @@ def test_fused_kernel_under_the_interpreter(name, kind, dtype, poisoned_memory):
 
 
 @interpreted
+@pytest.mark.parametrize("name", ["one block", "splits"])
+def test_traced_without_a_graph_break(name):
+    """To the bit, whoever's counters are given."""
+    arguments, counters = fused_inputs(FUSED[name], torch.float16), torch.zeros(64, dtype=torch.int32)
+
+    def f(x):
+        return linear(**arguments | {"x": x}, gelu=True, impl="triton", counters=counters)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(arguments["x"]), f(arguments["x"])) and not counters.any()
+
+
+@interpreted
 def test_nothing_cancels_where_the_mean_is_large():
     for name in ("one block", "blocks of K"):
         arguments = fused_inputs(FUSED[name], torch.float32)

@@ -72,6 +72,13 @@ def test_tokens_are_apart():
 
 
 @interpreted
+def test_traced_without_a_graph_break():
+    inputs = qkv_inputs(2, 9, 2, 32, dtype=torch.float16)
+    compiled = torch.compile(lambda: run(inputs, "triton")["out"], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(), run(inputs, "triton")["out"])
+
+
+@interpreted
 def test_large_logits_do_not_overflow():
     """A scale of 100, all logits far below it: keys opposite to the query."""
     inputs = qkv_inputs(1, 5, 1, 16, dtype=torch.float32)

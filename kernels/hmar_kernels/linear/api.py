@@ -80,11 +80,10 @@ def linear(
     rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     scale, shift = (None, None) if norm is None else (_dense_rows(vector) for vector in norm)
     gate = None if gate is None else _dense_rows(gate)
-    # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
-    if torch.compiler.is_compiling():
-        y = _linear_triton(rows, weight, bias, scale, shift, residual, gate, gelu, eps, overlap)
-    else:
-        y = triton.forward(rows, weight, bias, scale, shift, residual, gate, gelu, eps, counters, overlap)
+    # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only; it has
+    # counters of its own, for the compiler does not take an optional argument that is written.
+    forward, counters = (_linear_triton, None) if torch.compiler.is_compiling() else (triton.forward, counters)
+    y = forward(rows, weight, bias, scale, shift, residual, gate, gelu, eps, counters, overlap)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -141,22 +140,9 @@ def _cublas(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tenso
     return reference.forward(x, weight, bias, gelu=gelu)
 
 
-@torch.library.custom_op("hmar_kernels::linear_triton", mutates_args=())
-def _linear_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    gelu: bool,
-    eps: float,
-    overlap: bool,
-) -> Tensor:
-    return triton.forward(x, weight, bias, scale, shift, residual, gate, gelu, eps, None, overlap)
+_linear_triton = torch.library.custom_op("hmar_kernels::linear_triton", triton.forward, mutates_args=())
 
 
 @_linear_triton.register_fake
-def _(x, weight, bias, scale, shift, residual, gate, gelu, eps, overlap):
+def _(x, weight, bias, scale, shift, residual, gate, gelu, eps, counters, overlap):
     return x.new_empty(*x.shape[:2], weight.shape[0], dtype=weight.dtype if residual is None else residual.dtype)

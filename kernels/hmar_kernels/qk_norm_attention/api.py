@@ -73,16 +73,7 @@ def _reason(qkv: torch.Tensor, q_bias: torch.Tensor, v_bias: torch.Tensor, log_s
     return triton.unavailable(qkv, log_scale.shape[0], q_bias.dtype, v_bias.dtype, log_scale.dtype)
 
 
-@torch.library.custom_op("hmar_kernels::qk_norm_attention", mutates_args=())
-def _qk_norm_attention(
-    qkv: torch.Tensor,
-    q_bias: torch.Tensor,
-    v_bias: torch.Tensor,
-    log_scale: torch.Tensor,
-    max_log_scale: float,
-    overlap: bool,
-) -> torch.Tensor:
-    return triton.forward(qkv, q_bias, v_bias, log_scale, max_log_scale, overlap)
+_qk_norm_attention = torch.library.custom_op("hmar_kernels::qk_norm_attention", triton.forward, mutates_args=())
 
 
 @_qk_norm_attention.register_fake
