@@ -148,29 +148,31 @@ __device__ __forceinline__ void count_jobs(const HopperBackwardParams& params, t
 
 // The queries whose sums and statistics a warp serves at a time, in the order of heads.
 struct HeadChunk {
-  int batch_head, query_begin, query_end;
+  int batch_head, query_begin;
 
-  __device__ __forceinline__ HeadChunk(int batch_head, int query_begin, int query_end)
-      : batch_head(batch_head), query_begin(query_begin), query_end(query_end) {}
-  __device__ __forceinline__ HeadChunk(const HopperBackwardParams& params, int number) {
-    batch_head = number / params.num_chunks;
-    query_begin = number % params.num_chunks * kChunkQueries;
-    query_end = min(query_begin + kChunkQueries, params.work.num_queries);
+  __device__ __forceinline__ int num_rows(const HopperWork& work) const {
+    return min(work.num_queries - query_begin, kChunkQueries);
   }
 };
 
+__device__ __forceinline__ HeadChunk head_chunk(const HopperBackwardParams& params, int number) {
+  return {number / params.num_chunks, number % params.num_chunks * kChunkQueries};
+}
+
 constexpr int kLanesOfSums = kSumsRowBytes / 16;
+static_assert(kChunkQueries == 32, "a lane each");
 
 // Rounds the sums of a chunk's queries into dq.
 template <class Tile>
 __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk) {
   const int lane = threadIdx.x % 32, position = lane % kLanesOfSums;
+  const int query_end = chunk.query_begin + chunk.num_rows(params.work);
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
     const float4* sums = reinterpret_cast<const float4*>(sums_of<Tile>(params, chunk.batch_head, panel));
     uint16_t* dq = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, 0) + panel * kPanelColumns;
 #pragma unroll(Tile::kPanels == 1 ? 4 : 2)
-    for (int query = chunk.query_begin + lane / kLanesOfSums; query < chunk.query_end; query += 32 / kLanesOfSums) {
+    for (int query = chunk.query_begin + lane / kLanesOfSums; query < query_end; query += 32 / kLanesOfSums) {
       const float4 sum = __ldcg(sums + static_cast<int64_t>(query) * kLanesOfSums + position);
       uint16_t* of_chunk = dq + query * params.dq_strides.row + sums_chunk(query, position / 4) * 16 + position % 4 * 2;
       const float scale = params.work.scale;
@@ -180,60 +182,66 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
   }
 }
 
-// Keeps the compiler from making what follows from x before a loop, where it would take registers that there are not.
-__device__ __forceinline__ int computed_here(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
-// Zero sums and the statistics of a chunk's queries. Four lanes a row, and offsets within the chunk of 32 bits: the warps that
-// serve heads have few registers.
+// Zero sums and the statistics of a chunk's queries. delta of eight queries is the diagonal of a product of out and do, to which
+// four lanes bring each row as it lies in memory: the order in which columns are summed is free. The upper rows of the
+// operand are the row's next columns, of which the product with their own is the diagonal of the lower half: `odd`.
+// (The warps that serve heads share the issue slots of those that compute, and have few registers: no more instructions
+// than needed, and offsets of 32 bits.)
 template <class Tile>
 __device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk) {
   constexpr int kLanesOfRow = 4, kRowsOfStep = 32 / kLanesOfRow, kLaneBytes = 16, kStepBytes = kLanesOfRow * kLaneBytes;
-  const int lane = threadIdx.x % 32, index = lane % kLanesOfRow;
+  const int lane = threadIdx.x % 32, index = lane % kLanesOfRow, num_rows = chunk.num_rows(params.work);
 #pragma unroll
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    float4* sums = reinterpret_cast<float4*>(sums_of<Tile>(params, chunk.batch_head, panel));
-#pragma unroll 2
-    for (int i = chunk.query_begin * kLanesOfSums + lane; i < chunk.query_end * kLanesOfSums; i += 32) {
-      __stcg(sums + i, float4{0.0f, 0.0f, 0.0f, 0.0f});
+    float4* sums = reinterpret_cast<float4*>(sums_of<Tile>(params, chunk.batch_head, panel)) +
+                   (static_cast<int64_t>(chunk.query_begin) * kLanesOfSums + lane);
+    constexpr int kSteps = kChunkQueries * kLanesOfSums / 32;
+    const float4 zero{0.0f, 0.0f, 0.0f, 0.0f};
+    if (num_rows == kChunkQueries) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) __stcg(sums + 32 * i, zero);
+    } else {
+#pragma unroll 1
+      for (int i = 0; lane + i < num_rows * kLanesOfSums; i += 32) __stcg(sums + i, zero);
     }
   }
   const auto* out = reinterpret_cast<const uint8_t*>(
       rows_of(const_cast<void*>(params.out), params.out_strides, params.work, chunk.batch_head, chunk.query_begin));
   const auto* d_out = reinterpret_cast<const uint8_t*>(
       rows_of(const_cast<void*>(params.d_out_rows), params.d_out_strides, params.work, chunk.batch_head, chunk.query_begin));
-  const uint32_t out_bytes = 2 * params.out_strides.row, d_out_bytes = 2 * params.d_out_strides.row;
-  const int num_rows = chunk.query_end - chunk.query_begin;
+  float delta = 0.0f;  // of query `lane`
 #pragma unroll 1
   for (int step = 0; step < num_rows; step += kRowsOfStep) {
     const int query = min(step + lane / kLanesOfRow, num_rows - 1);
-    const uint32_t of_out = query * out_bytes + index * kLaneBytes, of_d_out = query * d_out_bytes + index * kLaneBytes;
-    float sum = 0.0f;
+    const uint32_t of_out = query * static_cast<uint32_t>(params.out_strides.row) * 2 + index * kLaneBytes;
+    const uint32_t of_d_out = query * static_cast<uint32_t>(params.d_out_strides.row) * 2 + index * kLaneBytes;
+    float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
     for (int byte = 0; byte < 2 * Tile::kHeadDim; byte += kStepBytes) {
       const uint4 a = *reinterpret_cast<const uint4*>(out + (of_out + byte));
       const uint4 b = *reinterpret_cast<const uint4*>(d_out + (of_d_out + byte));
-      sum += dot<Tile::kType>(a.x, b.x) + dot<Tile::kType>(a.y, b.y) + dot<Tile::kType>(a.z, b.z) +
-             dot<Tile::kType>(a.w, b.w);
+      mma_m16n8k8<Tile::kType>(even, a.x, a.y, b.x);
+      mma_m16n8k8<Tile::kType>(odd, a.x, a.y, b.y);
+      mma_m16n8k8<Tile::kType>(even, a.z, a.w, b.z);
+      mma_m16n8k8<Tile::kType>(odd, a.z, a.w, b.w);
     }
-#pragma unroll
-    for (int distance = 1; distance < kLanesOfRow; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    if (index == 0 && step + lane / kLanesOfRow < num_rows) {
-      const int batch_head = computed_here(chunk.batch_head);
-      const int64_t row = static_cast<int64_t>(batch_head) * params.work.num_queries + chunk.query_begin + query;
-      const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : params.d_lse_log2[row] * kLog2E;
-      statistics_of(params, batch_head)[chunk.query_begin + query] = {params.lse_log2[row], sum - d_lse};
-    }
+    // Lane 4 r + t has row r of columns 2 t and 2 t + 1: the one with the diagonal's number gives it to the query's own.
+    const int row = lane % kRowsOfStep;
+    const float sum = lane / kLanesOfRow % 2 == 0 ? even[0] + odd[2] : even[1] + odd[3];
+    const float of_row = __shfl_sync(0xffffffffu, sum, row * kLanesOfRow + row / 2);
+    if (lane / kRowsOfStep * kRowsOfStep == step) delta = of_row;
+  }
+  if (lane < num_rows) {
+    const int query = chunk.query_begin + lane;
+    const int64_t row = static_cast<int64_t>(chunk.batch_head) * params.work.num_queries + query;
+    const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : params.d_lse_log2[row] * kLog2E;
+    statistics_of(params, chunk.batch_head)[query] = {params.lse_log2[row], delta - d_lse};
   }
 }
 
-template <class Tile>
-__device__ __forceinline__ void make_ready(const HopperBackwardParams& params, const HeadChunk& chunk) {
-  prepare<Tile>(params, chunk);
+__device__ __forceinline__ void count_ready(const HopperBackwardParams& params, int batch_head) {
   fence_async_proxy_global();
-  count_up(&params.progress[chunk.batch_head].ready);
+  count_up(&params.progress[batch_head].ready);
 }
 
 // All warps make the first heads ready, as there is nothing to compute yet.
@@ -241,7 +249,11 @@ template <class Tile>
 __device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& params) {
   const auto take = [&] { return receive_item(threadIdx.x % 32 == 0 ? atomicAdd(params.next_first_chunk, 1) : 0); };
   const int num_chunks = params.num_first_heads * params.num_chunks;
-  for (int number = take(); number < num_chunks; number = take()) make_ready<Tile>(params, HeadChunk(params, number));
+  for (int number = take(); number < num_chunks; number = take()) {
+    const HeadChunk chunk = head_chunk(params, number);
+    prepare<Tile>(params, chunk);
+    count_ready(params, chunk.batch_head);
+  }
 }
 
 // Makes the other heads ready and rounds the sums of all, chunk by chunk: the work of two warps, at the end of all.
@@ -249,18 +261,20 @@ template <class Tile>
 __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) {
   const auto take = [&] { return threadIdx.x % 32 == 0 ? atomicAdd(params.next_chunk, 1) : 0; };
   for (int number = receive_item(take());;) {
-    HeadChunk chunk(params, number);
+    HeadChunk chunk = head_chunk(params, number);
     chunk.batch_head += params.num_first_heads;
     const int last = chunk.batch_head - params.num_slots;  // the head that had the slot before
     if (last >= params.num_batch_heads) return;
-    const int next = take();
     if (last >= 0) {
       wait_for_count(&params.progress[last].ready, params.num_chunks);  // of jobs without blocks nobody else asks
       wait_for_count(&params.progress[last].done, params.work.num_jobs);
-      round_sums<Tile>(params, {last, chunk.query_begin, chunk.query_end});
+      round_sums<Tile>(params, {last, chunk.query_begin});
       __syncwarp();
     }
-    if (chunk.batch_head < params.num_batch_heads) make_ready<Tile>(params, chunk);
+    const bool needed = chunk.batch_head < params.num_batch_heads;
+    if (needed) prepare<Tile>(params, chunk);
+    const int next = take();
+    if (needed) count_ready(params, chunk.batch_head);
     number = receive_item(next);
   }
 }
