@@ -165,19 +165,25 @@ static_assert(kChunkQueries == 32, "a lane each");
 // Rounds the sums of a chunk's queries into dq.
 template <class Tile>
 __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk) {
-  const int lane = threadIdx.x % 32, position = lane % kLanesOfSums;
-  const int query_end = chunk.query_begin + chunk.num_rows(params.work);
-#pragma unroll
+  constexpr int kRowsOfStep = 32 / kLanesOfSums;
+  const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums, position = lane % kLanesOfSums;
+  static_assert(kChunkQueries % 2 == 0 && kRowsOfStep == 2, "a lane's rows are all even or all odd");
+  const int column = sums_chunk(first_row, position / 4) * 16 + position % 4 * 2;
+  const int num_rows = chunk.num_rows(params.work);
+  const float scale = params.work.scale;
+#pragma unroll 1
   for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const float4* sums = reinterpret_cast<const float4*>(sums_of<Tile>(params, chunk.batch_head, panel));
-    uint16_t* dq = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, 0) + panel * kPanelColumns;
-#pragma unroll(Tile::kPanels == 1 ? 4 : 2)
-    for (int query = chunk.query_begin + lane / kLanesOfSums; query < query_end; query += 32 / kLanesOfSums) {
-      const float4 sum = __ldcg(sums + static_cast<int64_t>(query) * kLanesOfSums + position);
-      uint16_t* of_chunk = dq + query * params.dq_strides.row + sums_chunk(query, position / 4) * 16 + position % 4 * 2;
-      const float scale = params.work.scale;
-      *reinterpret_cast<uint32_t*>(of_chunk) = pack<Tile::kType>(sum.x * scale, sum.y * scale);
-      *reinterpret_cast<uint32_t*>(of_chunk + 8) = pack<Tile::kType>(sum.z * scale, sum.w * scale);
+    const float4* from = reinterpret_cast<const float4*>(sums_of<Tile>(params, chunk.batch_head, panel)) +
+                         (static_cast<int64_t>(chunk.query_begin) * kLanesOfSums + lane);
+    uint16_t* to = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, chunk.query_begin + first_row) +
+                   (panel * kPanelColumns + column);
+#pragma unroll 1
+    for (int row = first_row; row < num_rows; row += kRowsOfStep) {
+      const float4 sum = __ldcg(from);
+      *reinterpret_cast<uint32_t*>(to) = pack<Tile::kType>(sum.x * scale, sum.y * scale);
+      *reinterpret_cast<uint32_t*>(to + 8) = pack<Tile::kType>(sum.z * scale, sum.w * scale);
+      from += 32;
+      to += kRowsOfStep * params.dq_strides.row;
     }
   }
 }
