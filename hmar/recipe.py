@@ -167,7 +167,7 @@ class TrainConfig:
     residual_precision: Literal["auto", "fp32", "bf16"] = "auto"
     attention: str = "auto"
     compile: Literal[False, True, "blocks", "model"] = False
-    cuda_graphs: Literal["auto", True, False] = False
+    cuda_graphs: Literal["auto", True, False] = "auto"
     activation_checkpointing: Literal["none", "mlp", "blocks"] = "none"
     parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     shard_size: int = 0
