@@ -3,6 +3,7 @@
     convolution            without its bias, which torch adds in a pass of its own
     norm1, norm_out        add residual, branch and biases in the pass that takes their statistics
     norm2                  has the bias of the convolution before it in its factors
+    norm_out, conv_out     of few channels: each position is multiplied once, for all of its neighbours
     attention              scores in chunks; of 640 channels in one head SDPA has no fused kernel
     upsampling             repeat and convolve, or one transposed convolution of 4 taps a pixel instead of 9
 
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmar.tokenizer import Decoder, Level, ResidualBlock, SpatialAttention, Upsample
-from hmar_kernels import group_norm, residual_group_norm
+from hmar_kernels import group_norm, group_norm_conv, residual_group_norm
 
 SCORE_BYTES = 256 << 20  # of attention's scores, at once
 
@@ -53,6 +54,21 @@ class Unsummed(NamedTuple):
             self.x_BChw, self.branch_BChw, norm.num_groups, norm.weight, norm.bias, **arguments
         )
         return Unsummed(x_BChw), h_BChw
+
+    def convolved_norm(self, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+        """The convolution of its norm and SiLU."""
+        return group_norm_conv(
+            self.x_BChw,
+            norm.num_groups,
+            norm.weight,
+            norm.bias,
+            conv.weight,
+            conv.bias,
+            branch=self.branch_BChw,
+            shift=self.shift_C,
+            eps=norm.eps,
+            silu=True,
+        )
 
     def total(self) -> Tensor:
         x_BChw = self.x_BChw if self.branch_BChw is None else self.x_BChw + self.branch_BChw
@@ -110,8 +126,7 @@ class FusedDecoder(nn.Module):
         return self.upsamples[i](x.total())
 
     def _out(self, x: Unsummed) -> Tensor:
-        _, h_BChw = x.norm(self.decoder.norm_out, silu=True)
-        return self.decoder.conv_out(h_BChw)
+        return x.convolved_norm(self.decoder.norm_out, self.decoder.conv_out)
 
 
 def blocks_of(level: Level, x: Unsummed) -> Unsummed:

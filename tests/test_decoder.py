@@ -95,12 +95,15 @@ def test_no_convolution_adds_a_bias_but_the_last(monkeypatch):
     decoder, latent = build()
     residual_norms = Counter()
 
-    def counted(*arguments, **options):
-        residual_norms.update(["calls"])
-        return fused_norm(*arguments, **options)
+    def counted(norm):
+        def call(*arguments, **options):
+            residual_norms.update(["calls"] if options.get("branch", arguments) is not None else [])
+            return norm(*arguments, **options)
 
-    fused_norm = fused.residual_group_norm
-    monkeypatch.setattr(fused, "residual_group_norm", counted)
+        return call
+
+    for name in ("residual_group_norm", "group_norm_conv"):
+        monkeypatch.setattr(fused, name, counted(getattr(fused, name)))
     with Counted() as modules:
         decoder(latent)
     with Counted() as ours:
@@ -125,7 +128,7 @@ def test_every_map_of_channels_last_latents_is_channels_last(transposed, monkeyp
 
         return call
 
-    for name in ("group_norm", "residual_group_norm"):
+    for name in ("group_norm", "residual_group_norm", "group_norm_conv"):
         monkeypatch.setattr(fused, name, watched(getattr(fused, name)))
     FusedDecoder(decoder, transposed)(latent)
     assert set(layouts) == {True} and layouts[True] > 30

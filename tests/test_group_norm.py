@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hmar_kernels import group_norm, residual_group_norm
+from hmar_kernels import group_norm, group_norm_conv, residual_group_norm
 from hmar_kernels.group_norm import triton as kernels
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
@@ -116,6 +116,95 @@ def test_reference_adds_what_a_convolution_leaves(name):
             z, actual = residual_group_norm(x, left, groups, weight, bias, shift=right, eps=1e-6)
             torch.testing.assert_close(z, total)
         torch.testing.assert_close(actual, exact(total, groups, weight, bias, False))
+
+
+# output channels, KY, KX
+CONVOLUTIONS = {"a picture": (3, 3, 3), "one tap": (16, 1, 1), "not square": (2, 3, 5), "most taps": (7, 3, 3)}
+
+
+def assert_conv_is_accurate(shape, convolution, dtype, device="cpu"):
+    """With and without what may be left out, and weights in either format."""
+    x, groups, weight, bias = inputs(shape, dtype, device)
+    branch, shift = x.flip(0, 1).contiguous(memory_format=torch.channels_last), torch.roll(weight, 1)
+    channels, KY, KX = convolution
+    generator = torch.Generator().manual_seed(1)
+    conv_weight = torch.randn(channels, x.shape[1], KY, KX, generator=generator) / (x.shape[1] * KY * KX) ** 0.5
+    conv_weight, conv_bias = conv_weight.to(device, dtype), torch.randn(channels, generator=generator).to(device, dtype)
+    cells = [
+        (branch, shift, conv_bias, True, torch.channels_last),
+        (None, shift, None, True, torch.contiguous_format),
+        (branch, None, conv_bias, False, torch.contiguous_format),
+        (None, None, conv_bias, True, torch.channels_last),
+    ]
+    for added, constant, added_last, silu, layout in cells:
+        arguments = (x, groups, weight, bias, conv_weight.contiguous(memory_format=layout), added_last)
+        options = {"branch": added, "shift": constant}
+        precise = [None if t is None else t.double() for t in arguments[2:] + tuple(options.values())]
+        precise = (x.double(), groups, *precise[:4]), dict(zip(options, precise[4:], strict=True))
+        expected = group_norm_conv(*precise[0], **precise[1], eps=1e-6, silu=silu, impl="reference")
+        eager = group_norm_conv(*arguments, **options, eps=1e-6, silu=silu, impl="reference")
+        actual = group_norm_conv(*arguments, **options, eps=1e-6, silu=silu, impl="triton")
+        assert actual.dtype == dtype and actual.shape == expected.shape and actual.isfinite().all()
+        assert actual.stride() == eager.stride() or 1 in actual.shape
+        error, allowed = ((y.double() - expected).norm() for y in (actual, eager))
+        floor = 64 * torch.finfo(torch.float32).eps * expected.numel() ** 0.5
+        assert error <= 2 * allowed + torch.finfo(dtype).eps * expected.norm() + floor
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("convolution", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolutions_under_the_interpreter(name, convolution, dtype, poisoned_memory):
+    assert_conv_is_accurate(SHAPES[name], convolution, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("convolution", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (4, 160, 256, 256, 32), (1, 160, 96, 200, 32)], ids=str)
+def test_convolutions_on_a_gpu(shape, convolution, dtype, poisoned_memory):
+    assert_conv_is_accurate(shape, convolution, dtype, "cuda")
+
+
+@pytest.mark.gpu
+def test_convolution_compiled_and_chosen_on_a_gpu():
+    x, groups, weight, bias = inputs(SHAPES["160 of 32"], torch.bfloat16, "cuda")
+    for channels, same in ((3, True), (8, False)):
+        conv_weight = torch.randn(channels, 160, 3, 3, device="cuda", dtype=torch.bfloat16)
+
+        def f(x, impl="auto", conv_weight=conv_weight):
+            return group_norm_conv(x, groups, weight, bias, conv_weight, branch=x, silu=True, impl=impl)
+
+        torch.testing.assert_close(torch.compile(f, fullgraph=True)(x), f(x), rtol=2e-2, atol=2e-1)
+        if same:
+            assert torch.equal(f(x), f(x, "triton"))
+        else:
+            with pytest.raises(ValueError, match="72 taps times output channels"):
+                f(x, "triton")
+
+
+def test_convolution_on_the_cpu_is_the_layers():
+    x, groups, weight, bias = inputs(SHAPES["odd"], torch.float64)
+    layer = torch.nn.Conv2d(12, 5, 3, padding=1).double().requires_grad_(False)
+    actual = group_norm_conv(
+        x, groups, weight, bias, layer.weight, layer.bias, branch=x, shift=bias, eps=1e-6, silu=True
+    )
+    torch.testing.assert_close(actual, layer(exact(2 * x + bias[:, None, None], groups, weight, bias, True)))
+
+
+@pytest.mark.parametrize(
+    "conv_weight, conv_bias, message",
+    [
+        (torch.zeros(3, 5, 3, 3), None, r"conv_weight must be \[O, 4, KY, KX\].* got \[3, 5, 3, 3\]"),
+        (torch.zeros(3, 4, 2, 3), None, "KY and KX odd"),
+        (torch.zeros(3, 4, 3, 3), torch.zeros(4), r"conv_bias must be \[3\]"),
+        (torch.zeros(3, 4, 3, 3).half(), None, "conv_weight must be torch.float32"),
+    ],
+)
+def test_convolutions_that_do_not_fit_are_refused(conv_weight, conv_bias, message):
+    with pytest.raises(ValueError, match=message):
+        group_norm_conv(torch.zeros(2, 4, 3, 3), 2, torch.zeros(4), torch.zeros(4), conv_weight, conv_bias)
 
 
 @pytest.mark.gpu

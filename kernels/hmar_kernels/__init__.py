@@ -8,7 +8,7 @@ logits to codes; group_norm: for the decoder. Each in `api.py` of its folder.
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
 from .gelu_linear import gelu_linear
-from .group_norm import group_norm, residual_group_norm
+from .group_norm import group_norm, group_norm_conv, residual_group_norm
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mask import SpanMask
@@ -27,6 +27,7 @@ __all__ = [
     "explain",
     "gelu_linear",
     "group_norm",
+    "group_norm_conv",
     "linear",
     "linear_cross_entropy",
     "modulated_norm",

@@ -1,8 +1,8 @@
-"""Group norm of channels-last images, with the residual before it and SiLU behind it.
+"""Group norm of channels-last images, with the residual before it, SiLU and a convolution to few channels behind.
 
 `api.py` checks arguments and picks an implementation.
 """
 
-from .api import group_norm, residual_group_norm
+from .api import group_norm, group_norm_conv, residual_group_norm
 
-__all__ = ["group_norm", "residual_group_norm"]
+__all__ = ["group_norm", "group_norm_conv", "residual_group_norm"]

@@ -1,4 +1,4 @@
-"""Group norm, alone and with the residual before it: argument checks, choice of implementation, torch custom ops.
+"""Group norm, with the residual before it or a convolution behind it: checks, choice of implementation, custom ops.
 
 The mathematics is in reference.py, the kernels in triton.py.
 """
@@ -6,6 +6,7 @@ The mathematics is in reference.py, the kernels in triton.py.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, triton
@@ -76,6 +77,58 @@ def residual_group_norm(
     return forward(x, branch, shift, num_groups, weight, bias, eps, silu)
 
 
+def group_norm_conv(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    branch: Tensor | None = None,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    silu: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """The convolution of `group_norm` of x + branch + shift, with zeros around it, to as many positions.
+
+    Args:
+        x, branch: [N, C, H, W] of one dtype; the branch may be None.
+        num_groups, weight, bias, shift, eps, silu: as in `group_norm`.
+        conv_weight: [O, C, KY, KX] of x's dtype, KY and KX odd.
+        conv_bias: [O] or None.
+        impl: as in `group_norm`. "triton" is for few output channels, O KY KX of at most 64: there the norm is neither
+            written nor read. Otherwise "auto" is a call of torch after the norm that "auto" takes.
+    Returns:
+        [N, O, H, W] in x's dtype and memory format (of the reference under autocast: as torch's convolution).
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the implementation cannot take them.
+    """
+    chosen = _select(impl, num_groups, x, branch, weight, bias, shift, conv_weight, conv_bias)
+    if conv_weight.ndim != 4 or conv_weight.shape[1] != x.shape[1] or not all(n % 2 for n in conv_weight.shape[2:]):
+        raise ValueError(
+            f"conv_weight must be [O, {x.shape[1]}, KY, KX], KY and KX odd, to go with x {list(x.shape)}, "
+            f"got {list(conv_weight.shape)}"
+        )
+    if conv_bias is not None and conv_bias.shape != conv_weight.shape[:1]:
+        raise ValueError(f"conv_bias must be [{conv_weight.shape[0]}], got {list(conv_bias.shape)}")
+    if conv_weight.dtype != x.dtype:
+        raise ValueError(f"conv_weight must be {x.dtype} as x is, got {conv_weight.dtype}; conv_weight.to(x.dtype) is")
+    reason = triton.unavailable_conv(conv_weight, x.shape[2] * x.shape[3])
+    if chosen == "triton" and reason is None:
+        forward = _group_norm_conv_triton if torch.compiler.is_compiling() else triton.conv_forward
+        return forward(x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu)
+    if impl == "triton":
+        raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" would')
+    options = {"shift": shift, "eps": eps, "silu": silu, "impl": impl}
+    if branch is None:
+        h = group_norm(x, num_groups, weight, bias, **options)
+    else:
+        _, h = residual_group_norm(x, branch, num_groups, weight, bias, **options)
+    return F.conv2d(h, conv_weight, conv_bias, padding=tuple(n // 2 for n in conv_weight.shape[2:]))
+
+
 def _select(
     impl: str,
     num_groups: int,
@@ -84,6 +137,7 @@ def _select(
     weight: Tensor,
     bias: Tensor,
     shift: Tensor | None,
+    *others: Tensor | None,
 ) -> str:
     """The implementation to run; ValueError for arguments that do not go together, or that it cannot take."""
     if x.ndim != 4 or 0 in x.shape or not x.is_floating_point():
@@ -102,7 +156,7 @@ def _select(
         )
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
-    given = [tensor for tensor in (x, branch, weight, bias, shift) if tensor is not None]
+    given = [tensor for tensor in (x, branch, weight, bias, shift, *others) if tensor is not None]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     reason = triton.unavailable(x) or (None if branch is None else triton.unavailable(branch))
     if impl == "auto":
@@ -145,3 +199,13 @@ def _residual_group_norm_triton(
 def _(x, branch, shift, num_groups, weight, bias, eps, silu):
     z = torch.empty_like(x, memory_format=torch.channels_last)
     return z, torch.empty_like(z)
+
+
+_group_norm_conv_triton = torch.library.custom_op(
+    "hmar_kernels::group_norm_conv_triton", triton.conv_forward, mutates_args=()
+)
+
+
+@_group_norm_conv_triton.register_fake
+def _(x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu):
+    return x.new_empty(x.shape[0], *x.shape[2:], conv_weight.shape[0]).permute(0, 3, 1, 2)

@@ -7,14 +7,19 @@
 A shift of the channels is part of the factors and costs nothing. A residual z = x + branch + shift is added by the
 first kernel, which then reads two images and writes z; the last one reads z.
 
-Grids: (chunks, blocks of channels, images), (groups, images), (blocks of elements, images). All arithmetic is float32.
-Chunks are combined by Chan's rule and take their deviations from the chunk's first value, so that nothing cancels where
-the mean is large.
+A convolution behind it, to few channels such as those of a picture, takes the place of the last kernel, and the norm is
+never written:
+
+    taps        y times the convolution's weights [taps x channels out], at the position where y is: one small product
+    gather      every position sums its taps' products, found at its neighbours
+
+Grids: (chunks, blocks of channels, images), (groups, images), (blocks of elements, images), twice (blocks of positions,
+images). All arithmetic is float32 but the product, of y and weights as x's dtype rounds them, summed in float32. Chunks
+are combined by Chan's rule and take their deviations from the chunk's first value, so that nothing cancels where the
+mean is large.
 """
 
 from __future__ import annotations
-
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -30,6 +35,9 @@ ROUNDED = 128  # positions of a chunk are a multiple of this
 TILE, STAGES, WARPS = 4096, 3, 8  # numbers it reads at a time, such tiles on their way
 ELEMENTS = 4096  # of a program of the last kernel
 MAX_CHANNEL_BLOCK = 128
+MAX_TAPS = 64  # times channels, of a convolution
+TAP_POSITIONS, TAP_CHANNELS, TAP_STAGES, TAP_WARPS = 128, 32, 3, 4  # of a program of the taps kernel
+GATHERED = 512  # positions of a program of the last one
 
 
 @triton.jit
@@ -164,6 +172,91 @@ def _apply_kernel(
     tl.store(y_ptr + image * num_elements + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize=["num_positions"])
+def _taps_kernel(
+    x_ptr,
+    factor_ptr,
+    offset_ptr,
+    weight_ptr,
+    taps_ptr,
+    num_positions,
+    stride_out,
+    stride_in,
+    stride_ky,
+    stride_kx,
+    C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    TAPS: tl.constexpr,
+    SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """taps [TAPS, positions] of an image; column ky KERNEL_X CHANNELS + kx CHANNELS + channel of the weights."""
+    image = tl.program_id(1).to(tl.int64)
+    positions = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    columns = tl.arange(0, BLOCK_T)
+    mask_p, mask_t = positions < num_positions, columns < TAPS
+    tap = columns // CHANNELS
+    offs_w = columns % CHANNELS * stride_out + tap // KERNEL_X * stride_ky + tap % KERNEL_X * stride_kx
+    x_ptr += image * num_positions * C
+    sums = tl.zeros([BLOCK_P, BLOCK_T], tl.float32)
+    for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
+        channels = start + tl.arange(0, BLOCK_C)
+        mask_c = channels < C
+        x = tl.load(
+            x_ptr + positions[:, None] * C + channels[None, :], mask=mask_p[:, None] & mask_c[None, :], other=0.0
+        )
+        factor = tl.load(factor_ptr + image * C + channels, mask=mask_c, other=0.0)
+        offset = tl.load(offset_ptr + image * C + channels, mask=mask_c, other=0.0)
+        y = x.to(tl.float32) * factor[None, :] + offset[None, :]
+        if SILU:
+            y = y * tl.sigmoid(y)
+        weight = tl.load(
+            weight_ptr + channels[:, None] * stride_in + offs_w[None, :],
+            mask=mask_c[:, None] & mask_t[None, :],
+            other=0.0,
+        )
+        sums = tl.dot(y.to(x.dtype), weight, sums, input_precision="ieee")
+    offs = (image * TAPS + columns[None, :]) * num_positions + positions[:, None]
+    tl.store(taps_ptr + offs, sums, mask=mask_p[:, None] & mask_t[None, :])
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _gather_kernel(
+    taps_ptr,
+    bias_ptr,
+    y_ptr,
+    height,
+    width,
+    CHANNELS: tl.constexpr,
+    KERNEL_Y: tl.constexpr,
+    KERNEL_X: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    image = tl.program_id(1).to(tl.int64)
+    num_positions = height * width
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row, column = positions // width, positions % width
+    mask = positions < num_positions
+    taps_ptr += image * CHANNELS * KERNEL_Y * KERNEL_X * num_positions
+    for channel in tl.static_range(CHANNELS):
+        total = tl.zeros([BLOCK], tl.float32)
+        for tap in tl.static_range(KERNEL_Y * KERNEL_X):
+            down, right = tap // KERNEL_X - KERNEL_Y // 2, tap % KERNEL_X - KERNEL_X // 2
+            inside = mask & (row + down >= 0) & (row + down < height)
+            inside &= (column + right >= 0) & (column + right < width)
+            offs = (tap * CHANNELS + channel) * num_positions + positions + down * width + right
+            total += tl.load(taps_ptr + offs, mask=inside, other=0.0)
+        if HAS_BIAS:
+            total += tl.load(bias_ptr + channel).to(tl.float32)
+        offs = (image * num_positions + positions) * CHANNELS + channel
+        tl.store(y_ptr + offs, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
 def unavailable(x: Tensor) -> str | None:
     """Why the kernels cannot run on such images; None when they can."""
     if not x.is_contiguous(memory_format=torch.channels_last):
@@ -171,6 +264,16 @@ def unavailable(x: Tensor) -> str | None:
     if x[0].numel() >= 2**31:
         return f"an image of {x[0].numel()} numbers exceeds 32-bit offsets"
     return triton_device.unavailable(x.device, x.dtype)
+
+
+def unavailable_conv(conv_weight: Tensor, positions: int) -> str | None:
+    """Why the kernels have no such convolution [O, C, KY, KX] of images of so many positions; None when they have."""
+    taps = conv_weight[:, 0].numel()
+    if taps > MAX_TAPS:
+        return f"the convolution has {taps} taps times output channels; the kernels have few, at most {MAX_TAPS}"
+    if taps * positions >= 2**31:
+        return f"{taps} taps of {positions} positions exceed 32-bit offsets"
+    return triton_device.unavailable(conv_weight.device, conv_weight.dtype)
 
 
 def channel_block(num_channels: int) -> int:
@@ -192,7 +295,7 @@ def forward(
     x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
 ) -> Tensor:
     """x [N, C, H, W], channels-last -> y of the same shape, dtype and format."""
-    return _launch(x, None, shift, None, num_groups, weight, bias, eps, silu)
+    return _apply(x, *_factors(x, None, shift, None, num_groups, weight, bias, eps), silu)
 
 
 def residual_forward(
@@ -207,10 +310,68 @@ def residual_forward(
 ) -> tuple[Tensor, Tensor]:
     """x, branch [N, C, H, W], channels-last -> z, y of the same shape, dtype and format."""
     z = torch.empty_like(x, memory_format=torch.channels_last)
-    return z, _launch(x, branch, shift, z, num_groups, weight, bias, eps, silu)
+    return z, _apply(z, *_factors(x, branch, shift, z, num_groups, weight, bias, eps), silu)
 
 
-def _launch(
+def conv_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    """x, branch [N, C, H, W], channels-last, conv_weight [O, C, KY, KX] -> [N, O, H, W], channels-last."""
+    N, C, H, W = x.shape
+    O, _, KY, KX = conv_weight.shape
+    z = x if branch is None else torch.empty_like(x, memory_format=torch.channels_last)
+    factor, offset = _factors(x, branch, shift, z, num_groups, weight, bias, eps)
+    taps = torch.empty(N, O * KY * KX, H * W, dtype=torch.float32, device=x.device)
+    y = torch.empty(N, H, W, O, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
+    with triton_device.on_device(x):
+        _taps_kernel[(triton.cdiv(H * W, TAP_POSITIONS), N)](
+            x_ptr=z,
+            factor_ptr=factor,
+            offset_ptr=offset,
+            weight_ptr=conv_weight,
+            taps_ptr=taps,
+            num_positions=H * W,
+            stride_out=conv_weight.stride(0),
+            stride_in=conv_weight.stride(1),
+            stride_ky=conv_weight.stride(2),
+            stride_kx=conv_weight.stride(3),
+            C=C,
+            CHANNELS=O,
+            KERNEL_X=KX,
+            TAPS=O * KY * KX,
+            SILU=silu,
+            BLOCK_P=TAP_POSITIONS,
+            BLOCK_C=TAP_CHANNELS,
+            BLOCK_T=max(16, triton.next_power_of_2(O * KY * KX)),
+            STAGES=TAP_STAGES,
+            num_warps=TAP_WARPS,
+        )
+        _gather_kernel[(triton.cdiv(H * W, GATHERED), N)](
+            taps_ptr=taps,
+            bias_ptr=taps if conv_bias is None else conv_bias,
+            y_ptr=y,
+            height=H,
+            width=W,
+            CHANNELS=O,
+            KERNEL_Y=KY,
+            KERNEL_X=KX,
+            HAS_BIAS=conv_bias is not None,
+            BLOCK=GATHERED,
+            num_warps=4,
+        )
+    return y
+
+
+def _factors(
     x: Tensor,
     branch: Tensor | None,
     shift: Tensor | None,
@@ -219,23 +380,22 @@ def _launch(
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    silu: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """factor, offset [N, C]. With a branch z is written, and they are those of z."""
     N, C, H, W = x.shape
-    positions, y = H * W, torch.empty_like(x, memory_format=torch.channels_last)
+    positions = H * W
     block_c = channel_block(C)
     size = chunk_size(positions, N * triton.cdiv(C, block_c))
     chunks = triton.cdiv(positions, size)
     residual, has_shift = branch is not None, shift is not None
     mean, deviation = torch.empty(2, N, chunks, C, dtype=torch.float32, device=x.device)
     factor, offset = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
-    # NOTE: Triton launches on the current device, whatever device the tensors are on.
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with triton_device.on_device(x):
         _statistics_kernel[(chunks, triton.cdiv(C, block_c), N)](
             x_ptr=x,
             branch_ptr=branch if residual else x,
             shift_ptr=shift if has_shift else bias,
-            z_ptr=z if residual else y,
+            z_ptr=z if residual else x,
             mean_ptr=mean,
             deviation_ptr=deviation,
             num_positions=positions,
@@ -267,12 +427,19 @@ def _launch(
             BLOCK_K=triton.next_power_of_2(chunks),
             BLOCK_J=triton.next_power_of_2(C // num_groups),
         )
-        _apply_kernel[(triton.cdiv(positions * C, ELEMENTS), N)](
-            x_ptr=z if residual else x,
+    return factor, offset
+
+
+def _apply(x: Tensor, factor: Tensor, offset: Tensor, silu: bool) -> Tensor:
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    N, C, num_elements = x.shape[0], x.shape[1], x[0].numel()
+    with triton_device.on_device(x):
+        _apply_kernel[(triton.cdiv(num_elements, ELEMENTS), N)](
+            x_ptr=x,
             y_ptr=y,
             factor_ptr=factor,
             offset_ptr=offset,
-            num_elements=positions * C,
+            num_elements=num_elements,
             C=C,
             SILU=silu,
             BLOCK=ELEMENTS,
