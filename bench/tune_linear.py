@@ -34,7 +34,7 @@ from .results import rounded
 from .subject import ERRORS, release
 from .tune_operators import attributes
 
-ROWS = (2, 9, 18, 32, 50, 64, 128)
+ROWS = (2, 9, 16, 18, 32, 50, 128)
 # N and K in widths, and what surrounds the product
 LAYERS = {
     "qkv": (3, 1, {"norm"}),
@@ -53,17 +53,17 @@ def precision(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
-def tiles(rows: int, K: int) -> Iterator[kernels.Tile]:
+def tiles(K: int) -> Iterator[kernels.Tile]:
     """Candidates whose tiles fit into shared memory."""
-    block_m = next((m for m in (16, 32, 64) if rows <= m), 64)
     block_k = 1 << (K - 1).bit_length()
     whole = [(min(block_k, 1024), 8, splits, 1, 8) for splits in (1, 2, 4, 8) if block_k <= 1024 * splits]
     looped = [(k, 4, splits, stages, 4) for k in (256, 512) for splits in (1, 4) for stages in (3, 4)]
-    looped = looped if block_k > 1024 or block_m == 64 else []
-    for block_n, (k, groups, splits, stages, warps) in itertools.product((16, 32, 64), whole + looped):
+    for block_n, (k, groups, splits, stages, warps) in itertools.product(
+        (16, 32, 64), whole + (looped if block_k > 1024 else [])
+    ):
         k = min(k, max(16 * groups, block_k // splits))
-        if block_m * block_n <= kernels.MAX_SUMS and 2 * stages * k * (block_m + block_n) <= SHARED_BYTES:
-            yield kernels.Tile(block_m, block_n, k, groups, splits, stages, warps, norms=block_m == 16)
+        if 2 * stages * k * (kernels.ROWS + block_n) <= SHARED_BYTES:
+            yield kernels.Tile(block_n, k, groups, splits, stages, warps)
 
 
 def arguments_of(layer: str, rows: int, width: int, device: torch.device) -> dict:
@@ -136,15 +136,15 @@ def try_layer(layer: str, rows: int, width: int, device: torch.device, few: int 
     N, K = weights[0].shape
     counters = torch.zeros(4 * N, dtype=torch.int32, device=device)
     options = {"impl": "triton", "overlap": True, "counters": counters}
-    chosen = kernels.select_tile(rows, N, K)
+    chosen = kernels.select_tile(N, K)
     candidates: list[tuple[str, dict, kernels.Tile | None]] = [("table " + str(tuple(chosen)), options, None)]
     if device.type == "cuda":
         candidates.append(("cublas", {"impl": "cublas"}, None))
-    candidates += [(str(tuple(tile)), options, tile) for tile in itertools.islice(tiles(rows, K), few)]
+    candidates += [(str(tuple(tile)), options, tile) for tile in itertools.islice(tiles(K), few)]
     for name, how, tile in candidates:
         change = nullcontext()
         if tile is not None:
-            change = attributes(kernels, TILES={64: {kernels.WIDE: tile}}, BLOCKS=1 << 30)
+            change = attributes(kernels, TILES={kernels.WIDE: tile}, BLOCKS=1 << 30)
         row = {"layer": layer, "rows": rows, "tile": name, "us": None, "reason": None}
         with change:
             try:

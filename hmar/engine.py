@@ -72,7 +72,7 @@ from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
 # Up to so many rows of all images products are Triton's, and up to so many short images are attended in one kernel.
 # Images of up to FEW_KEYS always are: of longer ones each program normalises all keys again.
-FEW_ROWS, FEW_ATTENDED_ROWS, FEW_KEYS = 64, 1024, 64
+FEW_ROWS, FEW_ATTENDED_ROWS, FEW_KEYS = 16, 1024, 64
 DECODERS = ("modules", "fused", "transposed")
 PRODUCTS = ("cublas", "triton")
 ATTENTIONS = ("separate", "fused")
@@ -126,7 +126,7 @@ class Engine:
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
         overlap: whether these kernels may start, and read weights, while the kernel before them still runs, on GPUs
-            that can (compute capability 9.0). Not yet proven on a GPU.
+            that can (compute capability 9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -151,7 +151,7 @@ class Engine:
         decoder: str | None = None,
         products: str | None = None,
         attention: str | None = None,
-        overlap: bool = False,
+        overlap: bool = True,
         cudnn_benchmark: bool = True,
         max_programs: int = 8,
         max_bytes: int | None = None,
@@ -232,7 +232,7 @@ class Engine:
 
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
         shapes = {module.weight.shape for module in self.model.modules() if isinstance(module, nn.Linear)}
-        wanted = max(num_counters(rows, *shape) for rows in range(1, FEW_ROWS + 1) for shape in shapes)
+        wanted = max(num_counters(FEW_ROWS, *shape) for shape in shapes)
         counters = torch.zeros(wanted, dtype=torch.int32, device=self.device)
         choices = Choices(products, attention, overlap, counters)
         for blocks in self._block_lists():

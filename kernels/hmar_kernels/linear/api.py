@@ -42,9 +42,9 @@ def linear(
         residual, gate: [B, L, N] and [B, 1, N], both or neither, dtypes of their own.
         eps: added to the variance of the norm.
         impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel;
-            "triton" is for few rows, where the time goes into reading the weight, and has everything in one kernel, or
-            one more for the norm. Neither has a derivative. "auto" is "cublas" on a GPU where no gradient is needed,
-            else "reference". A named implementation runs or raises.
+            "triton" is for at most 16 rows, where the time goes into reading the weight, and has everything in one
+            kernel, or where K is long one more for the norm. Neither has a derivative. "auto" is "cublas" on a GPU
+            where no gradient is needed, else "reference". A named implementation runs or raises.
         overlap: of "triton": the kernel may read weight and bias before the kernel queued just before it has ended. For
             weights that no kernel writes which may still run. Without effect below compute capability 9.0.
         counters: of "triton": int32 zeros, at least `triton.num_counters`, which are zeros again afterwards; for calls
@@ -77,6 +77,8 @@ def linear(
             h = x if norm is None else modulated_norm(x, *norm, eps=eps, dtype=weight.dtype)
             y = _cublas(h.reshape(-1, h.shape[-1]), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
             return y if residual is None else gated_residual(residual, y, gate, None).to(residual.dtype)
+    if norm is not None and not triton.normalises(weight):
+        x, norm = modulated_norm(x, *norm, eps=eps, dtype=weight.dtype, impl="triton"), None
     rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     scale, shift = (None, None) if norm is None else (_dense_rows(vector) for vector in norm)
     gate = None if gate is None else _dense_rows(gate)

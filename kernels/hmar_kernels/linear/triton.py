@@ -26,45 +26,30 @@ from ..triton_device import on_device, overlaps
 
 
 class Tile(NamedTuple):
-    """block_k: of K at once, in `groups` parts. norms: whether each program computes h, else one kernel before it."""
+    """block_k: of K at once, in `groups` parts."""
 
-    block_m: int
     block_n: int
     block_k: int
     groups: int
     splits: int
     stages: int
     warps: int
-    norms: bool = True
 
 
-# Rows up to -> K up to -> tile; more rows take blocks of the last. By calculation: a program reads its rows from L2 at
-# 64 bytes a clock, so tiles are as narrow as rows are few, and splits are where few programs would read long rows; what
-# the kernel normalises itself costs every program as many instructions again, and registers.
-# `python -m bench.tune_linear` prints what is fastest.
+# K up to -> tile. By calculation: a program reads its rows from L2 at 64 bytes a clock, so tiles are narrow, and splits
+# are where few programs would read long rows. `python -m bench.tune_linear` prints what is fastest; with more than ROWS
+# rows that is cuBLAS.
+ROWS = 16  # of a block; more rows take several
 WIDE = 1 << 30
-TILES: dict[int, dict[int, Tile]] = {
-    16: {
-        1024: Tile(16, 16, 1024, 8, 1, 1, 8),
-        2560: Tile(16, 16, 256, 4, 1, 3, 4),
-        4096: Tile(16, 16, 1024, 8, 4, 1, 8),
-        WIDE: Tile(16, 16, 512, 4, 1, 4, 4),
-    },
-    32: {
-        1024: Tile(32, 16, 1024, 8, 1, 1, 8, False),
-        2560: Tile(32, 16, 256, 4, 1, 4, 4, False),
-        4096: Tile(32, 32, 1024, 8, 4, 1, 8),
-        WIDE: Tile(32, 16, 512, 4, 1, 3, 4),
-    },
-    64: {
-        2560: Tile(64, 16, 256, 4, 1, 3, 4, False),
-        WIDE: Tile(64, 32, 256, 4, 4, 3, 4),
-    },
+TILES: dict[int, Tile] = {
+    1024: Tile(16, 1024, 8, 1, 1, 8),
+    2560: Tile(16, 256, 4, 1, 3, 4),
+    4096: Tile(16, 1024, 8, 4, 1, 8),
+    WIDE: Tile(16, 512, 4, 1, 4, 4),
 }
-BLOCKS = 132  # of columns at most, one for every multiprocessor of an H100, where blocks need not exceed the next two
-MAX_BLOCK_N, MAX_SUMS = 64, 2048  # columns of a block; sums of a warp, in 64 registers a thread
+BLOCKS = 132  # of columns at most, one for every multiprocessor of an H100, where blocks need not exceed the next
+MAX_BLOCK_N = 64  # columns of a block
 LINE_BYTES = 128  # of the L2 cache
-NORM_WARPS = 4
 
 
 @triton.jit
@@ -250,50 +235,25 @@ def _store(
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["length"])
-def _norm_kernel(
-    x_ptr,
-    scale_ptr,
-    shift_ptr,
-    h_ptr,
-    scale_stride,
-    shift_stride,
-    length,
-    eps,
-    K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    """h of one row."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, BLOCK_K)
-    mask = offs < K
-    x = tl.load(x_ptr + row * K + offs, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + row // length * scale_stride + offs, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + row // length * shift_stride + offs, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, x - tl.sum(x, 0) / K, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / K + eps)
-    tl.store(h_ptr + row * K + offs, (centred * rstd * (1.0 + scale) + shift).to(h_ptr.dtype.element_ty), mask=mask)
-
-
-def select_tile(num_rows: int, N: int, K: int, itemsize: int = 2) -> Tile:
-    """The row of the table for so many rows, with blocks widened until they are few. Pure function of its arguments."""
-    of_rows = next((TILES[rows] for rows in TILES if num_rows <= rows), TILES[max(TILES)])
-    tile = next(of_rows[width] for width in of_rows if width >= K)
-    widened = min(MAX_BLOCK_N, MAX_SUMS // tile.block_m, triton.next_power_of_2(triton.cdiv(N, BLOCKS)))
+def select_tile(N: int, K: int, itemsize: int = 2) -> Tile:
+    """The row of the table for a weight, with blocks widened until they are few. Pure function of its arguments."""
+    tile = next(TILES[width] for width in TILES if width >= K)
+    widened = min(MAX_BLOCK_N, triton.next_power_of_2(triton.cdiv(N, BLOCKS)))
     narrowed = max(16 * tile.groups, triton.next_power_of_2(triton.cdiv(K, tile.splits)))
     tile = tile._replace(block_n=max(tile.block_n, widened), block_k=min(tile.block_k, narrowed))
     # NOTE: twice the bytes would not fit into shared memory.
     return tile if itemsize <= 2 else tile._replace(block_k=max(16 * tile.groups, tile.block_k // 2))
 
 
+def normalises(weight: Tensor) -> bool:
+    """Whether the kernel computes the norm itself: every program needs whole rows."""
+    return select_tile(*weight.shape, weight.itemsize).splits == 1
+
+
 def num_counters(num_rows: int, N: int, K: int) -> int:
     """Counters that the splits of a product with 16-bit weights need; 0 where there is one split."""
-    tile = select_tile(num_rows, N, K)
-    return triton.cdiv(N, tile.block_n) * triton.cdiv(num_rows, tile.block_m) if tile.splits > 1 else 0
+    tile = select_tile(N, K)
+    return triton.cdiv(N, tile.block_n) * triton.cdiv(num_rows, ROWS) if tile.splits > 1 else 0
 
 
 def forward(
@@ -309,40 +269,25 @@ def forward(
     counters: Tensor | None,
     overlap: bool,
 ) -> Tensor:
-    """x [B, L, K], weight [N, K], bias [N], scale shift [B, 1, K], residual [B, L, N], gate [B, 1, N] -> [B, L, N]."""
+    """x [B, L, K], weight [N, K], bias [N], scale shift [B, 1, K], residual [B, L, N], gate [B, 1, N] -> [B, L, N].
+
+    scale and shift only where the kernel `normalises`.
+    """
     (batch, length, K), N, num_rows = x.shape, weight.shape[0], x.shape[0] * x.shape[1]
-    tile = select_tile(num_rows, N, K, weight.itemsize)
+    tile = select_tile(N, K, weight.itemsize)
     overlap = overlap and overlaps(x.device)
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty(batch, length, N, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     partials = y
     if tile.splits > 1:
         partials = torch.empty(tile.splits, num_rows, N, dtype=torch.float32, device=x.device)
-        wanted = triton.cdiv(N, tile.block_n) * triton.cdiv(num_rows, tile.block_m)
+        wanted = triton.cdiv(N, tile.block_n) * triton.cdiv(num_rows, ROWS)
         if counters is None or len(counters) < wanted:
             counters = torch.zeros(wanted, dtype=torch.int32, device=x.device)
     split_k = tile.block_k * triton.cdiv(K, tile.splits * tile.block_k)
     pdl = {"launch_pdl": True} if overlap else {}
     with on_device(x):
-        if scale is not None and (not tile.norms or tile.splits > 1):
-            h = torch.empty(batch, length, K, dtype=weight.dtype, device=x.device)
-            _norm_kernel[(num_rows,)](
-                x_ptr=x,
-                scale_ptr=scale,
-                shift_ptr=shift,
-                h_ptr=h,
-                scale_stride=scale.stride(0),
-                shift_stride=shift.stride(0),
-                length=length,
-                eps=eps,
-                K=K,
-                BLOCK_K=triton.next_power_of_2(K),
-                OVERLAP=overlap,
-                num_warps=NORM_WARPS,
-                **pdl,
-            )
-            x, scale, shift = h, None, None
-        _linear_kernel[(triton.cdiv(N, tile.block_n), tile.splits, triton.cdiv(num_rows, tile.block_m))](
+        _linear_kernel[(triton.cdiv(N, tile.block_n), tile.splits, triton.cdiv(num_rows, ROWS))](
             x_ptr=x,
             weight_ptr=weight,
             bias_ptr=weight if bias is None else bias.contiguous(),
@@ -366,7 +311,7 @@ def forward(
             GELU=gelu,
             RESIDUAL=residual is not None,
             OVERLAP=overlap,
-            BLOCK_M=tile.block_m,
+            BLOCK_M=ROWS,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             GROUPS=tile.groups,
