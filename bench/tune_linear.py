@@ -2,10 +2,10 @@
 
 For every number of rows and every layer of a block, each candidate is checked against the float64 reference, then timed
 in a CUDA graph of calls one after another, each with a weight of its own, so many that no cache holds them; beside them
-"cublas", the operators that larger products take. Then whole blocks, as the engine runs them, by its choices: what the
-engine's thresholds are set by. Printed is the time of one call, and of one block. A new row of
-`hmar_kernels/linear/triton.py` is written by hand from it. `--candidates 0` times the table as it is; most of a run
-with candidates is their compilation.
+"cublas", the operators that larger products take, and "cuda", whose tile follows from the rows. Then whole blocks, as
+the engine runs them, by its choices: what the thresholds of the engine are set by. Printed is the time of one call, and
+of one block. A new row of `hmar_kernels/linear/triton.py` is written by hand from it. `--candidates 0` times the table as
+it is; most of a run with candidates is their compilation.
 """
 
 from __future__ import annotations
@@ -140,6 +140,7 @@ def try_layer(layer: str, rows: int, width: int, device: torch.device, few: int 
     candidates: list[tuple[str, dict, kernels.Tile | None]] = [("table " + str(tuple(chosen)), options, None)]
     if device.type == "cuda":
         candidates.append(("cublas", {"impl": "cublas"}, None))
+        candidates.append(("cuda", {"impl": "cuda", "overlap": True}, None))
     candidates += [(str(tuple(tile)), options, tile) for tile in itertools.islice(tiles(K), few)]
     for name, how, tile in candidates:
         change = nullcontext()

@@ -1,5 +1,6 @@
 // The Python module hmar_kernels._cuda: addresses, strides and the stream come as integers, so that no torch header and
-// no torch version is compiled in. Its only caller, hmar_kernels/attention/cuda.py, has checked every argument.
+// no torch version is compiled in. Its callers, hmar_kernels/attention/{cuda,hopper}.py and hmar_kernels/linear/cuda.py, have
+// checked every argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -54,6 +55,8 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+hmar::DType type_of(bool bfloat16) { return bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16; }
+
 void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t key_start,
                        uintptr_t key_end, uintptr_t plan, const StrideTuple& q_strides, const StrideTuple& k_strides,
                        const StrideTuple& v_strides, const StrideTuple& out_strides, int batch_size, int num_heads,
@@ -79,10 +82,37 @@ void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uin
       scale,
   };
   const DeviceGuard guard(device);
-  const auto dtype = bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16;
+  DeviceGuard::check(hmar::launch_attention_forward(params, type_of(bfloat16), head_dim, tile_rows,
+                                                    reinterpret_cast<cudaStream_t>(stream)),
+                     "attention_forward");
+}
+
+void linear_rows(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t gate, uintptr_t y,
+                 int64_t gate_stride, int num_rows, int num_inputs, int num_outputs, int image_rows, bool float_residual,
+                 bool gelu, const std::array<int, 2>& shape, bool bfloat16, bool overlap, int device, uintptr_t stream) {
+  const hmar::LinearRowsParams params{
+      pointer<const void>(x),    pointer<const void>(weight), pointer<const void>(bias), pointer<const void>(residual),
+      pointer<const void>(gate), pointer<void>(y),            gate_stride,               num_rows,
+      num_inputs,                num_outputs,                 image_rows,                float_residual,
+      gelu,
+  };
+  const DeviceGuard guard(device);
+  DeviceGuard::check(hmar::launch_linear_rows(params, type_of(bfloat16), {shape[0], shape[1]}, overlap,
+                                              reinterpret_cast<cudaStream_t>(stream)),
+                     "linear_rows");
+}
+
+void norm_rows(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t h, int64_t scale_stride, int64_t shift_stride,
+               int num_rows, int num_inputs, int image_rows, float eps, bool float_x, bool bfloat16, bool overlap,
+               int device, uintptr_t stream) {
+  const hmar::NormRowsParams params{
+      pointer<const void>(x), pointer<const void>(scale), pointer<const void>(shift), pointer<void>(h), scale_stride,
+      shift_stride,           num_inputs,                 image_rows,                 eps,              float_x,
+  };
+  const DeviceGuard guard(device);
   DeviceGuard::check(
-      hmar::launch_attention_forward(params, dtype, head_dim, tile_rows, reinterpret_cast<cudaStream_t>(stream)),
-      "attention_forward");
+      hmar::launch_norm_rows(params, type_of(bfloat16), num_rows, overlap, reinterpret_cast<cudaStream_t>(stream)),
+      "norm_rows");
 }
 
 #ifdef HMAR_HOPPER
@@ -99,7 +129,7 @@ using PlanTuple = std::tuple<uintptr_t, int, int, uintptr_t, bool>;
 hmar::HopperShape hopper_shape(const ShapeTuple& shape, const PlanTuple& plan) {
   const auto [bfloat16, head_dim, batch_size, num_heads, num_queries, num_keys, key_start, key_end, scale] = shape;
   const auto [jobs, num_jobs, tail_heads, next_item, set_zero] = plan;
-  return {bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
+  return {type_of(bfloat16),
           head_dim,
           batch_size,
           num_heads,
@@ -203,7 +233,7 @@ std::string load_error(int device) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-  module.doc() = "CUDA kernels of hmar_kernels; call them through hmar_kernels.attention.cuda.";
+  module.doc() = "CUDA kernels of hmar_kernels; call them through its operators.";
   module.attr("__version__") = HMAR_VERSION;
   module.attr("architectures") = HMAR_ARCHITECTURES;
   module.attr("cuda_version") =
@@ -219,6 +249,18 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("batch_size"), py::arg("num_heads"), py::arg("num_queries"), py::arg("num_tiles"),
              py::arg("head_dim"), py::arg("tile_rows"), py::arg("bfloat16"), py::arg("scale"), py::arg("device"),
              py::arg("stream"), "Puts the forward kernel on a stream; raises RuntimeError when the launch fails.");
+  py::list shapes;
+  for (const auto& shape : hmar::linear_rows_shapes()) shapes.append(py::make_tuple(shape.rows, shape.features));
+  module.attr("linear_rows_shapes") = shapes;
+  module.def("linear_rows", &linear_rows, py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"),
+             py::arg("residual"), py::arg("gate"), py::arg("y"), py::arg("gate_stride"), py::arg("num_rows"),
+             py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_residual"),
+             py::arg("gelu"), py::arg("shape"), py::arg("bfloat16"), py::arg("overlap"), py::arg("device"),
+             py::arg("stream"), "Puts a linear layer of few rows on a stream.");
+  module.def("norm_rows", &norm_rows, py::kw_only(), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("h"),
+             py::arg("scale_stride"), py::arg("shift_stride"), py::arg("num_rows"), py::arg("num_inputs"),
+             py::arg("image_rows"), py::arg("eps"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),
+             py::arg("device"), py::arg("stream"), "Puts the norm of a few rows on a stream.");
 #ifdef HMAR_HOPPER
   bind_hopper(module);
 #endif

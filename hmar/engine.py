@@ -70,11 +70,12 @@ from hmar_kernels.linear import num_counters
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
-# Up to so many rows of all images products are Triton's, and up to so many short images are attended in one kernel.
-# Images of up to FEW_KEYS always are: of longer ones each program normalises all keys again.
-FEW_ROWS, FEW_ATTENDED_ROWS, FEW_KEYS = 16, 1024, 64
+# Up to so many rows of all images products are those of a kernel for few rows, and up to so many short images are
+# attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each program normalises all keys again.
+FEW_ROWS = {"cublas": 0, "triton": 16, "cuda": 32}
+FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
 DECODERS = ("modules", "fused", "transposed")
-PRODUCTS = ("cublas", "triton")
+PRODUCTS = tuple(FEW_ROWS)
 ATTENTIONS = ("separate", "fused")
 
 
@@ -119,9 +120,9 @@ class Engine:
         compile_decoder: the same for the decoder.
         decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
             upsampling by transposed convolutions. Default: "transposed" in a dtype, "modules" in the weights' own.
-        products: "cublas", or "triton" for products of at most FEW_ROWS rows by the kernel of `hmar_kernels.linear`, as
-            in the small scales of one image, with norms and residuals in it. In a dtype only. Default: "triton" on a
-            GPU that has it.
+        products: "cublas", or "triton" or "cuda" for products of at most FEW_ROWS rows by that kernel of
+            `hmar_kernels.linear`, as in the small scales of one image, with norms and residuals in it. In a dtype only.
+            Default: "triton" on a GPU that has it.
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
@@ -232,7 +233,7 @@ class Engine:
 
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
         shapes = {module.weight.shape for module in self.model.modules() if isinstance(module, nn.Linear)}
-        wanted = max(num_counters(FEW_ROWS, *shape) for shape in shapes)
+        wanted = max(num_counters(FEW_ROWS["triton"], *shape) for shape in shapes)
         counters = torch.zeros(wanted, dtype=torch.int32, device=self.device)
         choices = Choices(products, attention, overlap, counters)
         for blocks in self._block_lists():
@@ -670,28 +671,33 @@ class FusedLinear(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.choices, self.gelu = choices, gelu
 
-    def takes(self, x_BLC: Tensor) -> bool:
-        """Whether so many rows are few."""
-        return self.choices.products == "triton" and x_BLC.shape[:-1].numel() <= FEW_ROWS
+    def takes(self, x_BLC: Tensor, vector_B1C: Tensor) -> bool:
+        """Whether so many rows are few; with norms or gates of these vectors."""
+        products = self.choices.products
+        # NOTE: modulation that all blocks share is float32, which one of the kernels does not read.
+        readable = products != "cuda" or vector_B1C.dtype == self.weight.dtype
+        return x_BLC.shape[:-1].numel() <= FEW_ROWS[products] and readable
 
     def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and this layer of its norm."""
-        if stream.branch_BLC is None and self.takes(stream.x_BLC):
-            return stream.x_BLC, self(stream.x_BLC, norm=(scale_B1C, shift_B1C))
+        if stream.branch_BLC is None and self.takes(stream.x_BLC, scale_B1C):
+            return stream.x_BLC, self._few(stream.x_BLC, norm=(scale_B1C, shift_B1C))
         x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
         return x_BLC, self(h_BLC)
 
     def added(self, x_BLC: Tensor, gate_B1C: Tensor, h_BLC: Tensor) -> Residual:
         """x + gate times this layer of h."""
-        if self.takes(x_BLC):
-            return Residual(self(h_BLC, residual=x_BLC, gate=gate_B1C))
+        if self.takes(x_BLC, gate_B1C):
+            return Residual(self._few(h_BLC, residual=x_BLC, gate=gate_B1C))
         return Residual(x_BLC, self(h_BLC), gate_B1C)
 
-    def forward(self, x_BLC: Tensor, **surroundings) -> Tensor:
-        options = {"gelu": self.gelu, **surroundings}
-        if self.takes(x_BLC):
-            options |= {"impl": "triton", "overlap": self.choices.overlap, "counters": self.choices.counters}
-        return linear(x_BLC, self.weight, self.bias, **options)
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        return linear(x_BLC, self.weight, self.bias, gelu=self.gelu)
+
+    def _few(self, x_BLC: Tensor, **surroundings) -> Tensor:
+        choices = self.choices
+        options = {"impl": choices.products, "overlap": choices.overlap, "counters": choices.counters}
+        return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, **surroundings, **options)
 
 
 class FusedBlock(nn.Module):

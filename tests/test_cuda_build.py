@@ -24,7 +24,7 @@ from hmar_kernels.attention.hopper_launch import PASSES, TILE_FIELDS
 from hmar_kernels.attention.plan import query_plan
 
 ROOT = Path(__file__).parents[1]
-TARGETS = {"attention_forward": ("80", "90a"), "hopper": ("90a",)}
+TARGETS = {"attention_forward": ("80", "90a"), "linear_rows": ("80", "90a"), "hopper": ("90a",)}
 """csrc/*.cu -> the architectures that it is compiled for, as in CMakeLists.txt."""
 ARCHITECTURES = TARGETS["attention_forward"]
 # So that the blocks an SM that csrc/attention_forward.cu names fit into 65536 registers, 128 threads each.
@@ -95,6 +95,15 @@ def test_kernels_compile_without_spills(ptxas_report, arch, dtype, head_dim, row
 
 def test_all_compiled_kernels_are_known(ptxas_report):
     assert {key[2:] for key in ptxas_report} == set(cuda.TILES)
+
+
+def test_kernels_of_few_rows_compile_without_spills(ptxas_output):
+    """Two blocks of 256 threads an SM, for the next kernel's to find room beside the running one's."""
+    for arch in TARGETS["linear_rows"]:
+        report = dict(kernels_of(ptxas_output["linear_rows", arch]))
+        assert len(report) == len(TYPES) * (6 + 1)
+        for name, numbers in report.items():
+            assert numbers["registers"] <= 128 and numbers["spilled"] == 0, (arch, name, numbers)
 
 
 def hopper_instance(name: str) -> tuple:

@@ -139,7 +139,7 @@ def test_products_of_few_rows_by_the_kernel_under_the_interpreter(kind, monkeypa
     """Which rows are few: here up to 64, so that the largest scale of three images and their null class is not. Norms
     and residuals are in the products, and nothing is left for torch to add."""
     few = []
-    monkeypatch.setattr(engine_module, "FEW_ROWS", 64)
+    monkeypatch.setitem(engine_module.FEW_ROWS, "triton", 64)
     model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
     engine = Engine(model, tokenizer, dtype=torch.float16, products="triton", attention="fused")

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hmar_kernels import linear
+from hmar_kernels.linear import cuda
 from hmar_kernels.linear import triton as kernels
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
@@ -174,12 +175,16 @@ def test_fused_kernel_on_a_gpu(shape, kind, overlap, poisoned_memory):
     actual = assert_fused_is_accurate(shape, kind, torch.bfloat16, "triton", "cuda", overlap=overlap)
     if not overlap:
         assert_fused_is_accurate(shape, kind, torch.bfloat16, "cublas", "cuda")
+    if shape[0] * shape[1] <= cuda.MAX_ROWS and shape[3] % cuda.STEP == 0:
+        first = assert_fused_is_accurate(shape, kind, torch.bfloat16, "cuda", "cuda", overlap=overlap)
+        assert torch.equal(first, assert_fused_is_accurate(shape, kind, torch.bfloat16, "cuda", "cuda"))
     assert torch.equal(actual, assert_fused_is_accurate(shape, kind, torch.bfloat16, "triton", "cuda"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [(2, 1), (2, 9), (2, 25)], ids=str)
-def test_overlapping_kernels_in_a_graph(rows):
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+@pytest.mark.parametrize("rows", [(2, 1), (2, 4), (2, 9), (2, 16)], ids=str)
+def test_overlapping_kernels_in_a_graph(rows, impl):
     """A chain whose kernels read what the one before wrote and reuse the memory of those before that, replayed with
     other inputs: to the bit what the same kernels give in turn."""
     batch, length = rows
@@ -189,7 +194,7 @@ def test_overlapping_kernels_in_a_graph(rows):
     counters = torch.zeros(4096, dtype=torch.int32, device="cuda")
 
     def chain(x, overlap):
-        options = {"impl": "triton", "overlap": overlap, "counters": counters}
+        options = {"impl": impl, "overlap": overlap, "counters": counters}
         for up, down in zip(wide, narrow, strict=True):
             h = linear(x, up["weight"], up["bias"], norm=up["norm"], gelu=True, **options)
             x = linear(h, down["weight"], down["bias"], residual=x, gate=down["gate"], **options)
@@ -210,8 +215,8 @@ def test_overlapping_kernels_in_a_graph(rows):
 
 @pytest.mark.gpu
 def test_compiled_on_a_gpu():
-    x, weight, bias = inputs(SHAPES["odd"], torch.bfloat16, "cuda")
-    for impl in ("triton", "cublas"):
+    x, weight, bias = inputs(SHAPES["full tile"], torch.bfloat16, "cuda")
+    for impl in ("triton", "cublas", "cuda"):
         compiled = torch.compile(lambda x, impl=impl: linear(x, weight, bias, gelu=True, impl=impl), fullgraph=True)
         torch.testing.assert_close(compiled(x), linear(x, weight, bias, gelu=True, impl=impl), rtol=2e-2, atol=1e-2)
 

@@ -20,8 +20,10 @@ def test_candidates_are_checked_and_timed(tmp_path, capsys, monkeypatch):
     tune_linear.main(arguments)
     assert before == (kernels.TILES, kernels.BLOCKS)
     rows = json.loads(path.read_text())["results"]
-    assert len(rows) == 4 * 2 + 7 == len(capsys.readouterr().out.splitlines())
-    assert all(row["us"] > 0 and row["reason"] is None for row in rows)
+    assert len(rows) == 4 * 2 + 11 == len(capsys.readouterr().out.splitlines())
+    elsewhere = [row for row in rows if row["tile"].startswith("cuda")]
+    assert len(elsewhere) == 4 and all("needs a CUDA device" in row["reason"] for row in elsewhere)
+    assert all(row["us"] > 0 and row["reason"] is None for row in rows if row not in elsewhere)
     assert sum(row["tile"].startswith("table") for row in rows) == 4
 
 

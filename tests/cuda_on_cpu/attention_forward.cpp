@@ -5,53 +5,6 @@ using namespace hmar;
 
 namespace {
 
-void enter() {
-  running->kernel();
-  this_thread().done = true;
-  swapcontext(&this_thread().context, &running->scheduler);
-}
-
-// One block, its warps in the order given; each runs as far as it can before the next one.
-void run_block(Block& block, int num_threads, bool last_warp_first) {
-  running = &block;
-  std::memset(shared_memory, 0xff, SHARED_BYTES);  // NaN in every format
-  block.threads = std::vector<Thread>(num_threads);
-  block.warps = std::vector<Meeting>(num_threads / WARP_SIZE);
-  block.barrier = Meeting();
-  for (Thread& thread : block.threads) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
-    makecontext(&thread.context, enter, 0);
-  }
-  const int num_warps = num_threads / WARP_SIZE;
-  for (bool alive = true; alive;) {
-    alive = false;
-    bool moved = false;
-    for (int i = 0; i < num_warps; ++i) {
-      const int warp = last_warp_first ? num_warps - 1 - i : i;
-      for (bool again = true; again;) {
-        again = false;
-        for (int lane = 0; lane < WARP_SIZE; ++lane) {
-          threadIdx.x = warp * WARP_SIZE + lane;
-          Thread& thread = this_thread();
-          if (thread.done) continue;
-          alive = true;
-          if (thread.waits_on && *thread.waits_on == thread.seen) continue;
-          thread.waits_on = nullptr;
-          swapcontext(&block.scheduler, &thread.context);
-          if (block.failure) return;
-          again = moved = true;
-        }
-      }
-    }
-    if (alive && !moved) {
-      block.failure = "threads wait for each other";
-      return;
-    }
-  }
-}
-
 template <class Tile>
 const char* run(const AttentionForwardParams& params, Block& block, bool last_warp_first) {
   static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);

@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -28,12 +29,21 @@
 struct Index {
   unsigned x;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
 };
 inline Index threadIdx, blockIdx;
 
 namespace hmar {
+
+using std::max;
+using std::min;
 
 constexpr int WARP_SIZE = 32;
 constexpr int SHARED_BYTES = 227 * 1024;
@@ -53,6 +63,7 @@ struct Thread {
   const long* waits_on = nullptr;  // runnable once *waits_on != seen
   long seen = 0;
   bool done = false;
+  bool waited = false;  // for the kernel before
 };
 
 struct Meeting {  // of a warp at an instruction, or of the block at a barrier
@@ -70,6 +81,7 @@ struct Block {
   std::function<void()> kernel;
   bool copies_at_once = false;  // a cp.async lands when issued; otherwise when waited for: both are legal
   const char* failure = nullptr;
+  long prefetches = 0, late_loads = 0;  // load_once after the wait
   std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;
 };
 inline Block* running;
@@ -129,6 +141,14 @@ inline uint32_t bfloat16_bits(float value) {
 
 inline uint16_t half_of(uint32_t word, int which) { return which ? word >> 16 : word & 0xffff; }
 
+inline bool is_readable(const void* from, int size) {
+  const auto* bytes = static_cast<const uint8_t*>(from);
+  for (const auto& [begin, end] : running->readable) {
+    if (bytes >= begin && bytes + size <= end) return true;
+  }
+  return false;
+}
+
 // The instructions of csrc/ptx.cuh
 
 inline uint32_t shared_address(const void* pointer) {
@@ -139,10 +159,7 @@ inline void cp_async_16(uint32_t dst, const void* src, bool valid) {
   if (dst % 16 || dst + 16 > SHARED_BYTES) fail("cp.async outside shared memory, or misaligned");
   if (valid) {
     if (reinterpret_cast<uintptr_t>(src) % 16) fail("cp.async from a misaligned address");
-    bool inside = false;
-    const auto* bytes = static_cast<const uint8_t*>(src);
-    for (const auto& [begin, end] : running->readable) inside |= bytes >= begin && bytes + 16 <= end;
-    if (!inside) fail("cp.async from outside the tensors");
+    if (!is_readable(src, 16)) fail("cp.async from outside the tensors");
   }
   const Copy copy{dst, src, valid};
   if (running->copies_at_once) land(copy);
@@ -231,6 +248,37 @@ uint32_t pack(float low, float high) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
+template <DType kType>
+float value_of(uint16_t number) {
+  static_assert(kType == DType::kBFloat16, "float16 differs in the names of two instructions only");
+  return bfloat16_value(number);
+}
+
+template <DType kType>
+void unpack(float (&values)[4], uint2 numbers) {
+  for (int i = 0; i < 4; ++i) values[i] = bfloat16_value(half_of(i < 2 ? numbers.x : numbers.y, i % 2));
+}
+
+inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+
+inline uint4 load_once(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 || !is_readable(from, 16)) fail("a load from outside, or misaligned");
+  if (this_thread().waited) ++running->late_loads;
+  uint4 r;
+  std::memcpy(&r, from, 16);
+  return r;
+}
+
+inline void prefetch_l2(const void* from) {
+  if (!is_readable(from, 1)) fail("a prefetch from outside the tensors");
+  if (this_thread().waited) fail("a prefetch after the wait");
+  ++running->prefetches;
+}
+
+inline void launch_dependents() {}
+
+inline void wait_for_previous() { this_thread().waited = true; }
+
 }  // namespace hmar
 
 // What CUDA C++ has built in
@@ -273,3 +321,54 @@ inline bool __any_sync(unsigned, bool value) {
   });
   return operand;
 }
+
+namespace hmar {
+
+inline void enter() {
+  running->kernel();
+  this_thread().done = true;
+  swapcontext(&this_thread().context, &running->scheduler);
+}
+
+// One block, its warps in the order given; each runs as far as it can before the next one.
+inline void run_block(Block& block, int num_threads, bool last_warp_first) {
+  running = &block;
+  std::memset(shared_memory, 0xff, SHARED_BYTES);  // NaN in every format
+  block.threads = std::vector<Thread>(num_threads);
+  block.warps = std::vector<Meeting>(num_threads / WARP_SIZE);
+  block.barrier = Meeting();
+  for (Thread& thread : block.threads) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    makecontext(&thread.context, enter, 0);
+  }
+  const int num_warps = num_threads / WARP_SIZE;
+  for (bool alive = true; alive;) {
+    alive = false;
+    bool moved = false;
+    for (int i = 0; i < num_warps; ++i) {
+      const int warp = last_warp_first ? num_warps - 1 - i : i;
+      for (bool again = true; again;) {
+        again = false;
+        for (int lane = 0; lane < WARP_SIZE; ++lane) {
+          threadIdx.x = warp * WARP_SIZE + lane;
+          Thread& thread = this_thread();
+          if (thread.done) continue;
+          alive = true;
+          if (thread.waits_on && *thread.waits_on == thread.seen) continue;
+          thread.waits_on = nullptr;
+          swapcontext(&block.scheduler, &thread.context);
+          if (block.failure) return;
+          again = moved = true;
+        }
+      }
+    }
+    if (alive && !moved) {
+      block.failure = "threads wait for each other";
+      return;
+    }
+  }
+}
+
+}  // namespace hmar

@@ -6,10 +6,9 @@ cannot run. Backward goes through the kernels of triton.py, from the lse saved h
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
+from .. import extension
 from ..mask import SpanMask
 from .triton import Tile
 
@@ -23,18 +22,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 PLAN_COLUMNS = 6
 MAX_BLOCKS = 2**31 - 1
 
-try:
-    _cuda = importlib.import_module("hmar_kernels._cuda")
-    _import_error = None
-except ModuleNotFoundError:
-    _cuda = None
-    _import_error = (
-        "the extension hmar_kernels._cuda is not built; "
-        "install the package again where nvcc (CUDA 12.0 or newer) is on PATH"
-    )
-except ImportError as error:
-    _cuda = None
-    _import_error = f"the extension hmar_kernels._cuda does not load: {error}"
+_cuda, _import_error = extension.module, extension.error
 
 
 def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:

@@ -1,0 +1,123 @@
+"""Launch of the hand-written kernels for few rows (csrc/linear_rows.cuh), of the extension where it was built."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import extension
+
+DTYPES = (torch.float16, torch.bfloat16)
+# Rows up to -> rows of the weight a block: with more rows of x, which every block reads whole, wider blocks.
+FEATURES = {8: 16, 16: 16, 32: 32}
+MAX_ROWS, STEP, MAX_NORMED = 32, 32, 8192
+
+_cuda = extension.module
+
+
+def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
+    """Why the kernels cannot run on these tensors; None when they can. vectors: bias, scale, shift and gate."""
+    if x.device.type != "cuda":
+        return f"it needs a CUDA device, got {x.device.type}"
+    if _cuda is None:
+        return extension.error
+    return refusal(x, weight, *vectors, residual=residual) or _load_error(x.device.index)
+
+
+def refusal(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
+    """Why the kernels do not take such tensors, wherever they are."""
+    if weight.dtype not in DTYPES:
+        return f"its weights are float16 or bfloat16, not {weight.dtype}"
+    for tensor in (x, residual):
+        if tensor is not None and tensor.dtype not in (weight.dtype, torch.float32):
+            return f"x and residual are float32 or {weight.dtype} as the weight, not {tensor.dtype}"
+    for tensor in vectors:
+        if tensor is not None and tensor.dtype != weight.dtype:
+            return f"bias, scale, shift and gate are {weight.dtype} as the weight, not {tensor.dtype}"
+    rows, K = x.shape[:-1].numel(), x.shape[-1]
+    if rows > MAX_ROWS:
+        return f"it has few rows, at most {MAX_ROWS}, got {rows}"
+    if K % STEP or (K > MAX_NORMED and any(tensor is not None for tensor in vectors[1:3])):
+        return f"K is a multiple of {STEP}, with a norm at most {MAX_NORMED}, got {K}"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    gelu: bool,
+    eps: float,
+    overlap: bool,
+) -> Tensor:
+    """x [B, L, K], weight [N, K], bias [N], scale shift [B, 1, K], residual [B, L, N], gate [B, 1, N] -> [B, L, N]."""
+    (batch, length, K), (N, _), rows = x.shape, weight.shape, x.shape[0] * x.shape[1]
+    x, weight = _aligned(x.contiguous()), _aligned(weight.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    common = {
+        "bfloat16": weight.dtype == torch.bfloat16,
+        "overlap": overlap,
+        "device": x.device.index,
+        "stream": torch.cuda.current_stream(x.device).cuda_stream,
+    }
+    if scale is not None:
+        scale, shift = _aligned(scale), _aligned(shift)
+        h = torch.empty(batch, length, K, dtype=weight.dtype, device=x.device)
+        _cuda.norm_rows(
+            x=x.data_ptr(),
+            scale=scale.data_ptr(),
+            shift=shift.data_ptr(),
+            h=h.data_ptr(),
+            scale_stride=scale.stride(0),
+            shift_stride=shift.stride(0),
+            num_rows=rows,
+            num_inputs=K,
+            image_rows=length,
+            eps=eps,
+            float_x=x.dtype == torch.float32,
+            **common,
+        )
+        x = h
+    y = torch.empty(batch, length, N, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
+    kernel_rows = next(most for most in FEATURES if rows <= most)
+    _cuda.linear_rows(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        residual=0 if residual is None else residual.data_ptr(),
+        gate=0 if gate is None else gate.data_ptr(),
+        y=y.data_ptr(),
+        gate_stride=0 if gate is None else gate.stride(0),
+        num_rows=rows,
+        num_inputs=K,
+        num_outputs=N,
+        image_rows=length,
+        float_residual=residual is not None and residual.dtype == torch.float32,
+        gelu=gelu,
+        shape=(kernel_rows, FEATURES[kernel_rows]),
+        **common,
+    )
+    return y
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """With rows that start at multiples of 16 bytes: x, or a copy."""
+    misaligned = x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1])
+    return x.clone(memory_format=torch.contiguous_format) if misaligned else x
+
+
+_load_errors: dict[int, str | None] = {}
+
+
+@torch.compiler.assume_constant_result
+def _load_error(device: int) -> str | None:
+    if device not in _load_errors:
+        error = _cuda.load_error(device)
+        text = f"the extension was built for {_cuda.architectures}, which cannot run on cuda:{device}: {error}"
+        _load_errors[device] = text if error else None
+    return _load_errors[device]
