@@ -161,15 +161,15 @@ class Subject:
     def generate(self, cell: Cell, batch: int) -> GenerationOutput:
         if cell.engine == "eager":
             return self._eager(batch, cell.sampling())
-        return self.engine.generate(self._classes(batch).cpu(), cell.sampling())
+        return self.engine.generate(self._classes(batch), cell.sampling())
 
     def _eager(self, batch: int, sampling: SamplingConfig) -> GenerationOutput:
         generate = generate_hmar if isinstance(self.model, HMAR) else generate_var
         with torch.autocast(self.device.type, torch.bfloat16):
-            return generate(self.model, self.tokenizer, self._classes(batch), sampling)
+            return generate(self.model, self.tokenizer, self._classes(batch).to(self.device), sampling)
 
     def _classes(self, batch: int) -> torch.Tensor:
-        return torch.arange(batch, device=self.device) % self.model.config.num_classes
+        return torch.arange(batch) % self.model.config.num_classes
 
 
 class CheckFailed(Exception):

@@ -7,8 +7,9 @@ measured with our other operators, compiled. The method:
 
 * Checked first. Loss and gradients of some parameters are compared with the model in float32 with the reference
   attention, image by image. They may be off by twice what the model in eager bf16 with the reference attention is
-  (`Oracle`). What fails is recorded and has no time. Gates and logits are made as large as a trained model's
-  beforehand: at the published initialisation attention hardly reaches the loss.
+  (`Oracle`), gradients of few numbers by twice what any other may. What fails is recorded and has no time. Gates and
+  logits are made as large as a trained model's beforehand: at the published initialisation attention hardly reaches the
+  loss.
 * `ms` is forward + backward of model and loss, from inputs to the gradients of all weights: median over steps that
   follow each other without a pause, between device events, host included. `forward_ms` is its first part, null in a
   CUDA graph, which has no parts. All ways but the published one run as training does on one GPU: as a CUDA graph, the
@@ -86,6 +87,7 @@ WATCHED = (
     "blocks.1.modulation.linear.weight",
     "head.linear.weight",
 )
+FEW_NUMBERS = 64
 
 
 @dataclass(frozen=True)
@@ -241,8 +243,13 @@ class Oracle:
             release(device)
             loss, gradients = Step(plain, device).by_image()
             release(device)
+        errors = {name: self._error(name, gradient) for name, gradient in gradients.items()}
+        # NOTE: one draw of the error of few numbers, as of a scale a head, is .002 or .02 as it happens.
+        usual = max(error for name, error in errors.items() if gradients[name].numel() >= FEW_NUMBERS)
+        few = {name for name in errors if gradients[name].numel() < FEW_NUMBERS}
+        errors |= {name: max(errors[name], 2 * usual) for name in few}
         self.limits = {"loss": 2 * abs(loss - self.loss) / self.loss + 1e-3}
-        self.limits |= {name: 2 * self._error(name, gradient) + 1e-3 for name, gradient in gradients.items()}
+        self.limits |= {name: 2 * error + 1e-3 for name, error in errors.items()}
 
     def _error(self, name: str, gradient: Tensor) -> float:
         return float((gradient - self.gradients[name]).norm() / self.gradients[name].norm())

@@ -4,8 +4,8 @@ For every number of rows and every layer of a block, each candidate is checked a
 in a CUDA graph of calls one after another, each with a weight of its own, so many that no cache holds them; beside them
 "cublas", the operators that larger products take, and "cuda", whose tile follows from the rows. Then whole blocks, as
 the engine runs them, by its choices: what the thresholds of the engine are set by. Printed is the time of one call, and
-of one block. A new row of `hmar_kernels/linear/triton.py` is written by hand from it. `--candidates 0` times the table as
-it is; most of a run with candidates is their compilation.
+of one block. A new row of `hmar_kernels/linear/triton.py` is written by hand from it. `--candidates 0` times the table
+as it is; most of a run with candidates is their compilation.
 """
 
 from __future__ import annotations

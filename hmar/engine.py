@@ -122,7 +122,7 @@ class Engine:
             upsampling by transposed convolutions. Default: "transposed" in a dtype, "modules" in the weights' own.
         products: "cublas", or "triton" or "cuda" for products of at most FEW_ROWS rows by that kernel of
             `hmar_kernels.linear`, as in the small scales of one image, with norms and residuals in it. In a dtype only.
-            Default: "triton" on a GPU that has it.
+            Default: "cublas".
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
@@ -197,7 +197,7 @@ class Engine:
         if dtype is not None:
             has_kernels = self.device.type == "cuda" and triton_device.unavailable(self.device, dtype) is None
             self._fuse(
-                products or ("triton" if has_kernels else "cublas"),
+                products or "cublas",
                 attention or ("fused" if has_kernels and self.config.head_dim <= MAX_HEAD_DIM else "separate"),
                 overlap,
             )
@@ -229,6 +229,7 @@ class Engine:
         layout = {} if decoder_dtype is None else {"memory_format": torch.channels_last}
         self.post_quant_conv = placed(tokenizer.post_quant_conv, lambda p: decoder_dtype, **layout)
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
+        self._versioned = [source for source, _ in self._pairs if not source.is_inference()]
         self._versions = self._current_versions()
 
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
@@ -287,7 +288,7 @@ class Engine:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     def _current_versions(self) -> int:
-        return sum(0 if source.is_inference() else source._version for source, _ in self._pairs)
+        return sum(source._version for source in self._versioned)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -528,8 +529,9 @@ class Program:
             segment.run()
             if on_scale is not None and segment.scale is not None:
                 on_scale(segment.scale, self._f_hat())
+        output = GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self._f_hat())
         refuse_nonfinite(range(len(self.bad_SB)), self.bad_SB.cpu())
-        return GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self._f_hat())
+        return output
 
     def _f_hat(self) -> Tensor:
         return self.f_hat_BEhw.clone(memory_format=torch.contiguous_format)
