@@ -502,9 +502,10 @@ class Program:
 
     def load(self, class_B: Tensor, keys_B: Tensor, strengths_SB: Tensor, known: KnownCodes | None) -> None:
         """Fill the buffers."""
-        self.class_B.copy_(class_B)
-        self.keys_B.copy_(keys_B)
-        self.strengths_SB.copy_(strengths_SB)
+        # NOTE: of ordinary memory, CUDA has taken what it copies when the call returns; only waiting is left out.
+        self.class_B.copy_(class_B, non_blocking=True)
+        self.keys_B.copy_(keys_B, non_blocking=True)
+        self.strengths_SB.copy_(strengths_SB, non_blocking=True)
         if known is None:
             return
         batch, pyramid = self.settings.batch, self.engine.pyramid

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .markdown import DASH, number, or_dash, ratio, table
 from .results import TARGET_GPU, data_files, provenance
@@ -166,7 +166,10 @@ def draw(source: Source) -> Figure:
             ax.set_yscale("log")
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = ax.get_ylim()
+            locator = LogLocator(subs=(1, 2, 5))
+            few = sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 3
+            ax.yaxis.set_major_locator(MaxNLocator(5, steps=(1, 2, 2.5, 5, 10)) if few else locator)
             ax.yaxis.set_minor_formatter(NullFormatter())
             ax.grid(color="#dddddd", linewidth=0.7)
             ax.spines[["top", "right"]].set_visible(False)
