@@ -77,9 +77,19 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __
     const int feature = min(first + i / lines, params.num_outputs - 1);
     prefetch_l2(weight + static_cast<int64_t>(feature) * params.num_inputs + loaded + i % lines * kLineElements);
   }
+  float bias[Tile::kOutputs];
+  const auto load_bias = [&](int i) {
+    const int feature = first + (i * kLinearThreads + threadIdx.x) % kFeatures;
+    const bool valid = params.bias != nullptr && feature < params.num_outputs;
+    bias[i] = valid ? value_at<kType>(params.bias, feature) : 0.0f;
+  };
+#pragma unroll
+  for (int i = 0; i < Tile::kOutputs; ++i) {
+    if (Tile::kLoadsAhead) load_bias(i);
+  }
   wait_for_previous();
 
-  // Of residual and gate: on its way in the meantime, where registers are left.
+  // Residual and gate too are on their way in the meantime, where registers are left.
   const auto load_residual = [&](int i, float& residual, float& gate) {
     const int output = i * kLinearThreads + threadIdx.x, row = output / kFeatures, feature = first + output % kFeatures;
     residual = 0.0f;
@@ -142,11 +152,13 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __
   for (int i = 0; i < Tile::kOutputs; ++i) {
     const int output = i * kLinearThreads + threadIdx.x, row = output / kFeatures, feature = output % kFeatures;
     if (row >= params.num_rows || row >= Tile::kRows || first + feature >= params.num_outputs) continue;
-    if (!Tile::kLoadsAhead) load_residual(i, residual[i], gate[i]);
-    float y = 0.0f;
+    if (!Tile::kLoadsAhead) {
+      load_bias(i);
+      load_residual(i, residual[i], gate[i]);
+    }
+    float y = bias[i];
 #pragma unroll
     for (int from = 0; from < kLinearWarps; ++from) y += shared.sums[from][row][feature];
-    if (params.bias != nullptr) y += value_at<kType>(params.bias, first + feature);
     // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
     if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
     y = residual[i] + gate[i] * y;
