@@ -20,12 +20,12 @@ constexpr Instance instance() {
 
 // type, tiles of 8 rows, tiles of 16 features, steps at once
 const Instance INSTANCES[] = {
-    instance<LinearRowsTile<DType::kBFloat16, 1, 1, 4>>(), instance<LinearRowsTile<DType::kBFloat16, 1, 2, 4>>(),
-    instance<LinearRowsTile<DType::kBFloat16, 2, 1, 4>>(), instance<LinearRowsTile<DType::kBFloat16, 2, 2, 3>>(),
-    instance<LinearRowsTile<DType::kBFloat16, 4, 1, 2>>(), instance<LinearRowsTile<DType::kBFloat16, 4, 2, 2>>(),
-    instance<LinearRowsTile<DType::kFloat16, 1, 1, 4>>(),  instance<LinearRowsTile<DType::kFloat16, 1, 2, 4>>(),
-    instance<LinearRowsTile<DType::kFloat16, 2, 1, 4>>(),  instance<LinearRowsTile<DType::kFloat16, 2, 2, 3>>(),
-    instance<LinearRowsTile<DType::kFloat16, 4, 1, 2>>(),  instance<LinearRowsTile<DType::kFloat16, 4, 2, 2>>(),
+    instance<LinearRowsTile<DType::kBFloat16, 1, 1, 4>>(),
+    instance<LinearRowsTile<DType::kBFloat16, 2, 1, 4>>(),
+    instance<LinearRowsTile<DType::kBFloat16, 4, 2, 2>>(),
+    instance<LinearRowsTile<DType::kFloat16, 1, 1, 4>>(),
+    instance<LinearRowsTile<DType::kFloat16, 2, 1, 4>>(),
+    instance<LinearRowsTile<DType::kFloat16, 4, 2, 2>>(),
 };
 
 template <class Params>

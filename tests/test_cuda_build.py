@@ -18,10 +18,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import kernel_on_cpu
 from hmar_kernels import SpanMask
+from hmar_kernels import extension as extension_module
 from hmar_kernels.attention import cuda, hopper, reference
 from hmar_kernels.attention.hopper_launch import PASSES, TILE_FIELDS
 from hmar_kernels.attention.plan import query_plan
+from hmar_kernels.linear import cuda as linear_cuda
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {"attention_forward": ("80", "90a"), "linear_rows": ("80", "90a"), "hopper": ("90a",)}
@@ -101,7 +104,7 @@ def test_kernels_of_few_rows_compile_without_spills(ptxas_output):
     """Two blocks of 256 threads an SM, for the next kernel's to find room beside the running one's."""
     for arch in TARGETS["linear_rows"]:
         report = dict(kernels_of(ptxas_output["linear_rows", arch]))
-        assert len(report) == len(TYPES) * (6 + 1)
+        assert len(report) == len(TYPES) * (len(linear_cuda.FEATURES) + 1)
         for name, numbers in report.items():
             assert numbers["registers"] <= 128 and numbers["spilled"] == 0, (arch, name, numbers)
 
@@ -161,20 +164,10 @@ class Params(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def kernel_on_cpu(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no g++ or clang++ on PATH")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    for source in ("csrc/attention_forward.cuh", "csrc/params.h"):
-        shutil.copy(ROOT / source, folder)
-    for source in ("ptx.cuh", "attention_forward.cpp"):  # this ptx.cuh in the place of csrc/ptx.cuh
-        shutil.copy(ROOT / "tests/cuda_on_cpu" / source, folder)
-    library = folder / "attention_forward.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", library, folder / "attention_forward.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    entry = ctypes.CDLL(str(library)).attention_forward_on_cpu
+def source_on_cpu(tmp_path_factory):
+    entry = kernel_on_cpu.build(
+        tmp_path_factory.mktemp("attention_forward"), "attention_forward"
+    ).attention_forward_on_cpu
     entry.restype = ctypes.c_char_p
     entry.argtypes = [
         *(ctypes.POINTER(Params), ctypes.c_int, ctypes.c_int),
@@ -245,18 +238,18 @@ def assert_close_to_reference(out, lse, q, k, v, mask, scale):
 
 @pytest.mark.parametrize(("head_dim", "rows"), cuda.TILES)
 @pytest.mark.parametrize("name", MASKS)
-def test_kernel_source_on_cpu(kernel_on_cpu, name, head_dim, rows):
+def test_kernel_source_on_cpu(source_on_cpu, name, head_dim, rows):
     mask = MASKS[name]()
     q, k, v = packed_qkv(1, 2, mask.num_queries, mask.num_keys, head_dim)
     scale = head_dim**-0.5
-    out, lse = kernel_on_cpu(q, k, v, mask, scale, tile_rows=rows)
+    out, lse = source_on_cpu(q, k, v, mask, scale, tile_rows=rows)
     assert_close_to_reference(out, lse, q, k, v, mask, scale)
     no_keys = mask.key_end <= mask.key_start
     assert (out[:, :, no_keys] == 0).all() and (lse[:, :, no_keys] == -math.inf).all()
 
 
 @pytest.mark.parametrize(("head_dim", "rows"), cuda.TILES)
-def test_kernel_source_takes_any_full_range(kernel_on_cpu, head_dim, rows):
+def test_kernel_source_takes_any_full_range(source_on_cpu, head_dim, rows):
     """Tiles whose unmasked keys begin and end anywhere, not in whole blocks."""
     mask = SpanMask.from_intervals([i // 3 for i in range(150)], [i + 101 for i in range(150)], num_keys=250)
     tiles = []
@@ -264,30 +257,30 @@ def test_kernel_source_takes_any_full_range(kernel_on_cpu, head_dim, rows):
         end = min(begin + rows - 3, 150)
         tiles.append([begin, end, begin // 3, end + 100, (end - 1) // 3, begin + 101])
     q, k, v = packed_qkv(1, 1, 150, 250, head_dim)
-    out, lse = kernel_on_cpu(q, k, v, mask, 0.3, tile_rows=rows, tiles=torch.tensor(tiles, dtype=torch.int32))
+    out, lse = source_on_cpu(q, k, v, mask, 0.3, tile_rows=rows, tiles=torch.tensor(tiles, dtype=torch.int32))
     assert_close_to_reference(out, lse, q, k, v, mask, 0.3)
 
 
 @pytest.mark.parametrize("scale", [4.0, 30.0], ids="scale-{}".format)
-def test_kernel_source_rescales(kernel_on_cpu, scale):
+def test_kernel_source_rescales(source_on_cpu, scale):
     """Keys sorted so that every block raises the maximum by more, and by less, than the lazy rescaling lets pass."""
     mask = SpanMask.full(64, 320)
     q, k, v = packed_qkv(2, 1, 64, 320, 64, seed=1)
     direction = torch.nn.functional.normalize(torch.randn(64, generator=torch.Generator().manual_seed(2)), dim=0)
     q = (0.1 * q + direction).bfloat16()
     k = (0.02 * k + torch.linspace(-1, 1, 320)[:, None] * direction).bfloat16()
-    out, lse = kernel_on_cpu(q, k, v, mask, scale, tile_rows=64)
+    out, lse = source_on_cpu(q, k, v, mask, scale, tile_rows=64)
     assert_close_to_reference(out, lse, q, k, v, mask, scale)
 
 
 @pytest.mark.parametrize("rows", [64, 128])
-def test_kernel_source_has_no_races(kernel_on_cpu, rows):
+def test_kernel_source_has_no_races(source_on_cpu, rows):
     """Copies land at once or as late as they may, warps run first to last or last to first: bit-equal."""
     mask = SpanMask.block_causal(PYRAMID_SIZES)
     q, k, v = packed_qkv(1, 1, 155, 155, 64)
     schedules = [(False, False), (False, True), (True, False), (True, True)]
     results = [
-        kernel_on_cpu(q, k, v, mask, 0.2, tile_rows=rows, copies_at_once=at_once, last_warp_first=reverse)
+        source_on_cpu(q, k, v, mask, 0.2, tile_rows=rows, copies_at_once=at_once, last_warp_first=reverse)
         for at_once, reverse in schedules
     ]
     for out, lse in results[1:]:
@@ -303,14 +296,14 @@ def test_kernel_source_has_no_races(kernel_on_cpu, rows):
     ],
     ids=["diagonal", "neighbours"],
 )
-def test_kernel_source_is_local(kernel_on_cpu, rows, mask, changed):
+def test_kernel_source_is_local(source_on_cpu, rows, mask, changed):
     """Keys and values change so much that the rows that see them rescale: all other rows stay bit-equal."""
     q, k, v = packed_qkv(1, 1, mask.num_queries, mask.num_keys, 64)
     k2, v2 = k.clone(), v.clone()
     k2[:, :, changed] *= 50
     v2[:, :, changed] = 3e38
-    before, lse_before = kernel_on_cpu(q, k, v, mask, 0.2, tile_rows=rows)
-    after, lse_after = kernel_on_cpu(q, k2, v2, mask, 0.2, tile_rows=rows)
+    before, lse_before = source_on_cpu(q, k, v, mask, 0.2, tile_rows=rows)
+    after, lse_after = source_on_cpu(q, k2, v2, mask, 0.2, tile_rows=rows)
     sees = mask.to_dense()[:, changed].any(-1)
     assert torch.equal(before[:, :, ~sees], after[:, :, ~sees])
     assert torch.equal(lse_before[:, :, ~sees], lse_after[:, :, ~sees])
@@ -355,9 +348,9 @@ def test_bad_arguments(changed, message):
 
 @pytest.fixture
 def extension():
-    if cuda._cuda is None:
-        pytest.skip(cuda._import_error)
-    return cuda._cuda
+    if extension_module.module is None:
+        pytest.skip(extension_module.unavailable(torch.device("cuda", 0)))
+    return extension_module.module
 
 
 def test_extension_describes_itself(extension):
@@ -365,6 +358,7 @@ def test_extension_describes_itself(extension):
     assert re.fullmatch(r"(\d+[af]?(-real|-virtual)?,?)+|native|all|all-major", extension.architectures)
     assert re.fullmatch(r"\d+\.\d+", extension.cuda_version)
     assert extension.attention_forward_tiles == cuda.TILES
+    assert dict(extension.linear_rows_shapes) == linear_cuda.FEATURES
 
 
 @pytest.mark.parametrize(
@@ -386,10 +380,19 @@ def test_unavailable_names_the_reason(extension, q, message):
 
 
 def test_unavailable_without_extension(monkeypatch):
-    monkeypatch.setattr(cuda, "_cuda", None)
-    monkeypatch.setattr(cuda, "_import_error", "not built here")
+    monkeypatch.setattr(extension_module, "module", None)
+    monkeypatch.setattr(extension_module, "_error", "not built here")
     q = zeros(1, 2, 5, 64)
     assert cuda.unavailable(q, q, q) == "not built here"
+
+
+def test_what_the_extension_says_of_a_device(monkeypatch):
+    errors = {0: "", 1: "no code for it"}
+    monkeypatch.setattr(extension_module, "module", SimpleNamespace(load_error=errors.get, architectures="80"))
+    monkeypatch.setattr(extension_module, "_load_errors", {})
+    assert extension_module.unavailable(torch.device("cuda", 0)) is None
+    reason = "the extension was built for 80, which cannot run on cuda:1: no code for it"
+    assert extension_module.unavailable(torch.device("cuda", 1)) == reason
 
 
 def test_unavailable_can_be_traced(extension, monkeypatch):
@@ -401,7 +404,11 @@ def test_unavailable_can_be_traced(extension, monkeypatch):
     q = torch.ones(1, 2, 5, 64, dtype=torch.bfloat16)
     assert torch.equal(torch.compile(double_if_available, fullgraph=True, backend="eager")(q), q)
 
-    monkeypatch.setattr(cuda, "_cuda", SimpleNamespace(load_error=lambda device: "no code for it"))
-    monkeypatch.setattr(cuda, "_load_errors", {})
-    compiled = torch.compile(lambda q: q * (2 if cuda._load_error(0) else 1), fullgraph=True, backend="eager")
+    built = SimpleNamespace(load_error=lambda device: "no code for it", architectures="80")
+    monkeypatch.setattr(extension_module, "module", built)
+    monkeypatch.setattr(extension_module, "_load_errors", {})
+    device = torch.device("cuda", 0)
+    compiled = torch.compile(
+        lambda q: q * (2 if extension_module.unavailable(device) else 1), fullgraph=True, backend="eager"
+    )
     assert torch.equal(compiled(q), 2 * q)

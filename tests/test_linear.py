@@ -16,7 +16,7 @@ FUSED = {
     "one block": (2, 3, 40, 70),
     "blocks of K": (2, 5, 33, 1100),
     "splits": (3, 3, 20, 2600),
-    "rows of another kernel": (2, 9, 24, 90),
+    "two blocks of rows": (2, 9, 24, 90),
     "splits of more rows": (1, 70, 36, 2700),
     "many blocks of K": (1, 4, 20, 4200),
 }

@@ -8,8 +8,8 @@ import torch
 
 import test_attention_gpu as same_tests
 from attention_cases import assert_within_limits, draw_inputs, oracles, pyramid_mask, run, small_masks
-from hmar_kernels import SpanMask, attention
-from hmar_kernels.attention import cuda, hopper, hopper_launch
+from hmar_kernels import SpanMask, attention, extension
+from hmar_kernels.attention import hopper, hopper_launch
 
 pytestmark = pytest.mark.gpu
 
@@ -136,12 +136,12 @@ def test_tensors_on_a_gpu_that_is_not_the_current_one(nvrtc):
 
 def run_both(compiled, monkeypatch, inputs, mask, **options):
     """Results of the extension and of what NVRTC compiled."""
-    if not hasattr(cuda._cuda, "hopper_forward"):
+    if not hasattr(extension.module, "hopper_forward"):
         pytest.skip("the extension is not built with the Hopper kernels: nothing to compare with")
-    if compiled._compiler.release != cuda._cuda.cuda_version:
-        pytest.skip(f"nvcc {cuda._cuda.cuda_version} and NVRTC {compiled._compiler.release} are of two releases")
+    if compiled._compiler.release != extension.module.cuda_version:
+        pytest.skip(f"nvcc {extension.module.cuda_version} and NVRTC {compiled._compiler.release} are of two releases")
     results = []
-    for kernels in (cuda._cuda, compiled):
+    for kernels in (extension.module, compiled):
         use(kernels, monkeypatch)
         results.append(run(*inputs, mask, "hopper", **options))
     return results

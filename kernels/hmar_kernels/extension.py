@@ -1,4 +1,4 @@
-"""The compiled extension hmar_kernels._cuda (csrc/), where it was built: `module` is it or None, `error` says why.
+"""The compiled extension hmar_kernels._cuda (csrc/), where it was built: `module` is it or None.
 
 Kernels of attention/cuda.py, attention/hopper.py and linear/cuda.py; csrc/bindings.cpp has their signatures.
 """
@@ -8,14 +8,36 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+import torch
+
 module: ModuleType | None = None
-error: str | None = None
+_error: str | None = None
 try:
     module = importlib.import_module("hmar_kernels._cuda")
 except ModuleNotFoundError:
-    error = (
+    _error = (
         "the extension hmar_kernels._cuda is not built; "
         "install the package again where nvcc (CUDA 12.0 or newer) is on PATH"
     )
 except ImportError as reason:
-    error = f"the extension hmar_kernels._cuda does not load: {reason}"
+    _error = f"the extension hmar_kernels._cuda does not load: {reason}"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why its kernels cannot run on a CUDA device; None when they can. Looks at no data: traceable."""
+    if module is None:
+        return _error
+    error = _load_error(device.index)
+    if not error:
+        return None
+    return f"the extension was built for {module.architectures}, which cannot run on {device}: {error}"
+
+
+_load_errors: dict[int, str] = {}
+
+
+@torch.compiler.assume_constant_result
+def _load_error(device: int) -> str:
+    if device not in _load_errors:
+        _load_errors[device] = module.load_error(device)
+    return _load_errors[device]

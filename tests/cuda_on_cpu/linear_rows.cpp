@@ -30,10 +30,7 @@ extern "C" const char* linear_rows_on_cpu(const LinearRowsParams* params, int ro
   block.readable.emplace_back(weight, weight + 2l * params->num_outputs * params->num_inputs);
   const char* failure = "no such tile";
   if (rows == 8 && features == 16) failure = run<LinearRowsTile<kType, 1, 1, 4>>(*params, block, last_warp_first);
-  if (rows == 8 && features == 32) failure = run<LinearRowsTile<kType, 1, 2, 4>>(*params, block, last_warp_first);
   if (rows == 16 && features == 16) failure = run<LinearRowsTile<kType, 2, 1, 4>>(*params, block, last_warp_first);
-  if (rows == 16 && features == 32) failure = run<LinearRowsTile<kType, 2, 2, 3>>(*params, block, last_warp_first);
-  if (rows == 32 && features == 16) failure = run<LinearRowsTile<kType, 4, 1, 2>>(*params, block, last_warp_first);
   if (rows == 32 && features == 32) failure = run<LinearRowsTile<kType, 4, 2, 2>>(*params, block, last_warp_first);
   counts[0] = block.prefetches;
   counts[1] = block.late_loads;

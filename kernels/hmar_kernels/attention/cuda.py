@@ -22,20 +22,12 @@ DTYPES = (torch.float16, torch.bfloat16)
 PLAN_COLUMNS = 6
 MAX_BLOCKS = 2**31 - 1
 
-_cuda, _import_error = extension.module, extension.error
-
 
 def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why `forward` cannot run on these tensors [B, H, L, D]; None when it can. Looks at no data: traceable."""
-    if _cuda is None:
-        return _import_error
-    reason = refusal(q, k, v)
-    if reason is not None:
-        return reason
-    error = _load_error(q.device.index)
-    if error:
-        return f"the extension was built for {_cuda.architectures}, which cannot run on {q.device}: {error}"
-    return None
+    if extension.module is None:
+        return extension.unavailable(q.device)
+    return refusal(q, k, v) or extension.unavailable(q.device)
 
 
 def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -109,7 +101,7 @@ def forward(
 
     out = torch.empty(b, num_queries, h, d, dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty(b, h, num_queries, dtype=torch.float32, device=q.device)
-    _cuda.attention_forward(
+    extension.module.attention_forward(
         q=q.data_ptr(),
         k=k.data_ptr(),
         v=v.data_ptr(),
@@ -167,13 +159,3 @@ def _aligned(x: torch.Tensor) -> bool:
     # NOTE: Dynamo cannot trace storage_offset; what it hides there, `forward` sees in the address.
     offset = 0 if torch.compiler.is_compiling() else x.storage_offset()
     return x.stride(-1) == 1 and offset % 8 == 0 and all(step % 8 == 0 for step in steps)
-
-
-_load_errors: dict[int, str] = {}
-
-
-@torch.compiler.assume_constant_result
-def _load_error(device: int) -> str:
-    if device not in _load_errors:
-        _load_errors[device] = _cuda.load_error(device)
-    return _load_errors[device]

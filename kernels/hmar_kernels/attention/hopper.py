@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import extension
 from ..mask import SpanMask
 from . import cuda
 from .hopper_launch import NUM_QUEUES, HopperKernels
@@ -88,7 +89,7 @@ def table() -> dict[str, list[tuple[int, ...]]]:
 
 
 # The extension where it was built with them; else what compiles the table's kernels when they are first launched.
-_kernels = cuda._cuda if hasattr(cuda._cuda, "hopper_backward") else HopperKernels(**table())
+_kernels = extension.module if hasattr(extension.module, "hopper_backward") else HopperKernels(**table())
 
 
 def select_tiles(head_dim: int, mask: SpanMask, bounded: bool = False, deterministic: bool = False) -> Tiles:

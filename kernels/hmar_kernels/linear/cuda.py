@@ -12,16 +12,12 @@ DTYPES = (torch.float16, torch.bfloat16)
 FEATURES = {8: 16, 16: 16, 32: 32}
 MAX_ROWS, STEP, MAX_NORMED = 32, 32, 8192
 
-_cuda = extension.module
-
 
 def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
     """Why the kernels cannot run on these tensors; None when they can. vectors: bias, scale, shift and gate."""
     if x.device.type != "cuda":
         return f"it needs a CUDA device, got {x.device.type}"
-    if _cuda is None:
-        return extension.error
-    return refusal(x, weight, *vectors, residual=residual) or _load_error(x.device.index)
+    return refusal(x, weight, *vectors, residual=residual) or extension.unavailable(x.device)
 
 
 def refusal(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
@@ -68,7 +64,7 @@ def forward(
     if scale is not None:
         scale, shift = _aligned(scale), _aligned(shift)
         h = torch.empty(batch, length, K, dtype=weight.dtype, device=x.device)
-        _cuda.norm_rows(
+        extension.module.norm_rows(
             x=x.data_ptr(),
             scale=scale.data_ptr(),
             shift=shift.data_ptr(),
@@ -85,7 +81,7 @@ def forward(
         x = h
     y = torch.empty(batch, length, N, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     kernel_rows = next(most for most in FEATURES if rows <= most)
-    _cuda.linear_rows(
+    extension.module.linear_rows(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
@@ -109,15 +105,3 @@ def _aligned(x: Tensor) -> Tensor:
     """With rows that start at multiples of 16 bytes: x, or a copy."""
     misaligned = x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1])
     return x.clone(memory_format=torch.contiguous_format) if misaligned else x
-
-
-_load_errors: dict[int, str | None] = {}
-
-
-@torch.compiler.assume_constant_result
-def _load_error(device: int) -> str | None:
-    if device not in _load_errors:
-        error = _cuda.load_error(device)
-        text = f"the extension was built for {_cuda.architectures}, which cannot run on cuda:{device}: {error}"
-        _load_errors[device] = text if error else None
-    return _load_errors[device]
