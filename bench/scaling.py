@@ -3,7 +3,8 @@
 The same run (`hmar train`, started by torchrun) with each number of processes and each way of sharing, on random codes,
 with as many images a process in all: what the slowest thing between the GPUs takes shows as lost speed. Speeds are the
 median of the log's rows without the first, which has compilation and warm-up in it. `speedup` is tokens a second over
-those of one process, which runs without CUDA graphs, as several do. The loss after the last step is recorded as well:
+those of one process. Each runs as `hmar train` does by default: alone and with ddp a step is a CUDA graph, with fsdp it
+is not, and where the host is slower than the GPU that shows, too. The loss after the last step is recorded as well:
 with `--global-batch` the batch of all processes together stays the same, and so does the loss but for rounding. Read
 next: hmar/parallelize.py.
 """
@@ -46,7 +47,6 @@ def run(chosen: argparse.Namespace, folder: Path, processes: int, parallel: str)
         "parallel": parallel,
         "compile": chosen.compile,
         "device": chosen.device,
-        "cuda_graphs": "false",
         "log_every": every,
         "checkpoint_every": 10 * chosen.steps,
     }

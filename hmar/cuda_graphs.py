@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -92,12 +92,14 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 @dataclass
 class Recording:
-    """What was captured for arguments of one shape: buffers, and a graph that writes and one that adds gradients."""
+    """What was captured for arguments of one shape: buffers, a graph that writes and those that add gradients, by
+    (accumulate, kind)."""
 
     arguments: list[Tensor | None]
+    kind: Hashable  # of the one that writes
     gradients: list[Tensor | None] = field(default_factory=list)
-    graphs: dict[bool, Graph] = field(default_factory=dict)
-    results: dict[bool, Any] = field(default_factory=dict)
+    graphs: dict[tuple[bool, Hashable], Graph] = field(default_factory=dict)
+    results: dict[tuple[bool, Hashable], Any] = field(default_factory=dict)
 
 
 class CapturedStep:
@@ -129,7 +131,9 @@ class CapturedStep:
         hidden = 0 if self.recorder is None else self.recorder.hidden_bytes
         return max(torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device) + hidden)
 
-    def __call__(self, compute: Callable[..., Any], *arguments: Tensor | None, accumulate: bool = False) -> Any:
+    def __call__(
+        self, compute: Callable[..., Any], *arguments: Tensor | None, accumulate: bool = False, kind: Hashable = None
+    ) -> Any:
         """What compute(*arguments) returns: scalars, one or a nest of lists, tuples and dicts.
 
         compute: the same in all calls. It leaves gradients in `.grad` of the modules' parameters, as `backward` does.
@@ -137,6 +141,9 @@ class CapturedStep:
             the values of tensors that stay where they are. Random numbers of the device's default generator are those
             of a run that is not captured.
         accumulate: there are gradients, to which these are added; else there are none.
+        kind: of computation, of which each has a graph: what of the host may change from call to call after all, as
+            whether gradients are averaged over processes. Calls that do not accumulate are all of one kind, or
+            ValueError.
         """
         if self.recorder is None:
             return compute(*arguments)
@@ -148,8 +155,10 @@ class CapturedStep:
             self._places = places
         key = tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in arguments)
         if key not in self._recordings:
-            self._recordings[key] = self._prepare(compute, arguments, parameters)
+            self._recordings[key] = self._prepare(compute, arguments, parameters, kind)
         recording = self._recordings[key]
+        if not accumulate and kind != recording.kind:
+            raise ValueError(f"kind is {kind!r}; calls that do not accumulate were {recording.kind!r} before")
         for buffer, argument in zip(recording.arguments, arguments, strict=True):
             if buffer is not None:
                 buffer.copy_(argument)
@@ -157,20 +166,27 @@ class CapturedStep:
             gather_gradients(parameters, recording.gradients)
         else:
             put_gradients(parameters, recording.gradients)
-        if accumulate not in recording.graphs:
-            self._record(compute, recording, accumulate)
-        recording.graphs[accumulate].replay()
-        return tree_map_only(Tensor, torch.clone, recording.results[accumulate])
+        way = (accumulate, kind)
+        if way not in recording.graphs:
+            self._record(compute, recording, way)
+        recording.graphs[way].replay()
+        return tree_map_only(Tensor, torch.clone, recording.results[way])
 
     def forget(self) -> None:
         """Drop all graphs. Their memory is free when nothing holds their gradients any more."""
         if self._recordings:
+            # NOTE: the frames of an error may hold a recording; and NCCL, if sums over processes are in a graph, ends
+            # only after the graph.
+            for recording in self._recordings.values():
+                recording.graphs.clear()
             self._recordings.clear()
             self.recorder.begin_again()
 
-    def _prepare(self, compute: Callable[..., Any], arguments: Arguments, parameters: list[Tensor]) -> Recording:
+    def _prepare(
+        self, compute: Callable[..., Any], arguments: Arguments, parameters: list[Tensor], kind: Hashable
+    ) -> Recording:
         """Buffers, and the graph that writes gradients, which are those it leaves. The parameters keep their own."""
-        recording = Recording([None if tensor is None else tensor.clone() for tensor in arguments])
+        recording = Recording([None if tensor is None else tensor.clone() for tensor in arguments], kind)
         before = [parameter.grad for parameter in parameters]
 
         def warm_up() -> None:
@@ -182,12 +198,12 @@ class CapturedStep:
         self.recorder.warm_up(warm_up)
         # NOTE: without a gradient, backward leaves what it has computed in the graph's memory, and adds nothing.
         put_gradients(parameters, [None] * len(parameters))
-        self._record(compute, recording, False)
+        self._record(compute, recording, (False, kind))
         recording.gradients = [parameter.grad for parameter in parameters]
         put_gradients(parameters, before)
         return recording
 
-    def _record(self, compute: Callable[..., Any], recording: Recording, accumulate: bool) -> None:
+    def _record(self, compute: Callable[..., Any], recording: Recording, way: tuple[bool, Hashable]) -> None:
         try:
             with self.recorder.measuring():
                 graph, result = self.recorder.record(lambda: compute(*recording.arguments))
@@ -199,7 +215,7 @@ class CapturedStep:
             raise RuntimeError(
                 f"this step cannot be captured into a CUDA graph ({reason}): cuda_graphs=false runs it without"
             ) from cause
-        recording.graphs[accumulate], recording.results[accumulate] = graph, result
+        recording.graphs[way], recording.results[way] = graph, result
 
 
 def put_gradients(parameters: Sequence[Tensor], gradients: Arguments) -> None:

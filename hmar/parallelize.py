@@ -92,20 +92,65 @@ def compile_objective(objective: nn.Module, mode: bool | str, backend: str = "in
         part.compile(fullgraph=True, dynamic=False, backend=backend)
 
 
+class GradientAveraging:
+    """What DistributedDataParallel does for gradients, in a form that a CUDA graph can hold.
+
+    Each gradient is summed over the processes as soon as backward has it, beside the rest of backward, and the loss of
+    each process is divided by their number before. There are no buckets, and nothing on the host that would change from
+    step to step; what this costs the host, a call for every parameter, it costs once, when a step is captured.
+
+    active: whether `backward` sums; without, gradients stay those of this process.
+    """
+
+    def __init__(self, module: nn.Module, num_processes: int):
+        self.num_processes, self.active = num_processes, False
+        self._sums: list[dist.Work] = []
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        # NOTE: NCCL connects processes when it first sums so many numbers, which it could not do within a capture.
+        for numel, dtype, device in sorted({(p.numel(), p.dtype, p.device) for p in trained}, key=str):
+            dist.all_reduce(torch.zeros(numel, dtype=dtype, device=device))
+        for parameter in trained:
+            parameter.register_post_accumulate_grad_hook(self._sum)
+
+    def _sum(self, parameter: Tensor) -> None:
+        if self.active:
+            self._sums.append(dist.all_reduce(parameter.grad, async_op=True))
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the mean of all processes' losses, added to those in `.grad`: what an earlier micro-batch left
+        there is summed with them, once."""
+        (loss / self.num_processes).backward()
+        for work in self._sums:
+            work.wait()
+        self._sums.clear()
+
+
 class Parallel:
     """How several processes share the training of an objective; alone, nothing.
 
-    kind: "ddp", "fsdp" or "hsdp" (see TrainConfig). dtype: of the forward pass, None for float32. The objective's
-    parameters are what to optimise afterwards: sharded ones are DTensors.
+    kind: "ddp", "fsdp" or "hsdp" (see TrainConfig). dtype: of the forward pass, None for float32. captured: forward and
+    backward will be captured into CUDA graphs, which "ddp" can. The objective's parameters are what to optimise
+    afterwards: sharded ones are DTensors.
     """
 
     def __init__(
-        self, objective: nn.Module, kind: str, shard_size: int, processes: Processes, dtype: torch.dtype | None
+        self,
+        objective: nn.Module,
+        kind: str,
+        shard_size: int,
+        processes: Processes,
+        dtype: torch.dtype | None,
+        captured: bool = False,
     ):
         self.kind = kind if processes.size > 1 else None
         self.forward = objective
         self.shards: dist.ProcessGroup | None = None
-        if self.kind == "ddp":
+        self.averaging: GradientAveraging | None = None
+        if self.kind == "ddp" and captured:
+            self.averaging = GradientAveraging(objective, processes.size)
+        elif self.kind == "ddp":
             # NOTE: no buffers to broadcast: all processes begin with the same ones, and none changes them.
             self.forward = DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
         elif self.kind is not None:
@@ -131,15 +176,27 @@ class Parallel:
         return self.shards is not None
 
     @contextlib.contextmanager
-    def synchronizing(self, last: bool) -> Iterator[None]:
-        """For the forward and backward of a micro-batch: gradients are averaged over the processes in the last one."""
-        if self.kind == "ddp" and not last:
+    def synchronizing(self, last: bool) -> Iterator[bool]:
+        """For the forward and backward of a micro-batch: gradients are averaged over the processes in the last one.
+
+        Gives whether they are averaged by what is captured: one kind of a `CapturedStep`.
+        """
+        if self.averaging is not None:
+            self.averaging.active = last
+        elif self.kind == "ddp" and not last:
             with self.forward.no_sync():
-                yield
+                yield False
             return
         if self.sharded:
             self.forward.set_requires_gradient_sync(last)
-        yield
+        yield self.averaging is not None and last
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, all of it."""
+        if self.averaging is None:
+            loss.backward()
+        else:
+            self.averaging.backward(loss)
 
     def total_norm(self, norm: Tensor) -> Tensor:
         """The norm of all gradients, given that of the part that lies here."""

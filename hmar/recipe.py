@@ -135,7 +135,8 @@ class TrainConfig:
     compile        torch.compile: false, "blocks" (one graph for all blocks of a transformer: compiles in seconds) or
                    "model" (model and loss in one graph); true means "model"
     cuda_graphs    forward and backward of a micro-batch as one CUDA graph, so that a step does not wait for the host:
-                   "auto" is true for transformers in one process on a GPU, and false elsewhere, where true is an error
+                   "auto" is true for transformers on GPUs in one process or with parallel=ddp, and false elsewhere,
+                   where true is an error
     activation_checkpointing  what the backward pass computes again instead of keeping it: "none", "mlp" (the inner
                    layers of the blocks' MLPs) or "blocks" (everything but the blocks' inputs)
     parallel       what several processes (torchrun) share: "ddp" keeps all of the model in each, "fsdp" shards

@@ -173,7 +173,7 @@ class Trainer:
             narrow_residual_stream(self.stage.objective, torch.bfloat16)
         checkpoint_activations(self.stage.objective, config.activation_checkpointing)
         compile_objective(self.stage.objective, config.compile)
-        self.parallel = Parallel(self.stage.objective, config.parallel, config.shard_size, processes, dtype)
+        self.parallel = Parallel(self.stage.objective, config.parallel, config.shard_size, processes, dtype, captures)
         self.stage.forward = self.parallel.forward
         self.loss_scale = LossScale(dtype == torch.float16, self.device)
         self.optimizer = Optimizer(
@@ -207,7 +207,9 @@ class Trainer:
             Logs(self.folder, self.step) if processes.first else contextlib.nullcontext() as logs,
             Display(self.console, config, self.step) as display,
             contextlib.closing(batches),
+            contextlib.ExitStack() as at_end,
         ):
+            at_end.callback(self.micro_batch.forget)
             if processes.first:
                 checkpoint.delete_temporaries(self.folder)
                 checkpoint.delete_temporaries(self.folder / "weights")
@@ -256,8 +258,8 @@ class Trainer:
             images = slice(i * size, (i + 1) * size)
             micro = draws.of(slice(own.start + images.start, own.start + images.stop), self.device)
             arguments = (batch[images], classes_B[images], micro.dropped_B, micro.drop_path_DB, micro.masked_L)
-            with self.parallel.synchronizing(i == config.accumulate - 1):
-                names, values = self.micro_batch(self._forward_backward, *arguments, accumulate=i > 0)
+            with self.parallel.synchronizing(i == config.accumulate - 1) as averaged:
+                names, values = self.micro_batch(self._forward_backward, *arguments, accumulate=i > 0, kind=averaged)
             figures.append(values)
         figures = self.processes.mean(torch.stack(figures).mean(0))
         norm, found_inf = self.optimizer.step(figures[0], lr)
@@ -289,7 +291,7 @@ class Trainer:
         """
         with self.autocast():
             loss, parts = self.stage.loss(batch, classes_B, Draws(dropped_B, drop_path_DB, masked_L), self.step)
-        (loss * (self.loss_scale.value / self.config.accumulate)).backward()
+        self.parallel.backward(loss * (self.loss_scale.value / self.config.accumulate))
         return ("loss", *parts), torch.stack([value.detach().float() for value in (loss, *parts.values())])
 
     def _read(self) -> None:
@@ -533,11 +535,13 @@ def narrows_residual_stream(config: TrainConfig, dtype: torch.dtype | None) -> b
 
 def captures_steps(config: TrainConfig, device: torch.device, processes: Processes) -> bool:
     """Whether forward and backward run as CUDA graphs; ValueError if they cannot but are to."""
-    possible = device.type == "cuda" and processes.size == 1 and config.stage != "tokenizer"
+    shared = processes.size > 1
+    possible = device.type == "cuda" and config.stage != "tokenizer" and (not shared or config.parallel == "ddp")
     if config.cuda_graphs is True and not possible:
+        ways = f"parallel={config.parallel} of {processes.size} processes" if shared else "one process"
         raise ValueError(
-            f"cuda_graphs=true is for one process on a GPU, got {processes.size} on {device}: auto is on "
-            "wherever it can be"
+            f"cuda_graphs=true is for GPUs that share nothing but gradients, got {ways} on {device}: auto is on "
+            "wherever it can be, as with parallel=ddp"
         )
     return possible and config.cuda_graphs is not False
 

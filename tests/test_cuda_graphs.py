@@ -99,6 +99,27 @@ def test_every_shape_has_a_graph_and_they_add_to_each_others_gradients(device):
         assert (problem.recorder.warm_ups, problem.recorder.records) == (2, 4)
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_each_kind_of_computation_has_a_graph(device):
+    problem = Problem(device)
+    plain, factor = problem.compute, {"last": 1.0}
+    problem.compute = lambda model, *inputs: plain(model, *(x * factor["last"] for x in inputs[:1]), *inputs[1:])
+    compute = functools.partial(problem.compute, problem.model)
+    for _ in range(2):
+        micro_batches = [problem.inputs(4) for _ in range(3)]
+        for i, inputs in enumerate(micro_batches):
+            factor["last"] = 3.0 if i == 2 else 1.0
+            problem.captured(compute, *inputs, accumulate=i > 0, kind=i == 2)
+            problem.compute(problem.plain, *inputs)
+        for a, b in zip(problem.gradients(problem.model), problem.gradients(problem.plain), strict=True):
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b))
+        problem.descend()
+    if device == "cpu":
+        assert (problem.recorder.warm_ups, problem.recorder.records) == (1, 3)
+    with pytest.raises(ValueError, match="kind is True; calls that do not accumulate were False before"):
+        problem.captured(compute, *problem.inputs(4), kind=True)
+
+
 @pytest.mark.gpu
 def test_random_numbers_advance_as_without_a_graph():
     problem = Problem("cuda", dropout=0.5)
@@ -280,15 +301,13 @@ def test_where_steps_are_captured(tmp_path, runs, monkeypatch):
         return captures_steps(configure(stage, tmp_path, *overrides, runs=runs), torch.device(device), processes)
 
     where = [("cuda", 1, "var"), ("cpu", 1, "var"), ("cuda", 2, "var"), ("cuda", 1, "tokenizer")]
-    assert [ask(*place) for place in where] == [True, False, False, False]
-    assert ask("cuda", size=2, parallel="fsdp") is False
+    assert [ask(*place) for place in where] == [True, False, True, False]
+    assert [ask("cuda", size, parallel="fsdp") for size in (1, 2)] == [True, False]
     assert [ask("cuda", cuda_graphs=value) for value in ("auto", "true", "false")] == [True, True, False]
-    for device, size in (("cpu", 1), ("cuda", 2)):
-        with pytest.raises(
-            ValueError, match=f"is for one process on a GPU, got {size} on {device}: auto is on wherever"
-        ):
-            ask(device, size, cuda_graphs="true")
-    with pytest.raises(ValueError, match="cuda_graphs=true is for one process on a GPU, got 1 on cpu"):
+    for device, size, got in (("cpu", 1, "one process on cpu"), ("cuda", 2, "parallel=hsdp of 2 processes on cuda")):
+        with pytest.raises(ValueError, match=f"is for GPUs that share nothing but gradients, got {got}: auto is on"):
+            ask(device, size, cuda_graphs="true", parallel="hsdp")
+    with pytest.raises(ValueError, match=r"cuda_graphs=true is for GPUs .* got one process on cpu"):
         run(configure("var", tmp_path, "cuda_graphs=true", runs=runs))
 
 

@@ -98,7 +98,13 @@ def _no_space(*arguments):
     raise OSError(28, "No space left on device")
 
 
-def _work(rank, size, port, config, options, after_step, backend, answers):
+def _captured():
+    """Steps as they are on GPUs, with recorders that record nothing."""
+    hmar.train.captures_steps = lambda config, device, processes: True
+    hmar.train.Recorder = lambda device: None
+
+
+def _work(rank, size, port, config, options, after_step, backend, captured, answers):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -114,6 +120,8 @@ def _work(rank, size, port, config, options, after_step, backend, answers):
         Trainer._advance = advance_and_act
     if backend:
         hmar.train.compile_objective = lambda objective, mode: compile_objective(objective, mode, backend)
+    if captured:
+        _captured()
     try:
         result = train(config, progress=False, **options)
         answer = ("finished", result.step)
@@ -133,13 +141,15 @@ def start():
     imported_by_a_run = ["hmar.train", "torch.utils.tensorboard", "torch._dynamo", "torch.distributed.fsdp", "sympy"]
     context.set_forkserver_preload([*imported_by_a_run, "sklearn.datasets", "pytest"])
 
-    def launch(config, size=2, after_step=None, backend=None, **options):
+    def launch(config, size=2, after_step=None, backend=None, captured=False, **options):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         answers = context.Queue()
         workers = [
-            context.Process(target=_work, args=(rank, size, port, config, options, after_step, backend, answers))
+            context.Process(
+                target=_work, args=(rank, size, port, config, options, after_step, backend, captured, answers)
+            )
             for rank in range(size)
         ]
         for worker in workers:
@@ -212,6 +222,17 @@ def test_compiled_graphs_are_shared_as_well(parallel, mode, tmp_path, runs, alon
     config = configure("next-scale", tmp_path / "run", *options, runs=runs)
     assert start(config, backend="aot_eager") == [("finished", 6)] * 2
     assert_same_run(tmp_path / "run", alone("next-scale"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [("next-scale", ("accumulate=2", "compile=blocks")), ("masked", ("accumulate=4",)), ("var", ())],
+    ids=["next-scale", "masked", "var"],
+)
+def test_gradients_of_captured_steps_are_averaged(stage, options, tmp_path, runs, alone, start):
+    config = configure(stage, tmp_path / "run", *options, runs=runs)
+    assert start(config, backend="aot_eager", captured=True) == [("finished", 6)] * 2
+    assert_same_run(tmp_path / "run", alone(stage))
 
 
 @pytest.mark.parametrize(
@@ -342,11 +363,11 @@ def test_shares_are_disjoint_and_whole():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "ddp cuda_graphs=false", "fsdp", "hsdp"])
 def test_two_gpus_give_the_curve_of_one(parallel, tmp_path, runs, start):
     options = ("device=cuda", "precision=fp32", "accumulate=2", "compile=blocks")
     train(configure("next-scale", tmp_path / "one", *options, runs=runs), progress=False)
-    config = configure("next-scale", tmp_path / "two", *options, f"parallel={parallel}", runs=runs)
+    config = configure("next-scale", tmp_path / "two", *options, *f"parallel={parallel}".split(), runs=runs)
     assert start(config) == [("finished", 6)] * 2
     assert_same_run(tmp_path / "two", tmp_path / "one", tolerance=1e-2)
     assert math.isfinite(read_metrics(tmp_path / "two" / "metrics.jsonl")[-1]["peak_memory_gb"])
