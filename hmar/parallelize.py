@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from hmar.model import Block, MaskedTransformer, NextScaleTransformer, TokenEmbedding
 from hmar.processes import Processes
 
+BYTES_SUMMED = 64 << 20  # at once: some 200 us of NVLink, of which what a sum costs beside its bytes is a tenth
+
 
 def blocks(objective: nn.Module) -> Iterator[Block]:
     """The transformer blocks in it, in order; none in a tokenizer."""
@@ -95,9 +97,9 @@ def compile_objective(objective: nn.Module, mode: bool | str, backend: str = "in
 class GradientAveraging:
     """What DistributedDataParallel does for gradients, in a form that a CUDA graph can hold.
 
-    Each gradient is summed over the processes as soon as backward has it, beside the rest of backward, and the loss of
-    each process is divided by their number before. There are no buckets, and nothing on the host that would change from
-    step to step; what this costs the host, a call for every parameter, it costs once, when a step is captured.
+    Gradients are summed over the processes beside the rest of backward, together as soon as it has BYTES_SUMMED of
+    them, and where they lie; the loss of each process is divided by their number before. Nothing on the host changes
+    from step to step.
 
     active: whether `backward` sums; without, gradients stay those of this process.
     """
@@ -105,26 +107,41 @@ class GradientAveraging:
     def __init__(self, module: nn.Module, num_processes: int):
         self.num_processes, self.active = num_processes, False
         self._sums: list[dist.Work] = []
+        self._waiting: list[Tensor] = []
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        # NOTE: NCCL connects processes when it first sums so many numbers, which it could not do within a capture.
+        # NOTE: NCCL connects processes when it first sums so much, which it could not do within a capture.
         for numel, dtype, device in sorted({(p.numel(), p.dtype, p.device) for p in trained}, key=str):
-            dist.all_reduce(torch.zeros(numel, dtype=dtype, device=device))
+            for count in (1, min(8, -(-BYTES_SUMMED // (numel * dtype.itemsize)))):
+                self._waiting = [torch.zeros(numel, dtype=dtype, device=device)] * count
+                self._sum()
+        self._wait()
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(self._sum)
+            parameter.register_post_accumulate_grad_hook(self._add)
 
-    def _sum(self, parameter: Tensor) -> None:
+    def _add(self, parameter: Tensor) -> None:
         if self.active:
-            self._sums.append(dist.all_reduce(parameter.grad, async_op=True))
+            self._waiting.append(parameter.grad)
+            if sum(gradient.nbytes for gradient in self._waiting) >= BYTES_SUMMED:
+                self._sum()
+
+    def _sum(self) -> None:
+        self._sums.append(dist.group.WORLD.allreduce_coalesced(self._waiting, dist.AllreduceCoalescedOptions()))
+        self._waiting = []
+
+    def _wait(self) -> None:
+        for work in self._sums:
+            work.wait()
+        self._sums.clear()
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the mean of all processes' losses, added to those in `.grad`: what an earlier micro-batch left
         there is summed with them, once."""
         (loss / self.num_processes).backward()
-        for work in self._sums:
-            work.wait()
-        self._sums.clear()
+        if self._waiting:
+            self._sum()
+        self._wait()
 
 
 class Parallel:
