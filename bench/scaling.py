@@ -30,10 +30,10 @@ KIND, VERSION = "scaling", 1
 COLUMNS = ("tokens_per_second", "images_per_second", "mfu", "peak_memory_gb")
 
 
-def run(chosen: argparse.Namespace, folder: Path, processes: int, parallel: str) -> dict:
+def run(chosen: argparse.Namespace, folder: Path, images: int, processes: int, parallel: str) -> dict:
     """The numbers of one run; CalledProcessError if it fails."""
-    output = folder / f"run-{parallel}-{processes}"
-    batch = chosen.batch if chosen.global_batch else chosen.batch * processes
+    output = folder / f"run-{images}-{parallel}-{processes}"
+    batch = images if chosen.global_batch else images * processes
     every = max(1, chosen.steps // 8)
     keys = {
         "preset": chosen.preset,
@@ -60,6 +60,13 @@ def run(chosen: argparse.Namespace, folder: Path, processes: int, parallel: str)
     }
 
 
+def report(row: dict, alone: dict, results: list[dict]) -> None:
+    row["speedup"] = row["tokens_per_second"] / alone["tokens_per_second"]
+    results.append(row)
+    speed = f"{row['tokens_per_second']:.4g} tokens/s, {row['speedup']:.3f} times one process"
+    print(f"{row['parallel']} {row['processes']}, batch {row['batch']}: {speed}, loss {row['loss']:.4f}", flush=True)
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
     takes = parser.add_argument
@@ -67,7 +74,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     takes("--parallel", type=options.names, default=["ddp", "fsdp"], help="ways of sharing (ddp,fsdp)")
     takes("--stage", choices=("next-scale", "var"), default="next-scale")
     takes("--preset", default="d16-256")
-    takes("--batch", type=int, default=32, help="images of a process")
+    takes("--batch", type=options.integers, default=[32, 96], help="images of a process (32,96)")
     takes("--global-batch", action="store_true", help="--batch is that of all processes together")
     takes("--steps", type=int, default=80)
     takes("--workers", type=int, default=2, help="loader processes, of each process")
@@ -86,16 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, chosen.preset, 4096)
-        for parallel in chosen.parallel:
-            for processes in chosen.processes:
-                alone = next((row for row in results if row["processes"] == 1), None)
-                if processes == 1 and alone is not None:
-                    continue  # one process shares nothing, whatever the way
-                row = run(chosen, folder, processes, parallel)
-                row["speedup"] = row["tokens_per_second"] / (alone or row)["tokens_per_second"]
-                results.append(row)
-                speed = f"{row['tokens_per_second']:.4g} tokens/s, {row['speedup']:.3f} times one process"
-                print(f"{parallel} {processes}: {speed}, loss {row['loss']:.4f}", flush=True)
+        for images in chosen.batch:
+            alone = run(chosen, folder, images, 1, chosen.parallel[0])  # shares nothing, whatever the way
+            report(alone, alone, results)
+            for parallel in chosen.parallel:
+                for processes in chosen.processes[1:]:
+                    report(run(chosen, folder, images, processes, parallel), alone, results)
     settings = {name: value for name, value in vars(chosen).items() if name not in ("output", "commit")}
     facts = environment(find_device(chosen.device), chosen.commit)
     write(chosen.output, {"kind": KIND, "version": VERSION, "environment": facts, "settings": settings}, results)
