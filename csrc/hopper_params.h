@@ -110,4 +110,24 @@ struct HopperBackwardParams {
   HopperWork work;
 };
 
+// Of an item of a convolution: output channels, columns of its patch, which has a multiple of kBlockSide rows. Of a step: input
+// channels.
+constexpr int kConvColumns = 160, kPatchColumns = 16, kBlockSide = 8, kConvChannels = 32;
+
+// A convolution of channels-last maps (hopper_conv.cuh). Strides in elements, of the output positions of one parity.
+struct HopperConvParams {
+  TensorMap x;         // boxes of 32 channels and a patch of positions
+  TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
+  void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
+  const void* bias;    // [O], or null
+  int64_t image_stride;
+  int32_t row_stride, column_stride;
+  int32_t parity_row_stride, parity_column_stride;
+  int32_t height, width;  // of x
+  int32_t num_chunks;     // of 32 input channels
+  int32_t out_channels;
+  int32_t num_patch_rows, num_patch_columns, num_column_tiles;
+  int32_t num_items;
+};
+
 }  // namespace hmar
