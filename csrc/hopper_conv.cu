@@ -17,20 +17,23 @@ struct Instance {
   int num_threads;
 };
 
-template <Resolution kResolution, bool kWhole, int kBlocks, int kStages, int kMapStages>
+template <Resolution kResolution, Boxes kBoxes, int kBlocks, int kStages, int kMapStages>
 constexpr Instance instance() {
-  using Half = HopperConvTile<DType::kFloat16, kResolution, kWhole, kBlocks, kStages, kMapStages>;
-  using Brain = HopperConvTile<DType::kBFloat16, kResolution, kWhole, kBlocks, kStages, kMapStages>;
-  return {{kResolution == Resolution::kDoubled, kWhole, kBlocks, kStages, kMapStages, sizeof(typename Half::Shared)},
+  using Half = HopperConvTile<DType::kFloat16, kResolution, kBoxes, kBlocks, kStages, kMapStages>;
+  using Brain = HopperConvTile<DType::kBFloat16, kResolution, kBoxes, kBlocks, kStages, kMapStages>;
+  return {{kResolution == Resolution::kDoubled, kBoxes, kBlocks, kStages, kMapStages, sizeof(typename Half::Shared)},
           hopper_conv_kernel<Half>, hopper_conv_kernel<Brain>, Half::kNumThreads};
 }
 
 // What conv2d/hopper.py's table names.
+constexpr auto kSame = Resolution::kSame, kDoubled = Resolution::kDoubled;
 const Instance KERNELS[] = {
-    instance<Resolution::kSame, true, 2, 12, 3>(),    instance<Resolution::kSame, true, 1, 14, 3>(),
-    instance<Resolution::kSame, false, 2, 7, 7>(),    instance<Resolution::kSame, false, 1, 10, 10>(),
-    instance<Resolution::kDoubled, true, 2, 12, 3>(), instance<Resolution::kDoubled, true, 1, 14, 3>(),
-    instance<Resolution::kDoubled, false, 2, 7, 7>(), instance<Resolution::kDoubled, false, 1, 10, 10>(),
+    instance<kSame, Boxes::kTaps, 2, 7, 7>(),      instance<kSame, Boxes::kTaps, 1, 10, 10>(),
+    instance<kSame, Boxes::kPlanes, 2, 12, 3>(),   instance<kSame, Boxes::kPlanes, 1, 14, 3>(),
+    instance<kSame, Boxes::kRows, 2, 12, 3>(),     instance<kSame, Boxes::kRows, 1, 14, 3>(),
+    instance<kDoubled, Boxes::kTaps, 2, 7, 7>(),   instance<kDoubled, Boxes::kTaps, 1, 10, 10>(),
+    instance<kDoubled, Boxes::kPlanes, 2, 12, 3>(), instance<kDoubled, Boxes::kPlanes, 1, 14, 3>(),
+    instance<kDoubled, Boxes::kRows, 2, 12, 3>(),  instance<kDoubled, Boxes::kRows, 1, 14, 3>(),
 };
 
 cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {

@@ -6,10 +6,7 @@
 //
 // An item is a patch of 16 columns and 8 kBlocks rows of the map, 160 output channels and, of kDoubled, one parity (p, q). Each
 // of two warpgroups owns 8 columns, a block of 8 rows of them to an accumulator of 64 rows. One step is a tap and 32 input
-// channels. Weights come step by step. The map comes
-//   kWhole     once for all taps: the patch with its neighbours, 8 channels (16 bytes) a plane; a tap is another beginning
-//   otherwise  once a tap, in rows of 64 bytes, swizzled
-// What lies outside of the map reads as zero, which is the padding. Sums are float32. The second warpgroup begins some steps
+// channels. Weights come step by step. The map comes as one of Boxes. What lies outside of the map reads as zero, which is the padding. Sums are float32. The second warpgroup begins some steps
 // late and stays behind, so that one multiplies while the other stores.
 #pragma once
 
@@ -21,11 +18,12 @@ constexpr int kChunkBytes = 16;
 
 enum class Resolution { kSame, kDoubled };
 
-template <DType kType_, Resolution kResolution_, bool kWhole_, int kBlocks_, int kStages_, int kMapStages_>
+template <DType kType_, Resolution kResolution_, Boxes kBoxes_, int kBlocks_, int kStages_, int kMapStages_>
 struct HopperConvTile {
   static constexpr DType kType = kType_;
   static constexpr Resolution kResolution = kResolution_;
-  static constexpr bool kWhole = kWhole_;
+  static constexpr Boxes kBoxes = kBoxes_;
+  static constexpr bool kWhole = kBoxes != Boxes::kTaps;  // a tap is another beginning
   static constexpr int kBlocks = kBlocks_, kStages = kStages_, kMapStages = kMapStages_;
 
   static constexpr int kGroups = 2;
@@ -41,7 +39,9 @@ struct HopperConvTile {
   static constexpr int kMapRows = kWhole ? kPatchRows + 2 : kPatchRows;  // of a box
   static constexpr int kMapColumns = kWhole ? kPatchColumns + 2 : kPatchColumns;
   static constexpr int kPlaneBytes = kMapRows * kMapColumns * kChunkBytes;
+  static constexpr int kPositionBytes = kBoxes == Boxes::kPlanes ? kChunkBytes : kConvChannels * 2;
   static constexpr int kMapBytes = kMapRows * kMapColumns * kConvChannels * 2;
+  static constexpr int kMapStageBytes = (kMapBytes + 1023) / 1024 * 1024;
   static constexpr int kWeightBytes = kConvColumns * kConvChannels * 2;
   // Of an output position in shared memory: a chunk more than it has, so that eight positions lie in different banks.
   static constexpr int kOutBytes = kConvColumns * 2 + kChunkBytes;
@@ -49,7 +49,7 @@ struct HopperConvTile {
 
   struct Shared {
     alignas(1024) uint8_t weight[kStages][kWeightBytes];
-    alignas(1024) uint8_t map[kMapStages][kMapBytes];
+    alignas(1024) uint8_t map[kMapStages][kMapStageBytes];
     alignas(128) uint8_t out[4 * kGroups][kWarpPositions * kOutBytes];
     Barrier weight_full[kStages], weight_empty[kStages];
     Barrier map_full[kMapStages], map_empty[kMapStages];
@@ -93,8 +93,13 @@ __device__ __forceinline__ void fetch_conv(const HopperConvParams& params, typen
       if constexpr (Tile::kWhole) {
         barrier_wait(shared.map_empty[maps.stage], maps.parity ^ 1);
         barrier_arrive_expecting(shared.map_full[maps.stage], Tile::kMapBytes);
-        tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], 0, item.column - 1, item.row - 1,
-                 channel * 2 / kChunkBytes, item.image);
+        if constexpr (Tile::kBoxes == Boxes::kPlanes) {
+          tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], 0, item.column - 1, item.row - 1,
+                   channel * 2 / kChunkBytes, item.image);
+        } else {
+          tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], channel, item.column - 1,
+                   item.row - 1, item.image);
+        }
         maps.advance();
       }
 #pragma unroll 1  // of few registers
@@ -131,20 +136,21 @@ __device__ __forceinline__ uint64_t plain_row_descriptor(const uint8_t* rows, in
   return address | uint64_t(chunk_bytes >> 4) << 16 | uint64_t(group_bytes >> 4) << 32;
 }
 
-// Descriptor of the first block of a warpgroup, and how far the next block and the next 16 channels are.
+// Descriptor of the first block of a warpgroup at a tap, and how far the next block and the next 16 channels are.
 template <class Tile>
 struct MapRows {
-  static constexpr int kBlockBytes =
-      Tile::kWhole ? kBlockSide * Tile::kMapColumns * kChunkBytes : kBlockSide * Tile::kMapColumns * kConvChannels * 2;
-  static constexpr int kStepBytes = Tile::kWhole ? 2 * Tile::kPlaneBytes : 32;
+  static constexpr int kRowBytes = Tile::kMapColumns * Tile::kPositionBytes;
+  static constexpr int kBlockBytes = kBlockSide * kRowBytes;
+  static constexpr int kStepBytes = Tile::kBoxes == Boxes::kPlanes ? 2 * Tile::kPlaneBytes : 32;
 
   static __device__ __forceinline__ uint64_t descriptor(const uint8_t* map, int group, int row, int column) {
-    if constexpr (Tile::kWhole) {
-      const int position = row * Tile::kMapColumns + column + group * kBlockSide;
-      return plain_row_descriptor(map + position * kChunkBytes, Tile::kMapColumns * kChunkBytes, Tile::kPlaneBytes);
+    const int position = group * kBlockSide + (Tile::kWhole ? row * Tile::kMapColumns + column : 0);
+    const uint8_t* rows = map + position * Tile::kPositionBytes;
+    if constexpr (Tile::kBoxes == Boxes::kPlanes) {
+      return plain_row_descriptor(rows, kRowBytes, Tile::kPlaneBytes);
     } else {
-      return half_row_descriptor(map + group * kBlockSide * kConvChannels * 2,
-                                 Tile::kMapColumns * kConvChannels * 2);
+      // NOTE: chunks are exchanged by bits of their addresses, so that rows may begin anywhere.
+      return half_row_descriptor(rows, kRowBytes);
     }
   }
 };

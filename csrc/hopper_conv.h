@@ -13,8 +13,9 @@ namespace hmar {
 
 // One compiled kernel, for both dtypes. Its index in the list names it.
 struct HopperConvKernel {
-  bool doubled, whole;  // see hopper_conv.cuh
-  int blocks;           // of 64 positions, for each of two warpgroups
+  bool doubled;  // see Resolution in hopper_conv.cuh
+  Boxes boxes;
+  int blocks;  // of 64 positions, for each of two warpgroups
   int stages, map_stages;
   int shared_bytes;
 };
@@ -36,18 +37,19 @@ struct MapGeometry {
 inline MapGeometry conv_x_geometry(const HopperConvShape& shape, const HopperConvKernel& kernel) {
   const auto images = uint64_t(shape.num_images), height = uint64_t(shape.height), width = uint64_t(shape.width);
   const auto channels = uint64_t(shape.in_channels);
-  const auto rows = uint32_t(kBlockSide * kernel.blocks);
-  if (kernel.whole) {
+  const uint32_t around = kernel.boxes == Boxes::kTaps ? 0 : 2, columns = kPatchColumns + around;
+  const uint32_t rows = uint32_t(kBlockSide * kernel.blocks) + around;
+  if (kernel.boxes == Boxes::kPlanes) {
     return {5,
             {8, width, height, channels / 8, images},
             {2 * channels, 2 * channels * width, 16, 2 * channels * width * height},
-            {8, kPatchColumns + 2, rows + 2, kConvChannels / 8, 1},
+            {8, columns, rows, kConvChannels / 8, 1},
             false};
   }
   return {4,
           {channels, width, height, images},
           {2 * channels, 2 * channels * width, 2 * channels * width * height},
-          {kConvChannels, kPatchColumns, rows, 1},
+          {kConvChannels, columns, rows, 1},
           true};
 }
 

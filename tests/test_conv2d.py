@@ -21,6 +21,7 @@ from hmar_kernels import conv2d, conv_transpose2d
 from hmar_kernels.attention import hopper_launch as attention_launch
 from hmar_kernels.conv2d import hopper, hopper_launch, packed_taps
 from hmar_kernels.conv2d.hopper import TILES, Tile
+from hmar_kernels.conv2d.hopper_launch import PLANES, ROWS, TAPS
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,16 +92,16 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(folder / "conv.so"))
 
 
-def on_cpu(library, doubled, whole, blocks, x, weight, bias, *, num_blocks=2, last_thread_first=False):
+def on_cpu(library, doubled, boxes, blocks, x, weight, bias, *, num_blocks=2, last_thread_first=False):
     entry = library.hopper_conv_on_cpu
     entry.restype = ctypes.c_char_p
     flag, number, pointer = ctypes.c_bool, ctypes.c_int, ctypes.c_void_p
-    entry.argtypes = [*(flag,) * 3, *(number,) * 6, *(pointer,) * 4, number, flag]
+    entry.argtypes = [*(flag,) * 2, *(number,) * 7, *(pointer,) * 4, number, flag]
     (N, C, H, W), O, factor = x.shape, weight.shape[1 if doubled else 0], 2 if doubled else 1
     # NaN everywhere, and behind the numbers that the kernel may write
     storage = torch.full((N * H * W * factor**2 * O + 4096,), math.nan, dtype=x.dtype)
     pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, storage)]
-    kernel = (x.dtype == torch.bfloat16, doubled, whole, blocks)
+    kernel = (x.dtype == torch.bfloat16, doubled, boxes, blocks)
     failure = entry(*kernel, N, H, W, C, O, *pointers, num_blocks, last_thread_first)
     assert failure is None, failure.decode()
     assert storage[-4096:].isnan().all()
@@ -117,27 +118,27 @@ CPU_SHAPES = {
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("whole", [False, True], ids=["map-by-taps", "whole-map"])
+@pytest.mark.parametrize("boxes", [TAPS, PLANES, ROWS], ids=["taps", "planes", "rows"])
 @pytest.mark.parametrize("doubled", [False, True], ids=["same", "doubled"])
 @pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
-def test_kernel_source_on_cpu(library, shape, doubled, whole, blocks):
+def test_kernel_source_on_cpu(library, shape, doubled, boxes, blocks):
     x, weight, bias = inputs(doubled, *shape, torch.bfloat16)
-    actual = on_cpu(library, doubled, whole, blocks, x, weight, bias)
+    actual = on_cpu(library, doubled, boxes, blocks, x, weight, bias)
     assert_accurate(actual, doubled, x, weight, bias)
 
 
 def test_kernel_source_on_cpu_in_half_precision_without_bias(library):
     x, weight, _ = inputs(False, *CPU_SHAPES["edges"], torch.float16)
-    assert_accurate(on_cpu(library, False, True, 2, x, weight, None), False, x, weight, None)
+    assert_accurate(on_cpu(library, False, PLANES, 2, x, weight, None), False, x, weight, None)
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["map-by-taps", "whole-map"])
-def test_kernel_source_has_no_races(library, whole):
+@pytest.mark.parametrize("boxes", [TAPS, PLANES, ROWS], ids=["taps", "planes", "rows"])
+def test_kernel_source_has_no_races(library, boxes):
     """Threads run first to last or last to first, items in one block or in several: bit-equal."""
     x, weight, bias = inputs(False, 1, 64, 160, 24, 33, torch.bfloat16)
     schedules = [(1, False), (1, True), (3, False), (9, True)]
     results = [
-        on_cpu(library, False, whole, 1, x, weight, bias, num_blocks=blocks, last_thread_first=reverse)
+        on_cpu(library, False, boxes, 1, x, weight, bias, num_blocks=blocks, last_thread_first=reverse)
         for blocks, reverse in schedules
     ]
     for result in results[1:]:
@@ -149,20 +150,20 @@ def test_padding_is_not_read(library, doubled):
     """Not even times zero: images beside this one hold NaN."""
     x, weight, bias = inputs(doubled, 3, 32, 160, 5, 9, torch.bfloat16)
     x[0], x[2] = math.nan, math.nan
-    actual = on_cpu(library, doubled, True, 2, x, weight, bias)
+    actual = on_cpu(library, doubled, PLANES, 2, x, weight, bias)
     assert_accurate(actual[1:2], doubled, x[1:2], weight, bias)
 
 
 # --- what a launch is told --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tile", TILES[:2] + TILES[4:], ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_geometry_is_that_of_cpp(library, tile):
     N, H, W, C, O = 3, 37, 50, 72, 328
     expected = (ctypes.c_int64 * 64)()
-    library.hopper_conv_geometry(tile.doubled, tile.whole, tile.blocks, N, H, W, C, O, expected)
+    library.hopper_conv_geometry(tile.doubled, tile.boxes, tile.blocks, N, H, W, C, O, expected)
     maps = (
-        hopper_launch.x_geometry(tile.whole, tile.blocks, N, H, W, C),
+        hopper_launch.x_geometry(tile.boxes, tile.blocks, N, H, W, C),
         hopper_launch.weight_geometry(tile.doubled, C, O),
     )
     actual = []
@@ -224,7 +225,7 @@ def test_launch_of_compiled_kernels():
     numbers = attention_launch.LaunchNumbers(1000, 384, 384)
     kernels._loaded = lambda key, source, params: (None, key, numbers, 7)
     kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 64, 5, 99)
-    x = ("describe", True, 16, *hopper_launch.x_geometry(True, 1, 2, 20, 30, 160))
+    x = ("describe", True, 16, *hopper_launch.x_geometry(TAPS, 1, 2, 20, 30, 160))
     weight = ("describe", True, 32, *hopper_launch.weight_geometry(False, 160, 320))
     items = 2 * 3 * 2 * 2
     assert driver.calls == [x, weight, ("launch", (TILES[1], True, 5), 7, 384, 1000, 99, 64, None, items)]
@@ -234,7 +235,7 @@ def test_tiles_fill_the_multiprocessors():
     """Of 132: large maps take large patches, those of 128 small items small ones."""
     assert hopper.select_tile(False, 16, 256, 256, 160, 132).blocks == 2
     assert hopper.select_tile(False, 16, 16, 16, 640, 132).blocks == 1
-    assert hopper.select_tile(True, 16, 128, 128, 160, 132) == Tile(True, True, 2, 12, 3)
+    assert hopper.select_tile(True, 16, 128, 128, 160, 132) == Tile(True, PLANES, 2, 12, 3)
     assert hopper.num_items(TILES[1], 16, 16, 16, 640) == 128
 
 

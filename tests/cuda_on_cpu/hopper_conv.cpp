@@ -2,6 +2,8 @@
 #define HMAR_ON_CPU
 #include "hopper_conv.cuh"
 
+#include <type_traits>
+
 #include "hopper_conv.h"
 
 using namespace hmar;
@@ -60,7 +62,7 @@ template <class Tile>
 void run(const HopperConvShape& shape, const void* x, const void* weight, const void* bias, void* out, int num_blocks,
          bool last_thread_first, Block& block) {
   static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);
-  const HopperConvKernel kernel{Tile::kResolution == Resolution::kDoubled, Tile::kWhole,      Tile::kBlocks,
+  const HopperConvKernel kernel{Tile::kResolution == Resolution::kDoubled, Tile::kBoxes,     Tile::kBlocks,
                                 Tile::kStages,                             Tile::kMapStages, 0};
   const MapContent x_map = content(x, conv_x_geometry(shape, kernel));
   const MapContent weight_map = content(weight, conv_weight_geometry(shape, kernel));
@@ -74,14 +76,15 @@ void run(const HopperConvShape& shape, const void* x, const void* weight, const 
   }
 }
 
-template <DType kType, Resolution kResolution, bool kWhole>
+template <DType kType, Resolution kResolution, Boxes kBoxes>
 void run(int blocks, const HopperConvShape& shape, const void* x, const void* weight, const void* bias, void* out,
          int num_blocks, bool last_thread_first, Block& block) {
+  constexpr bool kWhole = kBoxes != Boxes::kTaps;
   if (blocks == 1) {
-    run<HopperConvTile<kType, kResolution, kWhole, 1, 5, kWhole ? 2 : 4>>(shape, x, weight, bias, out, num_blocks,
+    run<HopperConvTile<kType, kResolution, kBoxes, 1, 5, kWhole ? 2 : 4>>(shape, x, weight, bias, out, num_blocks,
                                                                        last_thread_first, block);
   } else {
-    run<HopperConvTile<kType, kResolution, kWhole, 2, 4, kWhole ? 2 : 3>>(shape, x, weight, bias, out, num_blocks,
+    run<HopperConvTile<kType, kResolution, kBoxes, 2, 4, kWhole ? 2 : 3>>(shape, x, weight, bias, out, num_blocks,
                                                                        last_thread_first, block);
   }
 }
@@ -89,7 +92,7 @@ void run(int blocks, const HopperConvShape& shape, const void* x, const void* we
 }  // namespace
 
 // Null, or what went wrong. The kernel is that of the extension with fewer stages, so that rings turn over sooner.
-extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, bool whole, int blocks, int num_images, int height,
+extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int boxes, int blocks, int num_images, int height,
                                           int width, int in_channels, int out_channels, const void* x, const void* weight,
                                           const void* bias, void* out, int num_blocks, bool last_thread_first) {
   static Block block;
@@ -97,26 +100,31 @@ extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, bool whol
   const HopperConvShape shape{bfloat16 ? DType::kBFloat16 : DType::kFloat16, num_images, height, width, in_channels,
                               out_channels};
   const auto call = [&](auto run) { run(blocks, shape, x, weight, bias, out, num_blocks, last_thread_first, block); };
-  constexpr auto kHalf = DType::kFloat16, kBrain = DType::kBFloat16;
-  constexpr auto kSame = Resolution::kSame, kDoubled = Resolution::kDoubled;
-  switch (4 * bfloat16 + 2 * doubled + whole) {
-    case 0: call(run<kHalf, kSame, false>); break;
-    case 1: call(run<kHalf, kSame, true>); break;
-    case 2: call(run<kHalf, kDoubled, false>); break;
-    case 3: call(run<kHalf, kDoubled, true>); break;
-    case 4: call(run<kBrain, kSame, false>); break;
-    case 5: call(run<kBrain, kSame, true>); break;
-    case 6: call(run<kBrain, kDoubled, false>); break;
-    default: call(run<kBrain, kDoubled, true>); break;
+  const auto call_type = [&](auto type) {
+    constexpr auto kType = decltype(type)::value;
+    constexpr auto kSame = Resolution::kSame, kDoubled = Resolution::kDoubled;
+    switch (3 * doubled + boxes) {
+      case 0: return call(run<kType, kSame, Boxes::kTaps>);
+      case 1: return call(run<kType, kSame, Boxes::kPlanes>);
+      case 2: return call(run<kType, kSame, Boxes::kRows>);
+      case 3: return call(run<kType, kDoubled, Boxes::kTaps>);
+      case 4: return call(run<kType, kDoubled, Boxes::kPlanes>);
+      default: return call(run<kType, kDoubled, Boxes::kRows>);
+    }
+  };
+  if (bfloat16) {
+    call_type(std::integral_constant<DType, DType::kBFloat16>());
+  } else {
+    call_type(std::integral_constant<DType, DType::kFloat16>());
   }
   return block.failure.empty() ? nullptr : block.failure.c_str();
 }
 
 // The numbers of a launch, in the order of MapGeometry's and HopperConvParams' fields.
-extern "C" void hopper_conv_geometry(bool doubled, bool whole, int blocks, int num_images, int height, int width,
+extern "C" void hopper_conv_geometry(bool doubled, int boxes, int blocks, int num_images, int height, int width,
                                      int in_channels, int out_channels, int64_t* numbers) {
   const HopperConvShape shape{DType::kBFloat16, num_images, height, width, in_channels, out_channels};
-  const HopperConvKernel kernel{doubled, whole, blocks, 0, 0, 0};
+  const HopperConvKernel kernel{doubled, Boxes(boxes), blocks, 0, 0, 0};
   for (const MapGeometry& map : {conv_x_geometry(shape, kernel), conv_weight_geometry(shape, kernel)}) {
     *numbers++ = map.rank;
     for (int i = 0; i < map.rank; ++i) *numbers++ = int64_t(map.sizes[i]);

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention import cuda
-from .hopper_launch import BLOCK_SIDE, OUT_CHANNELS, PATCH_COLUMNS, ConvKernels
+from .hopper_launch import BLOCK_SIDE, OUT_CHANNELS, PATCH_COLUMNS, PLANES, ROWS, TAPS, ConvKernels
 
 DTYPES = (torch.float16, torch.bfloat16)
 CHANNELS = 8  # input and output channels come in multiples: 16 bytes
@@ -23,23 +23,29 @@ MAX_NUMBERS = 2**31 - 1
 class Tile(NamedTuple):
     """A compiled kernel.
 
-    doubled: `conv_transpose2d`. whole: the map comes once for all taps, with its neighbours; else once a tap. blocks:
-    of 64 positions for each of two warpgroups, so that a patch has 8 blocks x 16 positions. stages, map_stages: of
-    weights and of the map in shared memory.
+    doubled: `conv_transpose2d`. boxes: how the map comes into shared memory: TAPS, once a tap; PLANES and ROWS, once
+    for all taps, in two layouts. blocks: of 64 positions for each of two warpgroups, so that a patch has 8 blocks x 16
+    positions. stages, map_stages: of weights and of the map in shared memory.
     """
 
     doubled: bool
-    whole: bool
+    boxes: int
     blocks: int
     stages: int
     map_stages: int
 
 
 TILES = tuple(
-    Tile(doubled, *numbers)
+    Tile(doubled, boxes, *numbers)
     for doubled in (False, True)
-    for numbers in ((True, 2, 12, 3), (True, 1, 14, 3), (False, 2, 7, 7), (False, 1, 10, 10))
+    for boxes, rings in (
+        (TAPS, ((2, 7, 7), (1, 10, 10))),
+        (PLANES, ((2, 12, 3), (1, 14, 3))),
+        (ROWS, ((2, 12, 3), (1, 14, 3))),
+    )
+    for numbers in rings
 )
+BOXES = PLANES  # that are chosen
 
 # The extension where it was built with them; else what compiles the table's kernels when they are first launched.
 _kernels = cuda._cuda if hasattr(cuda._cuda, "hopper_conv") else ConvKernels(TILES)
@@ -60,7 +66,7 @@ def select_tile(doubled: bool, N: int, H: int, W: int, O: int, num_sms: int) -> 
     def time(tile: Tile) -> float:
         return math.ceil(num_items(tile, N, H, W, O) / num_sms) * (tile.blocks + ITEM_OVERHEAD)
 
-    return min((tile for tile in TILES if tile.doubled == doubled and tile.whole), key=time)
+    return min((tile for tile in TILES if tile.doubled == doubled and tile.boxes == BOXES), key=time)
 
 
 def unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, *, doubled: bool) -> str | None:

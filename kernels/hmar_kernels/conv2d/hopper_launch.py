@@ -17,6 +17,8 @@ from ..attention import nvrtc
 from ..attention.hopper_launch import DTYPES, CompiledKernels, CudaDriver, TensorMap, aligned, kernel_source
 
 OUT_CHANNELS, PATCH_COLUMNS, BLOCK_SIDE, IN_CHANNELS = 160, 16, 8, 32  # csrc/hopper_params.h, kConvColumns and on
+BOXES = ("kTaps", "kPlanes", "kRows")  # the same, Boxes
+TAPS, PLANES, ROWS = range(len(BOXES))
 
 
 class HopperConvParams(Structure):
@@ -38,17 +40,18 @@ class MapGeometry(NamedTuple):
     swizzle: int
 
 
-def x_geometry(whole: bool, blocks: int, N: int, H: int, W: int, C: int) -> MapGeometry:
-    rows, position = BLOCK_SIDE * blocks, 2 * C
-    if whole:
+def x_geometry(boxes: int, blocks: int, N: int, H: int, W: int, C: int) -> MapGeometry:
+    around = 0 if boxes == TAPS else 2
+    columns, rows, position = PATCH_COLUMNS + around, BLOCK_SIDE * blocks + around, 2 * C
+    if boxes == PLANES:
         return MapGeometry(
             (8, W, H, C // 8, N),
             (position, position * W, 16, position * W * H),
-            (8, PATCH_COLUMNS + 2, rows + 2, IN_CHANNELS // 8, 1),
+            (8, columns, rows, IN_CHANNELS // 8, 1),
             CudaDriver.SWIZZLE_NONE,
         )
     strides = (position, position * W, position * W * H)
-    return MapGeometry((C, W, H, N), strides, (IN_CHANNELS, PATCH_COLUMNS, rows, 1), CudaDriver.SWIZZLE_64B)
+    return MapGeometry((C, W, H, N), strides, (IN_CHANNELS, columns, rows, 1), CudaDriver.SWIZZLE_64B)
 
 
 def weight_geometry(doubled: bool, C: int, O: int) -> MapGeometry:
@@ -82,10 +85,10 @@ def numbers_of(doubled: bool, blocks: int, N: int, H: int, W: int, C: int, O: in
 
 def make_source(tile: tuple, bfloat16: bool, folder: Path) -> nvrtc.Source:
     """The source of one kernel of hopper.py's table."""
-    doubled, whole, *numbers = tile
+    doubled, boxes, *numbers = tile
     tile_type = (
         f"HopperConvTile<DType::{DTYPES[bfloat16]}, Resolution::{'kDoubled' if doubled else 'kSame'}, "
-        f"{str(whole).lower()}, {', '.join(map(str, numbers))}>"
+        f"Boxes::{BOXES[boxes]}, {', '.join(map(str, numbers))}>"
     )
     return kernel_source("hopper_conv.cuh", "hopper_conv_kernel", tile_type, HopperConvParams.__name__, folder)
 
@@ -103,14 +106,14 @@ class ConvKernels(CompiledKernels):
 
     def hopper_conv(self, tile, shape, x, weight, bias, out, device, stream) -> None:
         tile = self.hopper_conv_tiles[tile]
-        doubled, whole, blocks, *_ = tile
+        doubled, boxes, blocks, *_ = tile
         bfloat16, N, H, W, C, O = shape
         params = aligned(HopperConvParams)
         params.out, params.bias = out, bias
         for name, number in numbers_of(doubled, blocks, N, H, W, C, O).items():
             setattr(params, name, number)
         maps = {
-            "x": (x, x_geometry(whole, blocks, N, H, W, C)),
+            "x": (x, x_geometry(boxes, blocks, N, H, W, C)),
             "weight": (weight, weight_geometry(doubled, C, O)),
         }
         with self._cuda.current_device(device):
