@@ -12,6 +12,7 @@ from hmar import decoder as fused
 from hmar.config import TokenizerConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample, attended
 from hmar.tokenizer import Decoder, Upsample
+from hmar_kernels.conv2d import hopper
 
 CONFIG = TokenizerConfig(channels=8, multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=4, code_dim=6)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -74,6 +75,44 @@ def test_transposed_upsampling_alone():
     upsample = Upsample(5).double().requires_grad_(False)
     x = torch.randn(2, 5, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(TransposedUpsample(upsample)(x).total(), upsample(x))
+
+
+def test_hopper_convolutions_take_what_the_decoder_has(monkeypatch):
+    """All but the last one, to three channels, and those of 1x1; torch's stand for the kernels."""
+    calls = Counter()
+
+    def convolution(name, plain, **options):
+        def call(x, weight, bias):
+            assert (
+                bias is None and hopper_reason(x.bfloat16(), weight.bfloat16(), None, doubled=name == "doubled") is None
+            )
+            calls[name] += 1
+            return plain(x, weight, **options)
+
+        return call
+
+    def hopper_reason(*arguments, **options):
+        reason = unavailable(*arguments, **options)
+        return None if reason == "the kernels run on CUDA tensors, got cpu" else reason
+
+    unavailable = hopper.unavailable
+    monkeypatch.setattr(hopper, "unavailable", lambda *arguments, **options: None)
+    monkeypatch.setattr(hopper, "conv2d", convolution("same", F.conv2d, padding=1))
+    monkeypatch.setattr(hopper, "conv_transpose2d", convolution("doubled", F.conv_transpose2d, stride=2, padding=1))
+    decoder, latent = build(replace(CONFIG, code_dim=8))
+    made = FusedDecoder(decoder, transposed=True, convolutions="hopper")
+    torch.testing.assert_close(made(latent), decoder(latent), rtol=1e-10, atol=1e-10)
+    assert calls == {"same": 1 + 2 * (2 + 4 * 2), "doubled": 3}
+    for parameter in decoder.parameters():
+        parameter.mul_(1.3)
+    made.derive()
+    torch.testing.assert_close(made(latent), decoder(latent), rtol=1e-10, atol=1e-10)
+
+
+def test_hopper_convolutions_are_not_replaced_silently():
+    decoder, latent = build()
+    with pytest.raises(ValueError, match='impl="hopper" cannot run here'):
+        FusedDecoder(decoder, convolutions="hopper")(latent)
 
 
 class Counted(TorchDispatchMode):

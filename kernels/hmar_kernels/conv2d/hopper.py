@@ -45,7 +45,8 @@ TILES = tuple(
     )
     for numbers in rings
 )
-BOXES = PLANES  # that are chosen
+CHOSEN_BOXES = PLANES
+"""Of the kernels that are chosen."""
 
 # The extension where it was built with them; else what compiles the table's kernels when they are first launched.
 _kernels = cuda._cuda if hasattr(cuda._cuda, "hopper_conv") else ConvKernels(TILES)
@@ -66,7 +67,7 @@ def select_tile(doubled: bool, N: int, H: int, W: int, O: int, num_sms: int) -> 
     def time(tile: Tile) -> float:
         return math.ceil(num_items(tile, N, H, W, O) / num_sms) * (tile.blocks + ITEM_OVERHEAD)
 
-    return min((tile for tile in TILES if tile.doubled == doubled and tile.boxes == BOXES), key=time)
+    return min((tile for tile in TILES if tile.doubled == doubled and tile.boxes == CHOSEN_BOXES), key=time)
 
 
 def unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, *, doubled: bool) -> str | None:
