@@ -112,7 +112,7 @@ def implementations(of: Convolution, device: torch.device) -> dict[str, Callable
         for tile in hopper.TILES:
             if tile.doubled == of.doubled:
                 name = f"{BOXES[tile.boxes][1:].lower()}-{tile.blocks}"
-                found[name] = lambda x, weight, tile=tile: hopper.forward(x, weight, None, tile)
+                found[name] = lambda x, weight, tile=tile: hopper.forward(x, weight, None, tile)[0]
     return found
 
 

@@ -50,10 +50,10 @@ std::vector<HopperConvKernel> hopper_conv_kernels() {
 }
 
 cudaError_t launch_hopper_conv(int kernel, const HopperConvShape& shape, const void* x, const void* weight,
-                               const void* bias, void* out, cudaStream_t stream) {
+                               const void* bias, const HopperConvOutput& output, cudaStream_t stream) {
   if (kernel < 0 || kernel >= int(std::size(KERNELS))) return cudaErrorInvalidValue;
   const Instance& instance = KERNELS[kernel];
-  HopperConvParams params = conv_params(shape, instance.kernel, out, bias);
+  HopperConvParams params = conv_params(shape, instance.kernel, bias, output);
   cudaError_t error = describe(&params.x, shape.dtype, x, conv_x_geometry(shape, instance.kernel));
   if (error == cudaSuccess) {
     error = describe(&params.weight, shape.dtype, weight, conv_weight_geometry(shape, instance.kernel));

@@ -6,8 +6,9 @@
 //
 // An item is a patch of 16 columns and 8 kBlocks rows of the map, 160 output channels and, of kDoubled, one parity (p, q). Each
 // of two warpgroups owns 8 columns, a block of 8 rows of them to an accumulator of 64 rows. One step is a tap and 32 input
-// channels. Weights come step by step. The map comes as one of Boxes. What lies outside of the map reads as zero, which is the padding. Sums are float32. The second warpgroup begins some steps
-// late and stays behind, so that one multiplies while the other stores.
+// channels. Weights come step by step, the map as one of Boxes. What lies outside of it reads as zero, which is the padding.
+// Sums are float32. The second warpgroup begins some steps late and stays behind, so that one multiplies while the other
+// stores. On request each gives the mean and the deviation of what it stores, for a norm.
 #pragma once
 
 #include "hopper_tile.cuh"
@@ -211,6 +212,64 @@ __device__ __forceinline__ void store_block(const HopperConvParams& params, cons
   __syncwarp();
 }
 
+// Sum over the lanes that hold other rows of the same columns.
+__device__ __forceinline__ float sum_over_rows(float x) {
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
+}
+
+// Mean and sum of squared distances from it of each of a warpgroup's columns: of each warp's rows, then of all by Chan's rule.
+// staging: each warp's.
+template <class Tile>
+__device__ __forceinline__ void store_statistics(const HopperConvParams& params, int out_channel, int64_t chunk,
+                                                 const float (&d)[Tile::kBlocks][kConvColumns / 2], int group,
+                                                 uint8_t (&staging)[4 * Tile::kGroups][Tile::kWarpPositions * Tile::kOutBytes]) {
+  constexpr int kWarps = 4, kRows = Tile::kWarpPositions * Tile::kBlocks;
+  const int lane = threadIdx.x % 32;
+  auto* own = reinterpret_cast<float*>(staging[threadIdx.x / 32]);
+#pragma unroll
+  for (int n = 0; n < kConvColumns / 8; ++n) {
+    float x[2][2 * Tile::kBlocks];
+#pragma unroll
+    for (int i = 0; i < 2 * Tile::kBlocks; ++i) {
+      const float* pair = d[i / 2] + 4 * n + i % 2 * 2;
+      unpack<Tile::kType>(pack<Tile::kType>(pair[0], pair[1]), x[0][i], x[1][i]);
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 2 * Tile::kBlocks; ++i) sum += x[c][i];
+      const float mean = sum_over_rows(sum) * (1.0f / kRows);
+#pragma unroll
+      for (int i = 0; i < 2 * Tile::kBlocks; ++i) squares += (x[c][i] - mean) * (x[c][i] - mean);
+      squares = sum_over_rows(squares);
+      if (lane < 4) {
+        const int column = 8 * n + 2 * lane + c;
+        own[column] = mean, own[kConvColumns + column] = squares;
+      }
+    }
+  }
+  group_sync(group);
+  for (int column = threadIdx.x % kGroupThreads; column < kConvColumns; column += kGroupThreads) {
+    float means[kWarps], mean = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      const auto* of_warp = reinterpret_cast<const float*>(staging[group * kWarps + warp]);
+      means[warp] = of_warp[column], squares += of_warp[kConvColumns + column];
+      mean += means[warp] * (1.0f / kWarps);
+    }
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) squares += kRows * (means[warp] - mean) * (means[warp] - mean);
+    if (out_channel + column < params.out_channels) {
+      params.means[chunk * params.out_channels + out_channel + column] = mean;
+      params.deviations[chunk * params.out_channels + out_channel + column] = squares;
+    }
+  }
+  group_sync(group);
+}
+
 template <class Tile>
 __device__ __forceinline__ void compute_conv(const HopperConvParams& params, typename Tile::Shared& shared) {
   const int group = uniform(threadIdx.x / kGroupThreads), warp = uniform(threadIdx.x / 32);
@@ -258,6 +317,10 @@ __device__ __forceinline__ void compute_conv(const HopperConvParams& params, typ
     wgmma_wait<0>();
     release(shared.weight_empty[ring.last_stage()]);
     release(shared.map_empty[maps.last_stage()]);
+    if (params.means != nullptr) {
+      const int64_t chunk = int64_t{Tile::kGroups} * (index / params.num_column_tiles) + group;
+      store_statistics<Tile>(params, item.out_channel, chunk, d, group, shared.out);
+    }
 #pragma unroll
     for (int block = 0; block < Tile::kBlocks; ++block) {
       store_block<Tile>(params, item, d[block], shared.out[warp], item.row + block * kBlockSide + warp % 4 * 2,

@@ -62,13 +62,21 @@ inline MapGeometry conv_weight_geometry(const HopperConvShape& shape, const Hopp
           true};
 }
 
-// All but the tensor maps. out: contiguous; bias: null for none.
-inline HopperConvParams conv_params(const HopperConvShape& shape, const HopperConvKernel& kernel, void* out,
-                                    const void* bias) {
+// What a kernel writes, contiguous; means and deviations null for none.
+struct HopperConvOutput {
+  void* out;
+  float* means;
+  float* deviations;
+};
+
+// All but the tensor maps. bias: null for none.
+inline HopperConvParams conv_params(const HopperConvShape& shape, const HopperConvKernel& kernel, const void* bias,
+                                    const HopperConvOutput& output) {
   const auto divided = [](int a, int b) { return (a + b - 1) / b; };
   const int factor = kernel.doubled ? 2 : 1, row = factor * shape.width * shape.out_channels;
   HopperConvParams params{};
-  params.out = out, params.bias = bias;
+  params.out = output.out, params.bias = bias;
+  params.means = output.means, params.deviations = output.deviations;
   params.image_stride = int64_t{row} * factor * shape.height;
   params.row_stride = factor * row, params.column_stride = factor * shape.out_channels;
   params.parity_row_stride = row, params.parity_column_stride = shape.out_channels;
@@ -88,7 +96,7 @@ std::vector<HopperConvKernel> hopper_conv_kernels();
 
 // Puts a kernel on a stream: no synchronisation, no allocation, arguments already checked.
 cudaError_t launch_hopper_conv(int kernel, const HopperConvShape& shape, const void* x, const void* weight,
-                               const void* bias, void* out, cudaStream_t stream);
+                               const void* bias, const HopperConvOutput& output, cudaStream_t stream);
 #endif
 
 }  // namespace hmar

@@ -127,6 +127,8 @@ struct HopperConvParams {
   TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
   void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
   const void* bias;    // [O], or null
+  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches, without a bias.
+  float* deviations;   // the same: sums of squared distances from the mean. A chunk is what a warpgroup has of an item
   int64_t image_stride;
   int32_t row_stride, column_stride;
   int32_t parity_row_stride, parity_column_stride;

@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmar.tokenizer import Decoder, Level, ResidualBlock, SpatialAttention, Upsample
-from hmar_kernels import conv2d, conv_transpose2d, group_norm, group_norm_conv, residual_group_norm
-from hmar_kernels.conv2d import packed_taps
+from hmar_kernels import conv2d, group_norm, group_norm_conv, residual_group_norm
+from hmar_kernels.conv2d import conv2d_with_statistics, conv_transpose2d_with_statistics, packed_taps
+from hmar_kernels.group_norm import ChunkStatistics
 
 SCORE_BYTES = 256 << 20  # of attention's scores, at once
 CONVOLUTIONS = {"torch": "reference", "hopper": "hopper"}
@@ -43,16 +44,21 @@ CONVOLUTIONS = {"torch": "reference", "hopper": "hopper"}
 
 
 class Unsummed(NamedTuple):
-    """A map x + branch + shift, not added yet, because the next norm does that in the pass of its statistics."""
+    """A map x + branch + shift, not added yet, because the next norm does that in the pass of its statistics.
+
+    statistics: of x, where the convolution that made it has them.
+    """
 
     x_BChw: Tensor
     branch_BChw: Tensor | None = None
     shift_C: Tensor | None = None
+    statistics: ChunkStatistics | None = None
 
     def norm(self, norm: nn.GroupNorm, silu: bool = False) -> tuple[Unsummed, Tensor]:
         """The map, added up where that costs nothing, and its norm."""
         arguments = {"shift": self.shift_C, "eps": norm.eps, "silu": silu}
         if self.branch_BChw is None:
+            arguments["statistics"] = self.statistics
             return self, group_norm(self.x_BChw, norm.num_groups, norm.weight, norm.bias, **arguments)
         x_BChw, h_BChw = residual_group_norm(
             self.x_BChw, self.branch_BChw, norm.num_groups, norm.weight, norm.bias, **arguments
@@ -148,14 +154,16 @@ def blocks_of(level: Level, x: Unsummed, impl: str) -> Unsummed:
 def residual_block(block: ResidualBlock, x: Unsummed, impl: str) -> Unsummed:
     x, h_BChw = x.norm(block.norm1, silu=True)
     norm2 = block.norm2
+    h_BChw, statistics = conv2d_with_statistics(h_BChw, block.conv1.weight, impl=impl)
     h_BChw = group_norm(
-        convolved(block.conv1, h_BChw, impl),
+        h_BChw,
         norm2.num_groups,
         norm2.weight,
         norm2.bias,
         shift=block.conv1.bias,
         eps=norm2.eps,
         silu=True,
+        statistics=statistics,
     )
     if isinstance(block.shortcut, nn.Conv2d):
         x = pointwise(block.shortcut, x)
@@ -237,7 +245,8 @@ class TransposedUpsample(nn.Module):
         return taps.to(weight.dtype)
 
     def forward(self, x_BChw: Tensor) -> Unsummed:
-        return Unsummed(conv_transpose2d(x_BChw, self.weight, impl=self.impl), None, self.conv.bias)
+        out_BCHW, statistics = conv_transpose2d_with_statistics(x_BChw, self.weight, impl=self.impl)
+        return Unsummed(out_BCHW, None, self.conv.bias, statistics)
 
 
 def convolved(conv: nn.Conv2d, x_BChw: Tensor, impl: str) -> Tensor:

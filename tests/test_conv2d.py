@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hmar_kernels import conv2d, conv_transpose2d
+from hmar_kernels import conv2d, conv_transpose2d, group_norm
 from hmar_kernels.attention import hopper_launch as attention_launch
 from hmar_kernels.conv2d import hopper, hopper_launch, packed_taps
 from hmar_kernels.conv2d.hopper import TILES, Tile
@@ -92,15 +92,16 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(folder / "conv.so"))
 
 
-def on_cpu(library, doubled, boxes, blocks, x, weight, bias, *, num_blocks=2, last_thread_first=False):
+def on_cpu(library, doubled, boxes, blocks, x, weight, bias, *, statistics=None, num_blocks=2, last_thread_first=False):
+    """statistics: two tensors to be filled."""
     entry = library.hopper_conv_on_cpu
     entry.restype = ctypes.c_char_p
     flag, number, pointer = ctypes.c_bool, ctypes.c_int, ctypes.c_void_p
-    entry.argtypes = [*(flag,) * 2, *(number,) * 7, *(pointer,) * 4, number, flag]
+    entry.argtypes = [*(flag,) * 2, *(number,) * 7, *(pointer,) * 6, number, flag]
     (N, C, H, W), O, factor = x.shape, weight.shape[1 if doubled else 0], 2 if doubled else 1
     # NaN everywhere, and behind the numbers that the kernel may write
     storage = torch.full((N * H * W * factor**2 * O + 4096,), math.nan, dtype=x.dtype)
-    pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, storage)]
+    pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, storage, *(statistics or (None, None)))]
     kernel = (x.dtype == torch.bfloat16, doubled, boxes, blocks)
     failure = entry(*kernel, N, H, W, C, O, *pointers, num_blocks, last_thread_first)
     assert failure is None, failure.decode()
@@ -143,6 +144,37 @@ def test_kernel_source_has_no_races(library, boxes):
     ]
     for result in results[1:]:
         assert torch.equal(result, results[0])
+
+
+def chunks_of(out, doubled, blocks):
+    """[N, chunks, O, positions] of a result, as the warpgroups have it."""
+    factor = 2 if doubled else 1
+    planes = torch.stack([out[:, :, p::factor, q::factor] for p in range(factor) for q in range(factor)], dim=2)
+    parts = planes.unflatten(4, (-1, 2, 8)).unflatten(3, (-1, 8 * blocks))  # N O parity, y rows, x group columns
+    return parts.permute(0, 3, 5, 2, 6, 1, 4, 7).flatten(6).flatten(1, 4)
+
+
+def assert_statistics_are_of(out, statistics, doubled, blocks):
+    means, deviations = statistics
+    parts = chunks_of(out.double(), doubled, blocks)
+    assert means.shape == parts.shape[:3] and means.isfinite().all() and deviations.isfinite().all()
+    torch.testing.assert_close(means.double(), parts.mean(3), rtol=1e-5, atol=1e-6)
+    expected = (parts - parts.mean(3, keepdim=True)).square().sum(3)
+    torch.testing.assert_close(deviations.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("doubled", [False, True], ids=["same", "doubled"])
+def test_kernel_source_gives_statistics(library, doubled, blocks):
+    """Also where means are large beside deviations, and of some of an item's channels only."""
+    x, weight, _ = inputs(doubled, 2, 8, 176, 16, 32, torch.float16)
+    weight[..., 0, 0] += 5
+    x[:, 0] = 1
+    chunks = 2 * 2 * (2 // blocks) * (4 if doubled else 1)
+    statistics = [torch.full((2, chunks, 176), math.nan) for _ in range(2)]
+    actual = on_cpu(library, doubled, PLANES, blocks, x, weight, None, statistics=statistics)
+    assert_accurate(actual, doubled, x, weight, None)
+    assert_statistics_are_of(actual, statistics, doubled, blocks)
 
 
 @pytest.mark.parametrize("doubled", [False, True])
@@ -214,9 +246,8 @@ class FakeDriver:
 
     def launch(self, function, blocks, threads, shared_bytes, stream, params):
         params = hopper_launch.HopperConvParams.from_address(params)
-        self.calls.append(
-            ("launch", function, blocks, threads, shared_bytes, stream, params.out, params.bias, params.num_items)
-        )
+        told = (params.out, params.bias, params.means, params.deviations, params.num_items)
+        self.calls.append(("launch", function, blocks, threads, shared_bytes, stream, *told))
 
 
 def test_launch_of_compiled_kernels():
@@ -224,11 +255,11 @@ def test_launch_of_compiled_kernels():
     kernels.__dict__["_cuda"] = driver
     numbers = attention_launch.LaunchNumbers(1000, 384, 384)
     kernels._loaded = lambda key, source, params: (None, key, numbers, 7)
-    kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 64, 5, 99)
+    kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 64, 128, 256, 5, 99)
     x = ("describe", True, 16, *hopper_launch.x_geometry(TAPS, 1, 2, 20, 30, 160))
     weight = ("describe", True, 32, *hopper_launch.weight_geometry(False, 160, 320))
     items = 2 * 3 * 2 * 2
-    assert driver.calls == [x, weight, ("launch", (TILES[1], True, 5), 7, 384, 1000, 99, 64, None, items)]
+    assert driver.calls == [x, weight, ("launch", (TILES[1], True, 5), 7, 384, 1000, 99, 64, None, 128, 256, items)]
 
 
 def test_tiles_fill_the_multiprocessors():
@@ -314,10 +345,25 @@ def on_hopper():
 def test_kernels_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
     x, weight, bias = inputs(tile.doubled, *shape, dtype, "cuda")
     for constant in (bias, None):
-        actual = hopper.forward(x, weight, constant, tile)
+        actual, _ = hopper.forward(x, weight, constant, tile)
         assert actual.is_contiguous(memory_format=torch.channels_last)
         assert_accurate(actual, tile.doubled, x, weight, constant)
-        assert torch.equal(hopper.forward(x, weight, constant, tile), actual)
+        assert torch.equal(hopper.forward(x, weight, constant, tile)[0], actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(str(int(number)) for number in tile))
+@pytest.mark.parametrize("shape", [(3, 160, 320, 48, 80), (2, 32, 24, 16, 16), (5, 160, 160, 128, 128)], ids=str)
+def test_statistics_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
+    """And the norm that uses them is that without them."""
+    x, weight, _ = inputs(tile.doubled, *shape, dtype, "cuda")
+    out, statistics = hopper.forward(x, weight, None, tile, statistics=True)
+    assert torch.equal(out, hopper.forward(x, weight, None, tile)[0])
+    assert_statistics_are_of(out, statistics[:2], tile.doubled, tile.blocks)
+    scale, shift = torch.randn(2, shape[2], device="cuda", dtype=dtype)
+    norms = [group_norm(out, 8, scale, shift, statistics=given, impl="triton") for given in (statistics, None)]
+    torch.testing.assert_close(*norms, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.gpu

@@ -59,14 +59,14 @@ MapContent content(const void* data, const MapGeometry& geometry) {
 }
 
 template <class Tile>
-void run(const HopperConvShape& shape, const void* x, const void* weight, const void* bias, void* out, int num_blocks,
+void run(const HopperConvShape& shape, const void* x, const void* weight, const void* bias, const HopperConvOutput& output, int num_blocks,
          bool last_thread_first, Block& block) {
   static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);
   const HopperConvKernel kernel{Tile::kResolution == Resolution::kDoubled, Tile::kBoxes,     Tile::kBlocks,
                                 Tile::kStages,                             Tile::kMapStages, 0};
   const MapContent x_map = content(x, conv_x_geometry(shape, kernel));
   const MapContent weight_map = content(weight, conv_weight_geometry(shape, kernel));
-  HopperConvParams params = conv_params(shape, kernel, out, bias);
+  HopperConvParams params = conv_params(shape, kernel, bias, output);
   params.x.opaque[0] = reinterpret_cast<uint64_t>(&x_map);
   params.weight.opaque[0] = reinterpret_cast<uint64_t>(&weight_map);
   block.kernel = [&] { hopper_conv_kernel<Tile>(params); };
@@ -77,14 +77,14 @@ void run(const HopperConvShape& shape, const void* x, const void* weight, const 
 }
 
 template <DType kType, Resolution kResolution, Boxes kBoxes>
-void run(int blocks, const HopperConvShape& shape, const void* x, const void* weight, const void* bias, void* out,
-         int num_blocks, bool last_thread_first, Block& block) {
+void run(int blocks, const HopperConvShape& shape, const void* x, const void* weight, const void* bias,
+         const HopperConvOutput& output, int num_blocks, bool last_thread_first, Block& block) {
   constexpr bool kWhole = kBoxes != Boxes::kTaps;
   if (blocks == 1) {
-    run<HopperConvTile<kType, kResolution, kBoxes, 1, 5, kWhole ? 2 : 4>>(shape, x, weight, bias, out, num_blocks,
+    run<HopperConvTile<kType, kResolution, kBoxes, 1, 5, kWhole ? 2 : 4>>(shape, x, weight, bias, output, num_blocks,
                                                                        last_thread_first, block);
   } else {
-    run<HopperConvTile<kType, kResolution, kBoxes, 2, 4, kWhole ? 2 : 3>>(shape, x, weight, bias, out, num_blocks,
+    run<HopperConvTile<kType, kResolution, kBoxes, 2, 4, kWhole ? 2 : 3>>(shape, x, weight, bias, output, num_blocks,
                                                                        last_thread_first, block);
   }
 }
@@ -94,12 +94,14 @@ void run(int blocks, const HopperConvShape& shape, const void* x, const void* we
 // Null, or what went wrong. The kernel is that of the extension with fewer stages, so that rings turn over sooner.
 extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int boxes, int blocks, int num_images, int height,
                                           int width, int in_channels, int out_channels, const void* x, const void* weight,
-                                          const void* bias, void* out, int num_blocks, bool last_thread_first) {
+                                          const void* bias, void* out, float* means, float* deviations,
+                                          int num_blocks, bool last_thread_first) {
   static Block block;
   block.failure.clear();
   const HopperConvShape shape{bfloat16 ? DType::kBFloat16 : DType::kFloat16, num_images, height, width, in_channels,
                               out_channels};
-  const auto call = [&](auto run) { run(blocks, shape, x, weight, bias, out, num_blocks, last_thread_first, block); };
+  const HopperConvOutput output{out, means, deviations};
+  const auto call = [&](auto run) { run(blocks, shape, x, weight, bias, output, num_blocks, last_thread_first, block); };
   const auto call_type = [&](auto type) {
     constexpr auto kType = decltype(type)::value;
     constexpr auto kSame = Resolution::kSame, kDoubled = Resolution::kDoubled;
@@ -132,7 +134,7 @@ extern "C" void hopper_conv_geometry(bool doubled, int boxes, int blocks, int nu
     for (int i = 0; i < map.rank; ++i) *numbers++ = int64_t(map.box[i]);
     *numbers++ = map.swizzled;
   }
-  const HopperConvParams params = conv_params(shape, kernel, nullptr, nullptr);
+  const HopperConvParams params = conv_params(shape, kernel, nullptr, {});
   for (const int64_t number :
        {params.image_stride, int64_t{params.row_stride}, int64_t{params.column_stride},
         int64_t{params.parity_row_stride}, int64_t{params.parity_column_stride}, int64_t{params.height},

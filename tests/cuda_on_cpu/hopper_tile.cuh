@@ -108,6 +108,17 @@ inline void meet(Meeting& meeting, int expected) {
 inline void __syncwarp() { meet(this_warp().meeting, WARP_SIZE); }
 inline void __syncthreads() { meet(running->barriers[0], int(running->threads.size())); }
 
+inline void group_sync(int group) { meet(running->barriers[group + 1], kGroupThreads); }
+
+inline float __shfl_xor_sync(uint32_t, float x, int lanes) {
+  const int lane = threadIdx.x % WARP_SIZE;
+  std::memcpy(&this_warp().registers[lane][0], &x, sizeof(x));
+  __syncwarp();
+  std::memcpy(&x, &this_warp().registers[lane ^ lanes][0], sizeof(x));
+  __syncwarp();
+  return x;
+}
+
 template <int kGroups>
 void turn_wait(int group) {
   meet(running->barriers[1 + kGroups + group], 2 * kGroupThreads);

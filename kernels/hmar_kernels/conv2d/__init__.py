@@ -3,6 +3,18 @@
 `api.py` checks arguments and picks an implementation; `hopper.py` has the hand-written one.
 """
 
-from .api import conv2d, conv_transpose2d, packed_taps
+from .api import (
+    conv2d,
+    conv2d_with_statistics,
+    conv_transpose2d,
+    conv_transpose2d_with_statistics,
+    packed_taps,
+)
 
-__all__ = ["conv2d", "conv_transpose2d", "packed_taps"]
+__all__ = [
+    "conv2d",
+    "conv2d_with_statistics",
+    "conv_transpose2d",
+    "conv_transpose2d_with_statistics",
+    "packed_taps",
+]

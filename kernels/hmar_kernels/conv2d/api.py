@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..group_norm import ChunkStatistics
 from . import hopper, reference
 
 IMPLEMENTATIONS = ("reference", "hopper")
@@ -56,6 +57,28 @@ def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, i
         return reference.conv_transpose2d(x, weight, bias)
     forward = _conv_transpose2d_hopper if torch.compiler.is_compiling() else hopper.conv_transpose2d
     return forward(x, weight, bias)
+
+
+def conv2d_with_statistics(x: Tensor, weight: Tensor, *, impl: str = "auto") -> tuple[Tensor, ChunkStatistics | None]:
+    """`conv2d` without a bias, and statistics of it for the `group_norm` behind.
+
+    They come without another pass of "hopper" for maps that its patches fill (sides in multiples of 16 always are);
+    otherwise, and under torch.compile, they are None.
+    """
+    if impl == "hopper" and not torch.compiler.is_compiling():
+        _select(impl, x, weight, None, doubled=False)
+        return hopper.with_statistics(x, weight, doubled=False)
+    return conv2d(x, weight, impl=impl), None
+
+
+def conv_transpose2d_with_statistics(
+    x: Tensor, weight: Tensor, *, impl: str = "auto"
+) -> tuple[Tensor, ChunkStatistics | None]:
+    """The same of `conv_transpose2d`."""
+    if impl == "hopper" and not torch.compiler.is_compiling():
+        _select(impl, x, weight, None, doubled=True)
+        return hopper.with_statistics(x, weight, doubled=True)
+    return conv_transpose2d(x, weight, impl=impl), None
 
 
 def packed_taps(weight: Tensor) -> Tensor:

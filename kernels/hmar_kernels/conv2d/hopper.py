@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..attention import cuda
+from ..group_norm import ChunkStatistics
 from .hopper_launch import BLOCK_SIDE, OUT_CHANNELS, PATCH_COLUMNS, PLANES, ROWS, TAPS, ConvKernels
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -96,16 +97,28 @@ def unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, *, doubled: bool
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, C, H, W], weight [O, C, 3, 3], both channels-last -> [N, O, H, W], channels-last."""
-    return forward(x, weight, bias, _chosen(False, x, weight.shape[0]))
+    return forward(x, weight, bias, _chosen(False, x, weight.shape[0]))[0]
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, C, H, W], channels-last, weight [C, O, 4, 4], in memory [O, 4, 4, C] -> [N, O, 2 H, 2 W], channels-last."""
-    return forward(x, weight, bias, _chosen(True, x, weight.shape[1]))
+    return forward(x, weight, bias, _chosen(True, x, weight.shape[1]))[0]
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tensor:
-    """The convolution by one kernel of TILES.
+def with_statistics(x: Tensor, weight: Tensor, *, doubled: bool) -> tuple[Tensor, ChunkStatistics | None]:
+    """`conv2d` or `conv_transpose2d` without a bias, and statistics of the result where the map has whole patches."""
+    tile = _chosen(doubled, x, weight.shape[1 if doubled else 0])
+    return forward(x, weight, None, tile, statistics=has_statistics(tile, *x.shape[2:]))
+
+
+def has_statistics(tile: Tile, H: int, W: int) -> bool:
+    return H % (BLOCK_SIDE * tile.blocks) == 0 and W % PATCH_COLUMNS == 0
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, statistics: bool = False
+) -> tuple[Tensor, ChunkStatistics | None]:
+    """The convolution by one kernel of TILES, and statistics of it if wanted, for which there is no bias.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes.
@@ -117,7 +130,12 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tenso
                 f"{name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; {name}.clone() works"
             )
     (N, C, H, W), O = x.shape, weight.shape[1 if tile.doubled else 0]
-    out = empty_output(x, O, 2 if tile.doubled else 1)
+    out, found = empty_output(x, O, 2 if tile.doubled else 1), None
+    if statistics:
+        assert bias is None and has_statistics(tile, H, W), "statistics are of whole patches, without a bias"
+        size = BLOCK_SIDE**2 * tile.blocks
+        means, deviations = torch.empty(2, N, out[0, 0].numel() // size, O, dtype=torch.float32, device=x.device)
+        found = ChunkStatistics(means, deviations, size)
     _kernels.hopper_conv(
         _kernels.hopper_conv_tiles.index(tuple(tile)),
         (x.dtype == torch.bfloat16, N, H, W, C, O),
@@ -125,10 +143,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile) -> Tenso
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
+        *((means.data_ptr(), deviations.data_ptr()) if statistics else (0, 0)),
         x.device.index,
         torch.cuda.current_stream(x.device).cuda_stream,
     )
-    return out
+    return out, found
 
 
 def empty_output(x: Tensor, channels: int, factor: int) -> Tensor:

@@ -24,7 +24,8 @@ TAPS, PLANES, ROWS = range(len(BOXES))
 class HopperConvParams(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("x", "weight")),
-        *(("out", c_void_p), ("bias", c_void_p), ("image_stride", c_int64)),
+        *((name, c_void_p) for name in ("out", "bias", "means", "deviations")),
+        ("image_stride", c_int64),
         *((name, c_int32) for name in ("row_stride", "column_stride", "parity_row_stride", "parity_column_stride")),
         *((name, c_int32) for name in ("height", "width", "num_chunks", "out_channels")),
         *((name, c_int32) for name in ("num_patch_rows", "num_patch_columns", "num_column_tiles", "num_items")),
@@ -104,12 +105,12 @@ class ConvKernels(CompiledKernels):
         super().__init__()
         self.hopper_conv_tiles = [tuple(tile) for tile in tiles]
 
-    def hopper_conv(self, tile, shape, x, weight, bias, out, device, stream) -> None:
+    def hopper_conv(self, tile, shape, x, weight, bias, out, means, deviations, device, stream) -> None:
         tile = self.hopper_conv_tiles[tile]
         doubled, boxes, blocks, *_ = tile
         bfloat16, N, H, W, C, O = shape
         params = aligned(HopperConvParams)
-        params.out, params.bias = out, bias
+        params.out, params.bias, params.means, params.deviations = out, bias, means, deviations
         for name, number in numbers_of(doubled, blocks, N, H, W, C, O).items():
             setattr(params, name, number)
         maps = {
