@@ -32,8 +32,8 @@ const Instance KERNELS[] = {
     instance<kSame, Boxes::kPlanes, 2, 12, 3>(),   instance<kSame, Boxes::kPlanes, 1, 14, 3>(),
     instance<kSame, Boxes::kRows, 2, 12, 3>(),     instance<kSame, Boxes::kRows, 1, 14, 3>(),
     instance<kDoubled, Boxes::kTaps, 2, 7, 7>(),   instance<kDoubled, Boxes::kTaps, 1, 10, 10>(),
-    instance<kDoubled, Boxes::kPlanes, 2, 12, 3>(), instance<kDoubled, Boxes::kPlanes, 1, 14, 3>(),
-    instance<kDoubled, Boxes::kRows, 2, 12, 3>(),  instance<kDoubled, Boxes::kRows, 1, 14, 3>(),
+    instance<kDoubled, Boxes::kPlanes, 2, 10, 4>(), instance<kDoubled, Boxes::kPlanes, 1, 12, 4>(),
+    instance<kDoubled, Boxes::kRows, 2, 10, 4>(),  instance<kDoubled, Boxes::kRows, 1, 12, 4>(),
 };
 
 cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {

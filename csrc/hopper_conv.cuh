@@ -35,7 +35,9 @@ struct HopperConvTile {
   static constexpr int kSide = kResolution == Resolution::kSame ? 3 : 2;  // taps in either direction
   static constexpr int kParities = kResolution == Resolution::kSame ? 1 : 4;
   static constexpr int kPatchRows = kBlockSide * kBlocks;
-  static constexpr int kLead = kStages / 2;  // steps that the second warpgroup is behind
+  // Steps that the second warpgroup is behind: what is left of the ring covers the latency of memory.
+  static constexpr int kLead = kBlocks > 1 ? kStages - 4 : kStages / 2;
+  static_assert(kLead > 0 && kLead <= (kMapStages - 1) * (kWhole ? kSide * kSide : 1));
 
   static constexpr int kMapRows = kWhole ? kPatchRows + 2 : kPatchRows;  // of a box
   static constexpr int kMapColumns = kWhole ? kPatchColumns + 2 : kPatchColumns;

@@ -43,12 +43,15 @@ def torchs(doubled, x, weight, bias):
 
 
 def assert_accurate(actual, doubled, x, weight, bias):
-    """At most rounding of a float32 sum: half a unit of the dtype, with as much again for the order of the sum."""
+    """At most rounding of a float32 sum: half a unit of the dtype, with as much again for the order of the sum.
+
+    Matrix units cut off what they add up, so that long sums which cancel are off by more than their own rounding.
+    """
     expected = torchs(doubled, *(None if t is None else t.double() for t in (x, weight, bias)))
     assert actual.shape == expected.shape and actual.dtype == x.dtype and actual.isfinite().all()
     error = (actual.double() - expected).abs()
     eps = torch.finfo(x.dtype).eps
-    assert (error <= eps * expected.abs() + 1e-5 * expected.abs().max()).all(), error.max()
+    assert (error <= eps * expected.abs() + 5e-5 * expected.abs().max()).all(), error.max()
     assert error.norm() <= 0.5 * eps * expected.norm()
 
 
@@ -266,7 +269,7 @@ def test_tiles_fill_the_multiprocessors():
     """Of 132: large maps take large patches, those of 128 small items small ones."""
     assert hopper.select_tile(False, 16, 256, 256, 160, 132).blocks == 2
     assert hopper.select_tile(False, 16, 16, 16, 640, 132).blocks == 1
-    assert hopper.select_tile(True, 16, 128, 128, 160, 132) == Tile(True, PLANES, 2, 12, 3)
+    assert hopper.select_tile(True, 16, 128, 128, 160, 132) == Tile(True, PLANES, 2, 10, 4)
     assert hopper.num_items(TILES[1], 16, 16, 16, 640) == 128
 
 

@@ -84,7 +84,7 @@ void run(int blocks, const HopperConvShape& shape, const void* x, const void* we
     run<HopperConvTile<kType, kResolution, kBoxes, 1, 5, kWhole ? 2 : 4>>(shape, x, weight, bias, output, num_blocks,
                                                                        last_thread_first, block);
   } else {
-    run<HopperConvTile<kType, kResolution, kBoxes, 2, 4, kWhole ? 2 : 3>>(shape, x, weight, bias, output, num_blocks,
+    run<HopperConvTile<kType, kResolution, kBoxes, 2, 6, kWhole ? 2 : 3>>(shape, x, weight, bias, output, num_blocks,
                                                                        last_thread_first, block);
   }
 }
