@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention import cuda
+from .. import extension
 from ..group_norm import ChunkStatistics
 from .hopper_launch import BLOCK_SIDE, OUT_CHANNELS, PATCH_COLUMNS, PLANES, ROWS, TAPS, ConvKernels
 
@@ -50,7 +50,7 @@ CHOSEN_BOXES = PLANES
 """Of the kernels that are chosen."""
 
 # The extension where it was built with them; else what compiles the table's kernels when they are first launched.
-_kernels = cuda._cuda if hasattr(cuda._cuda, "hopper_conv") else ConvKernels(TILES)
+_kernels = extension.module if hasattr(extension.module, "hopper_conv") else ConvKernels(TILES)
 
 ITEM_OVERHEAD = 0.15
 """Time of an item beside its products, in blocks: weights are read once an item. An estimate, not measured yet."""
