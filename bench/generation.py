@@ -19,9 +19,9 @@ The method, in one place:
   passes; `scales_ms`: the graph of each scale, then of decoding.
 * `decoder_ms` (optimised): the stages of decoding, each captured and timed alone on as many images as are decoded at
   once, times the number of such parts; the levels run from the smallest maps to the largest.
-* Variants of the optimised engine (--decoder, --products, --attention, --no-overlap, --compile, --compile-decoder,
-  --no-cudnn-benchmark) are one to a run and a file, `method` says which: what cuDNN has once chosen for a shape stays
-  for the process.
+* Variants of the optimised engine (--decoder, --convolutions, --products, --attention, --no-overlap, --compile,
+  --compile-decoder, --no-cudnn-benchmark) are one to a run and a file, `method` says which: what cuDNN has once chosen
+  for a shape stays for the process.
 * What runs out of memory or fails is recorded with the reason. The file is valid after every row; --minutes ends a run
   in good time and --continue goes on, with a row for what ended the process before.
 """
@@ -43,7 +43,7 @@ import torch
 import torch.nn as nn
 
 from hmar.config import PRESETS
-from hmar.decoder import FusedDecoder
+from hmar.decoder import CONVOLUTIONS, FusedDecoder
 from hmar.engine import ATTENTIONS, DECODERS, PRODUCTS, Engine, Program
 from hmar.generate import (
     GenerationOutput,
@@ -84,7 +84,7 @@ PUBLISHED_MASKED_FACTOR = 1e-6
 MIN_SAME_CODES = 0.5
 HEAD_GAIN = 50
 CHECKED_BATCH = 2
-VARIANTS = ("decoder", "products", "attention", "compile", "compile_decoder")
+VARIANTS = ("decoder", "convolutions", "products", "attention", "compile", "compile_decoder")
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 5, 50, 2
 
 
@@ -525,6 +525,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--continue", dest="go_on", action="store_true", help="keep what FILE, or FILE.partial, holds")
     parser.add_argument("--decoder", choices=DECODERS, help="of the optimised engine; see hmar.engine.Engine")
+    parser.add_argument("--convolutions", choices=CONVOLUTIONS, help="the same: of the decoder")
     parser.add_argument("--products", choices=PRODUCTS, help="the same: of few rows")
     parser.add_argument("--attention", choices=ATTENTIONS, help="the same: of short scales")
     parser.add_argument("--no-overlap", action="store_true", help="start kernels after the end of the one before them")

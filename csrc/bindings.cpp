@@ -1,6 +1,5 @@
 // The Python module hmar_kernels._cuda: addresses, strides and the stream come as integers, so that no torch header and
-// no torch version is compiled in. Its callers, hmar_kernels/attention/{cuda,hopper}.py and hmar_kernels/linear/cuda.py, have
-// checked every argument.
+// no torch version is compiled in. Its callers, in hmar_kernels/{attention,conv2d,linear}, have checked every argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +12,7 @@
 
 #ifdef HMAR_HOPPER
 #include "hopper.h"
+#include "hopper_conv.h"
 #endif
 #include "launch.h"
 
@@ -190,6 +190,35 @@ void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, c
       "hopper_backward");
 }
 
+// bfloat16, images, height, width, input and output channels.
+using ConvShapeTuple = std::tuple<bool, int, int, int, int, int>;
+
+void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out,
+                 uintptr_t means, uintptr_t deviations, int device, uintptr_t stream) {
+  const auto [bfloat16, num_images, height, width, in_channels, out_channels] = shape;
+  const hmar::HopperConvShape conv_shape{bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
+                                         num_images,
+                                         height,
+                                         width,
+                                         in_channels,
+                                         out_channels};
+  const DeviceGuard guard(device);
+  DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape, pointer<const void>(x), pointer<const void>(weight),
+                                              pointer<const void>(bias),
+                                              {pointer<void>(out), pointer<float>(means), pointer<float>(deviations)},
+                                              reinterpret_cast<cudaStream_t>(stream)),
+                     "hopper_conv");
+}
+
+// (doubled, boxes, blocks, stages, map stages) of each kernel.
+py::list hopper_conv_tiles() {
+  py::list rows;
+  for (const auto& kernel : hmar::hopper_conv_kernels()) {
+    rows.append(py::make_tuple(kernel.doubled, int(kernel.boxes), kernel.blocks, kernel.stages, kernel.map_stages));
+  }
+  return rows;
+}
+
 // (head dim, warpgroups, columns a block, stages, row stages, overlap, blocks an SM) of each kernel of a pass.
 py::list hopper_tiles(const std::vector<hmar::HopperTile>& tiles) {
   py::list rows;
@@ -217,6 +246,8 @@ void bind_hopper(py::module_& module) {
   module.def("hopper_dq", &hopper_dq);
   module.def("hopper_dkdv", &hopper_dkdv);
   module.def("hopper_backward", &hopper_backward);
+  module.attr("hopper_conv_tiles") = hopper_conv_tiles();
+  module.def("hopper_conv", &hopper_conv);
   module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
              "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
 }

@@ -1,14 +1,13 @@
 // Instances of the Hopper kernels and their launch. Everything else is in hopper_*.cuh.
 #include "hopper.h"
 
-#include <cuda.h>
-
 #include <algorithm>
 
 #include "hopper_backward.cuh"
 #include "hopper_backward_dkdv.cuh"
 #include "hopper_backward_dq.cuh"
 #include "hopper_forward.cuh"
+#include "tensor_map.h"
 
 namespace hmar {
 namespace {
@@ -90,43 +89,15 @@ std::vector<HopperTile> tiles_of(const Instance<Params> (&instances)[kCount]) {
   return tiles;
 }
 
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-cudaError_t find_encoder(EncodeTiled* encode) {
-  static const EncodeTiled found = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    const auto error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-#else
-    const auto error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
-#endif
-    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(entry)
-                                                                         : nullptr;
-  }();
-  *encode = found;
-  return found == nullptr ? cudaErrorSymbolNotFound : cudaSuccess;
-}
-
 // A tensor [batch, head, length, head_dim] that the copy engine reads in boxes of `box_rows` rows and 64 columns.
 cudaError_t describe(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor, int length, int box_rows) {
-  EncodeTiled encode;
-  const cudaError_t error = find_encoder(&encode);
-  if (error != cudaSuccess) return error;
   const auto bytes = [](int64_t stride, int size) { return size > 1 ? uint64_t(2 * stride) : uint64_t{16}; };
-  const cuuint64_t sizes[] = {cuuint64_t(shape.head_dim), cuuint64_t(length), cuuint64_t(shape.num_heads),
-                              cuuint64_t(shape.batch_size)};
-  const cuuint64_t strides[] = {bytes(tensor.strides.row, length), bytes(tensor.strides.head, shape.num_heads),
-                                bytes(tensor.strides.batch, shape.batch_size)};
-  const cuuint32_t box[] = {kPanelColumns, cuuint32_t(box_rows), 1, 1}, steps[] = {1, 1, 1, 1};
-  static_assert(sizeof(CUtensorMap) == sizeof(TensorMap));
-  const CUresult result = encode(
-      reinterpret_cast<CUtensorMap*>(map),
-      shape.dtype == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      const_cast<void*>(tensor.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  const uint64_t sizes[] = {uint64_t(shape.head_dim), uint64_t(length), uint64_t(shape.num_heads),
+                            uint64_t(shape.batch_size)};
+  const uint64_t strides[] = {bytes(tensor.strides.row, length), bytes(tensor.strides.head, shape.num_heads),
+                              bytes(tensor.strides.batch, shape.batch_size)};
+  const uint32_t box[] = {kPanelColumns, uint32_t(box_rows), 1, 1};
+  return encode_tensor_map(map, shape.dtype, 4, tensor.data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 HopperWork work_of(const HopperShape& shape) {

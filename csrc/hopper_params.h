@@ -110,4 +110,33 @@ struct HopperBackwardParams {
   HopperWork work;
 };
 
+// Of an item of a convolution: output channels, columns of its patch, which has a multiple of kBlockSide rows. Of a step: input
+// channels.
+constexpr int kConvColumns = 160, kPatchColumns = 16, kBlockSide = 8, kConvChannels = 32;
+
+// How the map of a convolution comes into shared memory.
+enum class Boxes {
+  kTaps,    // once a tap: positions are rows of 64 bytes, swizzled
+  kPlanes,  // once for all taps, the patch with its neighbours: of 8 channels a plane of 16 bytes a position, not swizzled
+  kRows,    // the same in rows of 64 bytes, swizzled
+};
+
+// A convolution of channels-last maps (hopper_conv.cuh). Strides in elements, of the output positions of one parity.
+struct HopperConvParams {
+  TensorMap x;         // boxes of 32 channels and a patch of positions
+  TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
+  void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
+  const void* bias;    // [O], or null
+  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches, without a bias.
+  float* deviations;   // the same: sums of squared distances from the mean. A chunk is what a warpgroup has of an item
+  int64_t image_stride;
+  int32_t row_stride, column_stride;
+  int32_t parity_row_stride, parity_column_stride;
+  int32_t height, width;  // of x
+  int32_t num_chunks;     // of 32 input channels
+  int32_t out_channels;
+  int32_t num_patch_rows, num_patch_columns, num_column_tiles;
+  int32_t num_items;
+};
+
 }  // namespace hmar

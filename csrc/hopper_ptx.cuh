@@ -100,6 +100,23 @@ __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Bar
       : "memory");
 }
 
+// The same of a tensor of three dimensions, and of five: coordinates from the innermost one on.
+__device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1, int c2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(
+          shared_address(dst)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1, int c2,
+                                         int c3, int c4) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];\n" ::"r"(shared_address(dst)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+      : "memory");
+}
+
 // Eight bytes from global to shared memory; zeros, and nothing read, where `valid` is false.
 __device__ __forceinline__ void cp_async_8(uint32_t dst, const void* src, bool valid) {
   asm volatile("cp.async.ca.shared::cta.global [%0], [%1], 8, %2;\n" ::"r"(dst), "l"(src), "r"(valid ? 8 : 0)
@@ -148,6 +165,13 @@ __device__ __forceinline__ void store_transposed(uint8_t* row, const uint32_t (&
                : "memory");
 }
 
+// The same, not transposed: lane 8 i + j says where row j of matrix i goes.
+__device__ __forceinline__ void store_matrices(uint8_t* row, const uint32_t (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(shared_address(row)),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
+}
+
 // --- wgmma ---------------------------------------------------------------------------------------------------------
 
 // Descriptor of panels that are read along their rows (the summed dimension runs along the 64 columns): `K-major`.
@@ -175,12 +199,13 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
-// The operands of an accumulator of 32, 48 and 64 registers.
+// The operands of an accumulator of 32, 48, 64 and 80 registers.
 #define HMAR_F8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define HMAR_F32(d, i) HMAR_F8(d, i), HMAR_F8(d, i + 8), HMAR_F8(d, i + 16), HMAR_F8(d, i + 24)
 #define HMAR_F48(d) HMAR_F32(d, 0), HMAR_F8(d, 32), HMAR_F8(d, 40)
 #define HMAR_F64(d) HMAR_F32(d, 0), HMAR_F32(d, 32)
+#define HMAR_F80(d) HMAR_F64(d), HMAR_F8(d, 64), HMAR_F8(d, 72)
 #define HMAR_D32                                                                                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}"
@@ -192,6 +217,11 @@ __device__ __forceinline__ void wgmma_wait() {
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define HMAR_D80                                                                                                    \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "  \
+  "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, "  \
+  "%68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}"
 
 #define HMAR_WGMMA_SHARED(N, TYPE, D, A, B, P, T, ...)                                                                 \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\nwgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE \
@@ -203,8 +233,12 @@ __device__ __forceinline__ void wgmma_wait() {
 // rows. b: 16 x N in shared memory, read along its rows (a tile of N rows) or, with kColumns, down its columns (of 16 rows).
 template <DType kType, bool kColumns, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64);
-  if constexpr (kRegisters == 32 && kType == DType::kBFloat16) {
+  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64 || kRegisters == 80);
+  if constexpr (kRegisters == 80 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_SHARED("160", "bf16", HMAR_D80, "%80", "%81", "%82", "%83", HMAR_F80(d));
+  } else if constexpr (kRegisters == 80) {
+    HMAR_WGMMA_SHARED("160", "f16", HMAR_D80, "%80", "%81", "%82", "%83", HMAR_F80(d));
+  } else if constexpr (kRegisters == 32 && kType == DType::kBFloat16) {
     HMAR_WGMMA_SHARED("64", "bf16", HMAR_D32, "%32", "%33", "%34", "%35", HMAR_F32(d, 0));
   } else if constexpr (kRegisters == 32) {
     HMAR_WGMMA_SHARED("64", "f16", HMAR_D32, "%32", "%33", "%34", "%35", HMAR_F32(d, 0));
@@ -248,9 +282,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t (&a
 #undef HMAR_F32
 #undef HMAR_F48
 #undef HMAR_F64
+#undef HMAR_F80
 #undef HMAR_D32
 #undef HMAR_D48
 #undef HMAR_D64
+#undef HMAR_D80
 #undef HMAR_WGMMA_SHARED
 #undef HMAR_WGMMA_REGISTERS
 

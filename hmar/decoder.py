@@ -6,6 +6,7 @@
     norm_out, conv_out     of few channels: each position is multiplied once, for all of its neighbours
     attention              scores in chunks; of 640 channels in one head SDPA has no fused kernel
     upsampling             repeat and convolve, or one transposed convolution of 4 taps a pixel instead of 9
+    3x3 convolutions       cuDNN's, or the hand-written ones of `hmar_kernels.conv2d`
 
 Passes over a map of one residual block (reads and writes of the whole map; the first number is that of the modules):
 
@@ -33,22 +34,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmar.tokenizer import Decoder, Level, ResidualBlock, SpatialAttention, Upsample
-from hmar_kernels import group_norm, group_norm_conv, residual_group_norm
+from hmar_kernels import conv2d, group_norm, group_norm_conv, residual_group_norm
+from hmar_kernels.conv2d import conv2d_with_statistics, conv_transpose2d_with_statistics, packed_taps
+from hmar_kernels.group_norm import ChunkStatistics
 
 SCORE_BYTES = 256 << 20  # of attention's scores, at once
+CONVOLUTIONS = {"torch": "reference", "hopper": "hopper"}
+"""Of a decoder -> the implementation of `hmar_kernels.conv2d`."""
 
 
 class Unsummed(NamedTuple):
-    """A map x + branch + shift, not added yet, because the next norm does that in the pass of its statistics."""
+    """A map x + branch + shift, not added yet, because the next norm does that in the pass of its statistics.
+
+    statistics: of x, where the convolution that made it has them.
+    """
 
     x_BChw: Tensor
     branch_BChw: Tensor | None = None
     shift_C: Tensor | None = None
+    statistics: ChunkStatistics | None = None
 
     def norm(self, norm: nn.GroupNorm, silu: bool = False) -> tuple[Unsummed, Tensor]:
         """The map, added up where that costs nothing, and its norm."""
         arguments = {"shift": self.shift_C, "eps": norm.eps, "silu": silu}
         if self.branch_BChw is None:
+            arguments["statistics"] = self.statistics
             return self, group_norm(self.x_BChw, norm.num_groups, norm.weight, norm.bias, **arguments)
         x_BChw, h_BChw = residual_group_norm(
             self.x_BChw, self.branch_BChw, norm.num_groups, norm.weight, norm.bias, **arguments
@@ -86,13 +96,16 @@ class FusedDecoder(nn.Module):
     Args:
         decoder: whose weights are used, in their place. Call `derive` after they have changed.
         transposed: whether to upsample by transposed convolutions.
+        convolutions: whose 3x3 and transposed convolutions run, "torch" or "hopper" (`hmar_kernels.conv2d`). They are
+            asked for by name: where they cannot run, `forward` raises ValueError.
     """
 
-    def __init__(self, decoder: Decoder, transposed: bool = False):
+    def __init__(self, decoder: Decoder, transposed: bool = False, convolutions: str = "torch"):
         super().__init__()
         self.decoder = decoder
+        self.impl = CONVOLUTIONS[convolutions]
         self.upsamples = nn.ModuleList(
-            (TransposedUpsample if transposed else RepeatUpsample)(level.resample)
+            (TransposedUpsample if transposed else RepeatUpsample)(level.resample, self.impl)
             for level in decoder.levels
             if isinstance(level.resample, Upsample)
         )
@@ -112,15 +125,16 @@ class FusedDecoder(nn.Module):
         """What is computed one after another, with names: each takes what the one before returns."""
         yield "middle", self._middle
         for i, level in enumerate(self.decoder.levels):
-            yield f"level {i + 1}", partial(blocks_of, level)
+            yield f"level {i + 1}", partial(blocks_of, level, impl=self.impl)
             if i < len(self.upsamples):
                 yield f"upsample {i + 1}", partial(self._upsample, i)
         yield "out", self._out
 
     def _middle(self, x_BChw: Tensor) -> Unsummed:
         conv_in, middle = self.decoder.conv_in, self.decoder.middle
-        x = residual_block(middle.block_in, Unsummed(convolved(conv_in, x_BChw), None, conv_in.bias))
-        return residual_block(middle.block_out, spatial_attention(middle.attention, x))
+        x = Unsummed(convolved(conv_in, x_BChw, self.impl), None, conv_in.bias)
+        x = residual_block(middle.block_in, x, self.impl)
+        return residual_block(middle.block_out, spatial_attention(middle.attention, x), self.impl)
 
     def _upsample(self, i: int, x: Unsummed) -> Unsummed:
         return self.upsamples[i](x.total())
@@ -129,35 +143,37 @@ class FusedDecoder(nn.Module):
         return x.convolved_norm(self.decoder.norm_out, self.decoder.conv_out)
 
 
-def blocks_of(level: Level, x: Unsummed) -> Unsummed:
+def blocks_of(level: Level, x: Unsummed, impl: str) -> Unsummed:
     for block, attention in zip(level.blocks, level.attentions, strict=True):
-        x = residual_block(block, x)
+        x = residual_block(block, x, impl)
         if isinstance(attention, SpatialAttention):
             x = spatial_attention(attention, x)
     return x
 
 
-def residual_block(block: ResidualBlock, x: Unsummed) -> Unsummed:
+def residual_block(block: ResidualBlock, x: Unsummed, impl: str) -> Unsummed:
     x, h_BChw = x.norm(block.norm1, silu=True)
     norm2 = block.norm2
+    h_BChw, statistics = conv2d_with_statistics(h_BChw, block.conv1.weight, impl=impl)
     h_BChw = group_norm(
-        convolved(block.conv1, h_BChw),
+        h_BChw,
         norm2.num_groups,
         norm2.weight,
         norm2.bias,
         shift=block.conv1.bias,
         eps=norm2.eps,
         silu=True,
+        statistics=statistics,
     )
     if isinstance(block.shortcut, nn.Conv2d):
         x = pointwise(block.shortcut, x)
-    return x.plus(convolved(block.conv2, h_BChw), block.conv2.bias)
+    return x.plus(convolved(block.conv2, h_BChw, impl), block.conv2.bias)
 
 
 def pointwise(conv: nn.Conv2d, x: Unsummed) -> Unsummed:
     """The 1x1 convolution of a map without a branch; a shift passes through it as a vector."""
     shift_C = conv.bias if x.shift_C is None else F.linear(x.shift_C, conv.weight.flatten(1), conv.bias)
-    return Unsummed(convolved(conv, x.x_BChw), None, shift_C)
+    return Unsummed(F.conv2d(x.x_BChw, conv.weight), None, shift_C)
 
 
 def spatial_attention(module: SpatialAttention, x: Unsummed) -> Unsummed:
@@ -189,16 +205,16 @@ def attended(q_BLC: Tensor, k_BLC: Tensor, v_BLC: Tensor) -> Tensor:
 class RepeatUpsample(nn.Module):
     """`Upsample` with its bias left for the next norm."""
 
-    def __init__(self, upsample: Upsample):
+    def __init__(self, upsample: Upsample, impl: str = "reference"):
         super().__init__()
-        self.conv = upsample.conv
+        self.conv, self.impl = upsample.conv, impl
 
     def derive(self) -> None:
         """Nothing follows from the weights."""
 
     def forward(self, x_BChw: Tensor) -> Unsummed:
         repeated_BCHW = F.interpolate(x_BChw, scale_factor=2, mode="nearest")
-        return Unsummed(convolved(self.conv, repeated_BCHW), None, self.conv.bias)
+        return Unsummed(convolved(self.conv, repeated_BCHW, self.impl), None, self.conv.bias)
 
 
 class TransposedUpsample(nn.Module):
@@ -208,13 +224,14 @@ class TransposedUpsample(nn.Module):
     (w_1 + w_2) x_i, and 2i + 1 sees (w_0 + w_1) x_i + w_2 x_{i+1}. The sums are made in float64 and rounded once.
     """
 
-    def __init__(self, upsample: Upsample):
+    def __init__(self, upsample: Upsample, impl: str = "reference"):
         super().__init__()
-        self.conv = upsample.conv
+        self.conv, self.impl = upsample.conv, impl
         weight = self._transposed()
         channels_last = self.conv.weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.register_buffer("weight", weight.contiguous(memory_format=layout), persistent=False)
+        weight = packed_taps(weight) if impl == "hopper" else weight.contiguous(memory_format=layout)
+        self.register_buffer("weight", weight, persistent=False)
 
     def derive(self) -> None:
         self.weight.copy_(self._transposed())
@@ -228,10 +245,10 @@ class TransposedUpsample(nn.Module):
         return taps.to(weight.dtype)
 
     def forward(self, x_BChw: Tensor) -> Unsummed:
-        out_BCHW = F.conv_transpose2d(x_BChw, self.weight, stride=2, padding=1)
-        return Unsummed(out_BCHW, None, self.conv.bias)
+        out_BCHW, statistics = conv_transpose2d_with_statistics(x_BChw, self.weight, impl=self.impl)
+        return Unsummed(out_BCHW, None, self.conv.bias, statistics)
 
 
-def convolved(conv: nn.Conv2d, x_BChw: Tensor) -> Tensor:
-    """The convolution without its bias."""
-    return F.conv2d(x_BChw, conv.weight, None, conv.stride, conv.padding)
+def convolved(conv: nn.Conv2d, x_BChw: Tensor, impl: str) -> Tensor:
+    """The 3x3 convolution without its bias."""
+    return conv2d(x_BChw, conv.weight, impl=impl)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmar.cuda_graphs import Graph, Recorder
-from hmar.decoder import FusedDecoder
+from hmar.decoder import CONVOLUTIONS, FusedDecoder
 from hmar.generate import (
     GenerationOutput,
     KnownCodes,
@@ -120,6 +120,8 @@ class Engine:
         compile_decoder: the same for the decoder.
         decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
             upsampling by transposed convolutions. Default: "transposed" in a dtype, "modules" in the weights' own.
+        convolutions: of the decoder unless it is "modules": "torch", or "hopper" for the hand-written ones of
+            `hmar_kernels.conv2d`, in a dtype and on GPUs of compute capability 9.0. Default: "torch".
         products: "cublas", or "triton" or "cuda" for products of at most FEW_ROWS rows by that kernel of
             `hmar_kernels.linear`, as in the small scales of one image, with norms and residuals in it. In a dtype only.
             Default: "cublas".
@@ -150,6 +152,7 @@ class Engine:
         compile: str | None = None,
         compile_decoder: str | None = None,
         decoder: str | None = None,
+        convolutions: str | None = None,
         products: str | None = None,
         attention: str | None = None,
         overlap: bool = True,
@@ -163,7 +166,11 @@ class Engine:
             raise ValueError(f"dtype is {dtype}; expected torch.bfloat16, torch.float16 or None for the weights' own.")
         if decoder not in (None, *DECODERS):
             raise ValueError(f"decoder is {decoder!r}; expected one of {', '.join(DECODERS)}, or None for the default.")
-        for name, value, known in (("products", products, PRODUCTS), ("attention", attention, ATTENTIONS)):
+        for name, value, known in (
+            ("convolutions", convolutions, CONVOLUTIONS),
+            ("products", products, PRODUCTS),
+            ("attention", attention, ATTENTIONS),
+        ):
             if value not in (None, *known):
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}, or None for the default.")
         if max_programs < 1:
@@ -191,7 +198,9 @@ class Engine:
             self.decoding = self.decoder
             decoder = decoder or ("modules" if dtype is None else "transposed")
             if decoder != "modules":
-                self.decoding = FusedDecoder(self.decoder, transposed=decoder == "transposed")
+                self.decoding = FusedDecoder(self.decoder, decoder == "transposed", convolutions or "torch")
+            elif convolutions is not None:
+                raise ValueError(f'convolutions is {convolutions!r}; the decoder "modules" has its own, leave it out.')
             self._derive()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
         if dtype is not None:

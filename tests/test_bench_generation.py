@@ -80,10 +80,10 @@ def test_a_variant_is_recorded_and_has_a_file_of_its_own(tmp_path, monkeypatch, 
     path = tmp_path / "variant.json"
     arguments = ["--device", "cpu", "--models", "var", "--engines", "optimised", "--output", str(path)]
     variant = ["--decoder", "transposed", "--attention", "separate", "--compile-decoder", "inductor"]
-    variant += ["--no-cudnn-benchmark", "--no-overlap"]
+    variant += ["--convolutions", "hopper", "--no-cudnn-benchmark", "--no-overlap"]
     assert generation.main([*arguments, *variant]) == 0
     expected = {"decoder": "transposed", "attention": "separate", "compile_decoder": "inductor"}
-    expected |= {"cudnn_benchmark": False, "overlap": False}
+    expected |= {"convolutions": "hopper", "cudnn_benchmark": False, "overlap": False}
     assert given == [expected] and json.loads(path.read_text())["method"]["variant"] == expected
     with pytest.raises(SystemExit):
         generation.main([*arguments, "--continue"])

@@ -24,10 +24,16 @@ from hmar_kernels import extension as extension_module
 from hmar_kernels.attention import cuda, hopper, reference
 from hmar_kernels.attention.hopper_launch import PASSES, TILE_FIELDS
 from hmar_kernels.attention.plan import query_plan
+from hmar_kernels.conv2d import hopper as conv_hopper
 from hmar_kernels.linear import cuda as linear_cuda
 
 ROOT = Path(__file__).parents[1]
-TARGETS = {"attention_forward": ("80", "90a"), "linear_rows": ("80", "90a"), "hopper": ("90a",)}
+TARGETS = {
+    "attention_forward": ("80", "90a"),
+    "linear_rows": ("80", "90a"),
+    "hopper": ("90a",),
+    "hopper_conv": ("90a",),
+}
 """csrc/*.cu -> the architectures that it is compiled for, as in CMakeLists.txt."""
 ARCHITECTURES = TARGETS["attention_forward"]
 # So that the blocks an SM that csrc/attention_forward.cu names fit into 65536 registers, 128 threads each.
@@ -147,9 +153,21 @@ def test_hopper_kernels_compile_without_spills(hopper_report):
         assert numbers == {"registers": min(at_launch, 255) // 8 * 8, "spilled": 0}, instance
 
 
-def test_hopper_products_overlap(ptxas_output):
+@pytest.mark.parametrize("source", ["hopper", "hopper_conv"])
+def test_hopper_products_overlap(ptxas_output, source):
     """ptxas notes (C7510, C7511, C7512, C7514) every kernel in which it waits for each wgmma on its own."""
-    assert not [line for line in ptxas_output["hopper", "90a"].splitlines() if "wgmma" in line]
+    assert not [line for line in ptxas_output[source, "90a"].splitlines() if "wgmma" in line]
+
+
+def test_hopper_convolutions_compile_without_spills(ptxas_output):
+    """They are those of conv2d/hopper.py's table, for both types. At the launch 384 threads share 65536 registers."""
+    found = set()
+    for name, numbers in kernels_of(ptxas_output["hopper_conv", "90a"]):
+        numbers_of = r"DTypeE(\d)ELNS_\d+ResolutionE(\d)ELNS_\d+BoxesE(\d)ELi(\d+)ELi(\d+)ELi(\d+)E"
+        values = re.search(rf"HopperConvTileILNS_\d+{numbers_of}", name)
+        found.add(tuple(map(int, values.groups())))
+        assert numbers == {"registers": 168, "spilled": 0}, name
+    assert found == {(dtype, *map(int, tile)) for dtype in range(len(TYPES)) for tile in conv_hopper.TILES}
 
 
 class Params(ctypes.Structure):

@@ -12,6 +12,8 @@ from hmar import decoder as fused
 from hmar.config import TokenizerConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample, attended
 from hmar.tokenizer import Decoder, Upsample
+from hmar_kernels.conv2d import hopper
+from hmar_kernels.group_norm import ChunkStatistics
 
 CONFIG = TokenizerConfig(channels=8, multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=4, code_dim=6)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -74,6 +76,42 @@ def test_transposed_upsampling_alone():
     upsample = Upsample(5).double().requires_grad_(False)
     x = torch.randn(2, 5, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(TransposedUpsample(upsample)(x).total(), upsample(x))
+
+
+def test_hopper_convolutions_take_what_the_decoder_has(monkeypatch):
+    """All but the last one, to three channels, and those of 1x1; torch's stand for the kernels."""
+    calls = Counter()
+    unavailable = hopper.unavailable
+
+    def convolution(x, weight, doubled):
+        reason = unavailable(x.bfloat16(), weight.bfloat16(), None, doubled=doubled)
+        assert reason == "the kernels run on CUDA tensors, got cpu"
+        calls["doubled" if doubled else "same"] += 1
+        return F.conv_transpose2d(x, weight, stride=2, padding=1) if doubled else F.conv2d(x, weight, padding=1)
+
+    def with_statistics(x, weight, *, doubled):
+        out = convolution(x, weight, doubled)
+        rows = out.permute(0, 2, 3, 1)
+        calls["statistics"] += 1
+        return out, ChunkStatistics(rows.mean(2), rows.var(2, correction=0) * rows.shape[2], rows.shape[2])
+
+    monkeypatch.setattr(hopper, "unavailable", lambda *arguments, **options: None)
+    monkeypatch.setattr(hopper, "conv2d", lambda x, weight, bias: convolution(x, weight, False))
+    monkeypatch.setattr(hopper, "with_statistics", with_statistics)
+    decoder, latent = build(replace(CONFIG, code_dim=8))
+    made = FusedDecoder(decoder, transposed=True, convolutions="hopper")
+    torch.testing.assert_close(made(latent), decoder(latent), rtol=1e-10, atol=1e-10)
+    assert calls == {"same": 1 + 2 * (2 + 4 * 2), "doubled": 3, "statistics": 2 + 4 * 2 + 3}
+    for parameter in decoder.parameters():
+        parameter.mul_(1.3)
+    made.derive()
+    torch.testing.assert_close(made(latent), decoder(latent), rtol=1e-10, atol=1e-10)
+
+
+def test_hopper_convolutions_are_not_replaced_silently():
+    decoder, latent = build()
+    with pytest.raises(ValueError, match='impl="hopper" cannot run here'):
+        FusedDecoder(decoder, convolutions="hopper")(latent)
 
 
 class Counted(TorchDispatchMode):

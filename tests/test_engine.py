@@ -403,6 +403,8 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, triton"),
         (lambda: Engine(hmar, tokenizer, attention="flash"), "expected one of separate, fused"),
         (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
+        (lambda: Engine(hmar, tokenizer, convolutions="cudnn"), "expected one of torch, hopper"),
+        (lambda: Engine(hmar, tokenizer, convolutions="torch"), '"modules" has its own'),
         (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
         (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),
         (lambda: engine.generate(CLASSES, cfg_B=[1.0]), "1 strengths of guidance for 3 images"),

@@ -68,10 +68,14 @@ def test_float32_codes_are_those_of_the_plain_functions(pairs, model, tokenizer,
     torch.testing.assert_close(actual.images_BCHW, expected.images_BCHW, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize(
+    ("decoder", "convolutions"), [*((name, None) for name in DECODERS), ("fused", "hopper"), ("transposed", "hopper")]
+)
 @pytest.mark.parametrize("side", [16, 64])
-def test_decoders_of_the_published_size(decoder, side):
+def test_decoders_of_the_published_size(decoder, convolutions, side):
     """bfloat16 images of every decoder against float32 ones."""
+    if convolutions == "hopper" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the convolutions need compute capability 9.0")
     torch.manual_seed(0)
     with torch.device("cuda"):
         published = Tokenizer(PRESETS["d16-256"][0], Pyramid((1, side))).eval().requires_grad_(False)
@@ -82,7 +86,8 @@ def test_decoders_of_the_published_size(decoder, side):
         expected = Engine(model, published, decoder="modules", capture=False).decode(f_hat)
         reference = published.bfloat16().decode_f_hat(f_hat.bfloat16())
     published.float()
-    actual = Engine(model, published, dtype=torch.bfloat16, decoder=decoder, capture=False).decode(f_hat)
+    options = {"decoder": decoder, "convolutions": convolutions, "capture": False}
+    actual = Engine(model, published, dtype=torch.bfloat16, **options).decode(f_hat)
     error, allowed = ((images.float() - expected).norm() for images in (actual, reference))
     assert actual.isfinite().all() and error <= 2 * allowed
 

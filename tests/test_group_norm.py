@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hmar_kernels import group_norm, group_norm_conv, residual_group_norm
+from hmar_kernels.group_norm import ChunkStatistics
 from hmar_kernels.group_norm import triton as kernels
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
@@ -116,6 +117,33 @@ def test_reference_adds_what_a_convolution_leaves(name):
             z, actual = residual_group_norm(x, left, groups, weight, bias, shift=right, eps=1e-6)
             torch.testing.assert_close(z, total)
         torch.testing.assert_close(actual, exact(total, groups, weight, bias, False))
+
+
+def chunk_statistics(x, size):
+    """In chunks of positions, one after the other."""
+    parts = x.double().flatten(2).unflatten(2, (-1, size))
+    deviations = parts.var(3, correction=0) * size
+    return ChunkStatistics(*(t.transpose(1, 2).float().contiguous() for t in (parts.mean(3), deviations)), size)
+
+
+@interpreted
+@pytest.mark.parametrize("chunks", [1, 3, 128, 259])
+def test_statistics_from_elsewhere(chunks, poisoned_memory):
+    """As many as the factors take at once, and more, of which the last ones are fewer."""
+    x, groups, weight, bias = inputs((2, 40, chunks, 4, 8), torch.float32, mean=30.0)
+    shift = weight.flip(0)
+    options = {"shift": shift, "eps": 1e-6, "silu": True, "impl": "triton"}
+    actual = group_norm(x, groups, weight, bias, statistics=chunk_statistics(x, 4), **options)
+    torch.testing.assert_close(actual, group_norm(x, groups, weight, bias, **options), rtol=1e-4, atol=1e-4)
+    wrong = chunk_statistics(2 * x, 4)
+    assert not torch.allclose(group_norm(x, groups, weight, bias, statistics=wrong, **options), actual, atol=0.1)
+
+
+def test_statistics_of_another_image_are_refused():
+    x, groups, weight, bias = inputs((2, 8, 4, 4, 2), torch.float32)
+    for wrong in (chunk_statistics(x[:1], 4), chunk_statistics(x, 4)._replace(chunk_size=8)):
+        with pytest.raises(ValueError, match="statistics must be of whole chunks of x"):
+            group_norm(x, groups, weight, bias, statistics=wrong)
 
 
 # output channels, KY, KX

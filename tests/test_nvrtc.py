@@ -21,6 +21,8 @@ import torch
 
 from hmar_kernels import SpanMask, attention
 from hmar_kernels.attention import cuda, hopper, hopper_launch, nvrtc
+from hmar_kernels.conv2d import hopper as conv_hopper
+from hmar_kernels.conv2d import hopper_launch as conv_launch
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("float16", "bfloat16")
@@ -96,6 +98,20 @@ def test_sources_compile_without_spills(real_compiler, kind, tile, dtype):
     assert spills == [("0", "0")]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", conv_hopper.TILES, ids=lambda tile: "-".join(str(int(number)) for number in tile))
+def test_convolutions_compile_without_spills(real_compiler, tile, dtype):
+    source = conv_launch.make_source(tile, dtype == "bfloat16", ROOT / "csrc")
+    binary = real_compiler.compile(source)
+    assert binary.cubin.startswith(b"\x7fELF") and binary.names[0].encode() in binary.cubin
+    numbers = hopper_launch.launch_numbers(binary)
+    assert numbers.num_threads == 384
+    assert numbers.params_bytes == hopper_launch._padded_size(conv_launch.HopperConvParams)
+    assert 0 < numbers.shared_bytes <= 227 * 1024
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", real_compiler.log) == [("0", "0")]
+    assert "wgmma" not in real_compiler.log
+
+
 def test_host_constants_are_those_of_the_sources(real_compiler):
     text = (
         '#include "hopper_tile.cuh"\nnamespace hmar {\n'
@@ -146,7 +162,9 @@ def test_driver_constants():
     assert driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 == ours.FLOAT16
     assert driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 == ours.BFLOAT16
     assert driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE == ours.INTERLEAVE_NONE
-    assert driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B == ours.SWIZZLE_128B
+    for swizzle in ("NONE", "64B", "128B"):
+        name = f"SWIZZLE_{swizzle}"
+        assert getattr(driver.CUtensorMapSwizzle, f"CU_TENSOR_MAP_{name}") == getattr(ours, name)
     assert driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B == ours.L2_PROMOTION_256B
     assert driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE == ours.ZERO_OUTSIDE
     shared = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

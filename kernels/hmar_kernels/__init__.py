@@ -3,10 +3,11 @@
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
 behind, keeping less for the backward; linear, qk_norm_attention: for generation, where rows are few; sampling: from
-logits to codes; group_norm: for the decoder. Each in `api.py` of its folder.
+logits to codes; group_norm, conv2d: for the decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
+from .conv2d import conv2d, conv_transpose2d
 from .gelu_linear import gelu_linear
 from .group_norm import group_norm, group_norm_conv, residual_group_norm
 from .linear import linear
@@ -24,6 +25,8 @@ __all__ = [
     "SpanMask",
     "attention",
     "choose",
+    "conv2d",
+    "conv_transpose2d",
     "explain",
     "gelu_linear",
     "group_norm",

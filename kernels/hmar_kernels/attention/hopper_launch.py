@@ -11,7 +11,7 @@ import ctypes
 import math
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import Structure, c_float, c_int, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,17 +130,22 @@ def make_source(kind: str, tile: Sequence[int], bfloat16: bool, folder: Path) ->
     """The source of one kernel. kind: of PASSES; tile: the numbers that TILE_FIELDS names; folder: csrc."""
     of = PASSES[kind]
     tile_type = of.tile.format(dtype=DTYPES[bfloat16], **dict(zip(TILE_FIELDS, tile, strict=True)))
+    return kernel_source(of.header, of.kernel, tile_type, of.params.__name__, folder)
+
+
+def kernel_source(header: str, kernel: str, tile_type: str, params: str, folder: Path) -> nvrtc.Source:
+    """The source of a kernel template of csrc for one tile type, whose parameter has the type named `params`."""
     text = (
-        f'#include "{of.header}"\n'
+        f'#include "{header}"\n'
         "namespace hmar {\n"
         f"using Tile = {tile_type};\n"
         "template <int kSharedBytes, int kNumThreads, int kParamsBytes> __device__ int launch;\n"
         "}\n"
     )
     # The compiler's name for this instance of `launch` tells the numbers to the host.
-    numbers = f"sizeof(hmar::Tile::Shared), hmar::Tile::kNumThreads, sizeof(hmar::{of.params.__name__})"
-    names = (f"hmar::{of.kernel}<hmar::Tile>", f"&hmar::launch<{numbers}>")
-    return nvrtc.Source(text, nvrtc.read_headers(of.header, folder), names, tile_type)
+    numbers = f"sizeof(hmar::Tile::Shared), hmar::Tile::kNumThreads, sizeof(hmar::{params})"
+    names = (f"hmar::{kernel}<hmar::Tile>", f"&hmar::launch<{numbers}>")
+    return nvrtc.Source(text, nvrtc.read_headers(header, folder), names, tile_type)
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,8 @@ class CudaDriver:
     """What launches need of CUDA: CuPy's bindings, and libcuda itself for what CuPy lacks. ImportError, OSError."""
 
     FLOAT16, BFLOAT16 = 6, 9  # CUtensorMapDataType
-    INTERLEAVE_NONE, SWIZZLE_128B, L2_PROMOTION_256B, ZERO_OUTSIDE = 0, 3, 3, 0
+    INTERLEAVE_NONE, L2_PROMOTION_256B, ZERO_OUTSIDE = 0, 3, 0
+    SWIZZLE_NONE, SWIZZLE_64B, SWIZZLE_128B = 0, 2, 3
     MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
     RELAXED = 2  # CUstreamCaptureMode
 
@@ -199,12 +205,16 @@ class CudaDriver:
             self._driver.check_status(self._exchange_capture_mode(ctypes.byref(mode)))
         return module, function
 
-    def describe(self, tensor_map: int, bfloat16: bool, data: int, sizes, strides, box) -> None:
+    def describe(
+        self, tensor_map: int, bfloat16: bool, data: int, sizes, strides, box, swizzle: int = SWIZZLE_128B
+    ) -> None:
         """Writes a tensor map to its address. Sizes and box: innermost dimension first; strides: bytes, of the rest."""
+        rank = len(sizes)
         status = self._encode(
-            *(tensor_map, self.BFLOAT16 if bfloat16 else self.FLOAT16, 4, data),
-            *((c_uint64 * 4)(*sizes), (c_uint64 * 3)(*strides), (c_uint32 * 4)(*box), (c_uint32 * 4)(1, 1, 1, 1)),
-            *(self.INTERLEAVE_NONE, self.SWIZZLE_128B, self.L2_PROMOTION_256B, self.ZERO_OUTSIDE),
+            *(tensor_map, self.BFLOAT16 if bfloat16 else self.FLOAT16, rank, data),
+            *((c_uint64 * rank)(*sizes), (c_uint64 * (rank - 1))(*strides)),
+            *((c_uint32 * rank)(*box), (c_uint32 * rank)(*(1,) * rank)),
+            *(self.INTERLEAVE_NONE, swizzle, self.L2_PROMOTION_256B, self.ZERO_OUTSIDE),
         )
         self._driver.check_status(status)
 
@@ -219,21 +229,10 @@ class CudaDriver:
         )
 
 
-class HopperKernels:
-    """The extension's functions for Hopper GPUs: hopper_forward, hopper_dq, hopper_dkdv, hopper_backward, their tiles.
+class CompiledKernels:
+    """Kernels of csrc that are compiled, and loaded, when they are first asked for."""
 
-    Arguments of the four are as csrc/bindings.cpp names them: addresses, strides and numbers, already checked.
-
-    Args:
-        forward, dq, dkdv, backward: the kernels of each pass, as tuples of the numbers that TILE_FIELDS names. The
-            index of a kernel is the number by which the functions know it.
-    """
-
-    def __init__(
-        self, forward: Sequence[tuple], dq: Sequence[tuple], dkdv: Sequence[tuple], backward: Sequence[tuple]
-    ) -> None:
-        self.hopper_forward_tiles, self.hopper_dq_tiles, self.hopper_dkdv_tiles = list(forward), list(dq), list(dkdv)
-        self.hopper_backward_tiles = list(backward)
+    def __init__(self) -> None:
         self._kernels: dict[tuple, tuple] = {}
         self._lock = threading.Lock()
 
@@ -262,22 +261,57 @@ class HopperKernels:
             return f"CuPy's NVRTC {release} makes code for newer drivers than this one, of CUDA {driver}"
         return ""
 
+    def _loaded(
+        self, key: tuple, source: Callable[[Path], nvrtc.Source], params: type[Structure]
+    ) -> tuple[object, int, LaunchNumbers, int]:
+        """(module, function, numbers, SMs) of a kernel on the current device, made on first use.
+
+        key: the kernel and the device. source: from the folder of sources. params: its parameter.
+        """
+        if key not in self._kernels:
+            with self._lock:
+                if key not in self._kernels:
+                    binary = nvrtc.compiled(source(nvrtc.source_folder()), self._compiler, nvrtc.cache_folder())
+                    numbers = launch_numbers(binary)
+                    assert numbers.params_bytes == _padded_size(params), "csrc/hopper_params.h has changed"
+                    loaded = self._cuda.load(binary.cubin, binary.names[0], numbers.shared_bytes)
+                    self._kernels[key] = (*loaded, numbers, self._cuda.num_sms(key[-1]))
+        return self._kernels[key]
+
+
+class HopperKernels(CompiledKernels):
+    """The extension's functions for Hopper GPUs: hopper_forward, hopper_dq, hopper_dkdv, hopper_backward, their tiles.
+
+    Arguments of the four are as csrc/bindings.cpp names them: addresses, strides and numbers, already checked.
+
+    Args:
+        forward, dq, dkdv, backward: the kernels of each pass, as tuples of the numbers that TILE_FIELDS names. The
+            index of a kernel is the number by which the functions know it.
+    """
+
+    def __init__(
+        self, forward: Sequence[tuple], dq: Sequence[tuple], dkdv: Sequence[tuple], backward: Sequence[tuple]
+    ) -> None:
+        super().__init__()
+        self.hopper_forward_tiles, self.hopper_dq_tiles, self.hopper_dkdv_tiles = list(forward), list(dq), list(dkdv)
+        self.hopper_backward_tiles = list(backward)
+
     def hopper_forward(self, tile, shape, plan, q, k, v, out, lse_log2, head_bounds, bound, device, stream) -> None:
-        params = _aligned(HopperForwardParams)
+        params = aligned(HopperForwardParams)
         params.out, params.out_strides = out[0], Strides(*out[1])
         params.lse_log2, params.head_bounds, params.logit_bound = lse_log2, head_bounds, bound
         rows, columns = {"q": q}, {"k": k, "v": v}
         self._launch("forward", self.hopper_forward_tiles[tile], params, shape, plan, rows, columns, device, stream)
 
     def hopper_dq(self, tile, shape, plan, q, k, v, out, d_out, lse_log2, d_lse_log2, dq, delta, device, stream):
-        params = _aligned(HopperDqParams)
+        params = aligned(HopperDqParams)
         params.lse_log2, params.d_lse_log2, params.delta = lse_log2, d_lse_log2, delta
         params.dq, params.dq_strides = dq[0], Strides(*dq[1])
         rows, columns = {"q": q, "out": out, "d_out": d_out}, {"k": k, "v": v}
         self._launch("dq", self.hopper_dq_tiles[tile], params, shape, plan, rows, columns, device, stream)
 
     def hopper_dkdv(self, tile, shape, plan, q, k, v, d_out, lse_log2, delta, dk, dv, device, stream) -> None:
-        params = _aligned(HopperDkdvParams)
+        params = aligned(HopperDkdvParams)
         params.lse_log2, params.delta = lse_log2, delta
         params.dk, params.dk_strides = dk[0], Strides(*dk[1])
         params.dv, params.dv_strides = dv[0], Strides(*dv[1])
@@ -305,7 +339,7 @@ class HopperKernels:
         device,
         stream,
     ) -> None:
-        params, num_queries, num_heads = _aligned(HopperBackwardParams), shape[4], shape[2] * shape[3]
+        params, num_queries, num_heads = aligned(HopperBackwardParams), shape[4], shape[2] * shape[3]
         params.out, params.out_strides = out[0], Strides(*out[1])
         params.d_out_rows, params.d_out_strides = d_out[0], Strides(*d_out[1])
         params.lse_log2, params.d_lse_log2 = lse_log2, d_lse_log2
@@ -355,18 +389,11 @@ class HopperKernels:
             )
 
     def _kernel(self, kind: str, tile: tuple, bfloat16: bool, device: int) -> tuple[object, int, LaunchNumbers, int]:
-        """(module, function, numbers, SMs) of a kernel on the current device, made on first use."""
-        key = (kind, tile, bfloat16, device)
-        if key not in self._kernels:
-            with self._lock:
-                if key not in self._kernels:
-                    source = make_source(kind, tile, bfloat16, nvrtc.source_folder())
-                    binary = nvrtc.compiled(source, self._compiler, nvrtc.cache_folder())
-                    numbers = launch_numbers(binary)
-                    assert numbers.params_bytes == _padded_size(PASSES[kind].params), "csrc/hopper_params.h has changed"
-                    loaded = self._cuda.load(binary.cubin, binary.names[0], numbers.shared_bytes)
-                    self._kernels[key] = (*loaded, numbers, self._cuda.num_sms(device))
-        return self._kernels[key]
+        return self._loaded(
+            (kind, tile, bfloat16, device),
+            lambda folder: make_source(kind, tile, bfloat16, folder),
+            PASSES[kind].params,
+        )
 
 
 def _padded_size(params: type[Structure]) -> int:
@@ -374,7 +401,7 @@ def _padded_size(params: type[Structure]) -> int:
     return -(-ctypes.sizeof(params) // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
 
 
-def _aligned(params: type[Structure]):
+def aligned(params: type[Structure]):
     """A structure of zeros, aligned for its tensor maps and as long as C++ has it."""
     storage = ctypes.create_string_buffer(_padded_size(params) + TENSOR_MAP_ALIGNMENT)
     return params.from_buffer(storage, -ctypes.addressof(storage) % TENSOR_MAP_ALIGNMENT)

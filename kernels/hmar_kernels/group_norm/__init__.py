@@ -3,6 +3,6 @@
 `api.py` checks arguments and picks an implementation.
 """
 
-from .api import group_norm, group_norm_conv, residual_group_norm
+from .api import ChunkStatistics, group_norm, group_norm_conv, residual_group_norm
 
-__all__ = ["group_norm", "group_norm_conv", "residual_group_norm"]
+__all__ = ["ChunkStatistics", "group_norm", "group_norm_conv", "residual_group_norm"]

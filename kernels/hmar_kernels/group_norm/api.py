@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, triton
+from .triton import ChunkStatistics
 
 IMPLEMENTATIONS = ("reference", "triton")
 
@@ -23,6 +24,7 @@ def group_norm(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     silu: bool = False,
+    statistics: ChunkStatistics | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Group norm (arXiv 1803.08494, equation 1) over positions and the channels of each group, then SiLU if wanted.
@@ -33,6 +35,8 @@ def group_norm(
         weight, bias: [C].
         shift: [C], added to x first: the bias of the convolution that made x, which so costs no pass of its own.
         eps: added to the variance.
+        statistics: of x, where what made it has them: "triton" then reads x once less. The reference makes its own, and
+            so does "triton" under torch.compile.
         impl: "auto", "reference" or "triton". "auto" takes "triton" for channels-last images on a GPU that need no
             gradient, outside of autocast; it has no derivative. A named implementation runs or raises.
     Returns:
@@ -40,11 +44,20 @@ def group_norm(
     Raises:
         ValueError: shapes do not fit together, or the implementation cannot take them.
     """
+    if statistics is not None:
+        chunks = x.shape[2] * x.shape[3] / statistics.chunk_size if x.ndim == 4 else 0
+        expected = (x.shape[0], chunks, x.shape[1])
+        if statistics.means.shape != expected or statistics.deviations.shape != expected:
+            raise ValueError(
+                f"statistics must be of whole chunks of x {list(x.shape)}, got {list(statistics.means.shape)} of "
+                f"{statistics.chunk_size} positions each"
+            )
     if _select(impl, num_groups, x, None, weight, bias, shift) == "reference":
         return reference.forward(x, shift, num_groups, weight, bias, eps, silu)
     # NOTE: the operator's dispatch takes the host longer than small kernels take, so it is there for tracing only.
-    forward = _group_norm_triton if torch.compiler.is_compiling() else triton.forward
-    return forward(x, shift, num_groups, weight, bias, eps, silu)
+    if torch.compiler.is_compiling():
+        return _group_norm_triton(x, shift, num_groups, weight, bias, eps, silu)
+    return triton.forward(x, shift, num_groups, weight, bias, eps, silu, statistics)
 
 
 def residual_group_norm(

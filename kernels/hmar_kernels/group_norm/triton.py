@@ -13,13 +13,17 @@ never written:
     taps        y times the convolution's weights [taps x channels out], at the position where y is: one small product
     gather      every position sums its taps' products, found at its neighbours
 
-Grids: (chunks, blocks of channels, images), (groups, images), (blocks of elements, images), twice (blocks of positions,
-images). All arithmetic is float32 but the product, of y and weights as x's dtype rounds them, summed in float32. Chunks
-are combined by Chan's rule and take their deviations from the chunk's first value, so that nothing cancels where the
-mean is large.
+Where what made the image has statistics of it, in more and smaller chunks, those are merged and the image is read once.
+
+Grids: (chunks, blocks of channels, images), the same of merged chunks, (groups, images), (blocks of elements, images),
+twice (blocks of positions, images). All arithmetic is float32 but the product, of y and weights as x's dtype rounds
+them, summed in float32. Chunks are combined by Chan's rule and take their deviations from the chunk's first value, so
+that nothing cancels where the mean is large.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -38,6 +42,17 @@ MAX_CHANNEL_BLOCK = 128
 MAX_TAPS = 64  # times channels, of a convolution
 TAP_POSITIONS, TAP_CHANNELS, TAP_STAGES, TAP_WARPS = 128, 32, 3, 4  # of a program of the taps kernel
 GATHERED = 512  # positions of a program of the last one
+
+
+class ChunkStatistics(NamedTuple):
+    """Of an image [N, C, H, W], divided into chunks of chunk_size positions, in any order.
+
+    means: [N, chunks, C], float32. deviations: the same, sums of squared distances from the mean of the chunk.
+    """
+
+    means: Tensor
+    deviations: Tensor
+    chunk_size: int
 
 
 @triton.jit
@@ -101,6 +116,39 @@ def _statistics_kernel(
     offs = (image * num_chunks + chunk) * num_channels + channels
     tl.store(mean_ptr + offs, first + sums / count, mask=mask_c)
     tl.store(deviation_ptr + offs, squares - sums * (sums / count), mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["num_chunks", "num_merged", "at_once", "chunk_size"])
+def _merge_kernel(
+    mean_ptr,
+    deviation_ptr,
+    merged_mean_ptr,
+    merged_deviation_ptr,
+    num_channels,
+    num_chunks,
+    num_merged,
+    at_once,
+    chunk_size,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    merged, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    members = tl.arange(0, BLOCK_K)
+    chunks = merged * at_once + members
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_k, mask_c = (members < at_once) & (chunks < num_chunks), channels < num_channels
+    mask = mask_k[:, None] & mask_c[None, :]
+    offs = (image * num_chunks + chunks[:, None]) * num_channels + channels[None, :]
+    means = tl.load(mean_ptr + offs, mask=mask, other=0.0)
+    deviations = tl.load(deviation_ptr + offs, mask=mask, other=0.0)
+
+    count = tl.minimum(at_once, num_chunks - merged * at_once).to(tl.float32)
+    mean = tl.sum(means, 0) / count
+    distances = tl.where(mask, means - mean[None, :], 0.0)
+    deviation = tl.sum(deviations, 0) + chunk_size.to(tl.float32) * tl.sum(distances * distances, 0)
+    offs = (image * num_merged + merged) * num_channels + channels
+    tl.store(merged_mean_ptr + offs, mean, mask=mask_c)
+    tl.store(merged_deviation_ptr + offs, deviation, mask=mask_c)
 
 
 @triton.jit(do_not_specialize=["num_positions", "num_chunks", "chunk_size", "channels_per_group"])
@@ -292,10 +340,17 @@ def chunk_size(positions: int, per_position: int = 1) -> int:
 
 
 def forward(
-    x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float, silu: bool
+    x: Tensor,
+    shift: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    silu: bool,
+    statistics: ChunkStatistics | None = None,
 ) -> Tensor:
     """x [N, C, H, W], channels-last -> y of the same shape, dtype and format."""
-    return _apply(x, *_factors(x, None, shift, None, num_groups, weight, bias, eps), silu)
+    return _apply(x, *_factors(x, None, shift, None, num_groups, weight, bias, eps, statistics), silu)
 
 
 def residual_forward(
@@ -380,35 +435,18 @@ def _factors(
     weight: Tensor,
     bias: Tensor,
     eps: float,
+    statistics: ChunkStatistics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """factor, offset [N, C]. With a branch z is written, and they are those of z."""
     N, C, H, W = x.shape
-    positions = H * W
-    block_c = channel_block(C)
-    size = chunk_size(positions, N * triton.cdiv(C, block_c))
-    chunks = triton.cdiv(positions, size)
-    residual, has_shift = branch is not None, shift is not None
-    mean, deviation = torch.empty(2, N, chunks, C, dtype=torch.float32, device=x.device)
+    positions, residual, has_shift = H * W, branch is not None, shift is not None
     factor, offset = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
     with triton_device.on_device(x):
-        _statistics_kernel[(chunks, triton.cdiv(C, block_c), N)](
-            x_ptr=x,
-            branch_ptr=branch if residual else x,
-            shift_ptr=shift if has_shift else bias,
-            z_ptr=z if residual else x,
-            mean_ptr=mean,
-            deviation_ptr=deviation,
-            num_positions=positions,
-            num_channels=C,
-            num_chunks=chunks,
-            chunk_size=size,
-            RESIDUAL=residual,
-            HAS_SHIFT=has_shift and residual,
-            ROWS=TILE // block_c,
-            BLOCK_C=block_c,
-            STAGES=STAGES,
-            num_warps=WARPS,
-        )
+        if statistics is None:
+            mean, deviation, size = _statistics(x, branch, shift, z)
+        else:
+            mean, deviation, size = _merged(*statistics)
+        chunks = mean.shape[1]
         _factors_kernel[(num_groups, N)](
             mean_ptr=mean,
             deviation_ptr=deviation,
@@ -428,6 +466,59 @@ def _factors(
             BLOCK_J=triton.next_power_of_2(C // num_groups),
         )
     return factor, offset
+
+
+def _statistics(x: Tensor, branch: Tensor | None, shift: Tensor | None, z: Tensor | None) -> ChunkStatistics:
+    """Of x, or of z, which is written. The last chunk may be shorter."""
+    N, C, H, W = x.shape
+    block_c = channel_block(C)
+    size = chunk_size(H * W, N * triton.cdiv(C, block_c))
+    chunks, residual = triton.cdiv(H * W, size), branch is not None
+    mean, deviation = torch.empty(2, N, chunks, C, dtype=torch.float32, device=x.device)
+    _statistics_kernel[(chunks, triton.cdiv(C, block_c), N)](
+        x_ptr=x,
+        branch_ptr=branch if residual else x,
+        shift_ptr=shift if shift is not None else mean,
+        z_ptr=z if residual else x,
+        mean_ptr=mean,
+        deviation_ptr=deviation,
+        num_positions=H * W,
+        num_channels=C,
+        num_chunks=chunks,
+        chunk_size=size,
+        RESIDUAL=residual,
+        HAS_SHIFT=shift is not None and residual,
+        ROWS=TILE // block_c,
+        BLOCK_C=block_c,
+        STAGES=STAGES,
+        num_warps=WARPS,
+    )
+    return ChunkStatistics(mean, deviation, size)
+
+
+def _merged(means: Tensor, deviations: Tensor, size: int) -> ChunkStatistics:
+    """The same in at most MAX_CHUNKS chunks, of which the last one may be shorter."""
+    N, chunks, C = means.shape
+    at_once = triton.cdiv(chunks, MAX_CHUNKS)
+    if at_once == 1:
+        return ChunkStatistics(means, deviations, size)
+    merged, block_c = triton.cdiv(chunks, at_once), channel_block(C)
+    mean, deviation = torch.empty(2, N, merged, C, dtype=torch.float32, device=means.device)
+    _merge_kernel[(merged, triton.cdiv(C, block_c), N)](
+        mean_ptr=means,
+        deviation_ptr=deviations,
+        merged_mean_ptr=mean,
+        merged_deviation_ptr=deviation,
+        num_channels=C,
+        num_chunks=chunks,
+        num_merged=merged,
+        at_once=at_once,
+        chunk_size=size,
+        BLOCK_K=triton.next_power_of_2(at_once),
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+    return ChunkStatistics(mean, deviation, size * at_once)
 
 
 def _apply(x: Tensor, factor: Tensor, offset: Tensor, silu: bool) -> Tensor:

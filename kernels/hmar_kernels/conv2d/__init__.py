@@ -1,0 +1,20 @@
+"""Convolutions of channels-last maps that keep the resolution, and transposed ones that double it. Inference only.
+
+`api.py` checks arguments and picks an implementation; `hopper.py` has the hand-written one.
+"""
+
+from .api import (
+    conv2d,
+    conv2d_with_statistics,
+    conv_transpose2d,
+    conv_transpose2d_with_statistics,
+    packed_taps,
+)
+
+__all__ = [
+    "conv2d",
+    "conv2d_with_statistics",
+    "conv_transpose2d",
+    "conv_transpose2d_with_statistics",
+    "packed_taps",
+]

@@ -1,0 +1,145 @@
+// Runs csrc/hopper_conv.cuh, as it stands, on the CPU; test_conv2d.py loads this through ctypes.
+#define HMAR_ON_CPU
+#include "hopper_conv.cuh"
+
+#include <type_traits>
+
+#include "hopper_conv.h"
+
+using namespace hmar;
+
+namespace {
+
+void enter() {
+  running->kernel();
+  this_thread().done = true;
+  swapcontext(&this_thread().context, &running->scheduler);
+}
+
+// One block; each thread runs as far as it can before the next one.
+void run_block(Block& block, int num_threads, bool last_thread_first) {
+  running = &block;
+  std::memset(shared_memory, 0xff, SHARED_BYTES);  // NaN in every format
+  block.threads = std::vector<Thread>(num_threads);
+  block.warps = std::vector<Warp>(num_threads / WARP_SIZE);
+  block.barriers.clear();
+  for (Thread& thread : block.threads) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    makecontext(&thread.context, enter, 0);
+  }
+  for (bool alive = true; alive;) {
+    alive = false;
+    bool moved = false;
+    for (int i = 0; i < num_threads; ++i) {
+      threadIdx.x = last_thread_first ? num_threads - 1 - i : i;
+      Thread& thread = this_thread();
+      if (thread.done) continue;
+      alive = true;
+      if (thread.ready && !thread.ready()) continue;
+      thread.ready = nullptr;
+      swapcontext(&block.scheduler, &thread.context);
+      if (!block.failure.empty()) return;
+      moved = true;
+    }
+    if (alive && !moved) {
+      block.failure = "threads wait for each other";
+      return;
+    }
+  }
+}
+
+MapContent content(const void* data, const MapGeometry& geometry) {
+  MapContent map{static_cast<const uint8_t*>(data), geometry.rank, {}, {}, {}, geometry.swizzled};
+  std::memcpy(map.sizes, geometry.sizes, sizeof(map.sizes));
+  std::memcpy(map.strides, geometry.strides, sizeof(map.strides));
+  std::memcpy(map.box, geometry.box, sizeof(map.box));
+  return map;
+}
+
+template <class Tile>
+void run(const HopperConvShape& shape, const void* x, const void* weight, const void* bias, const HopperConvOutput& output, int num_blocks,
+         bool last_thread_first, Block& block) {
+  static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);
+  const HopperConvKernel kernel{Tile::kResolution == Resolution::kDoubled, Tile::kBoxes,     Tile::kBlocks,
+                                Tile::kStages,                             Tile::kMapStages, 0};
+  const MapContent x_map = content(x, conv_x_geometry(shape, kernel));
+  const MapContent weight_map = content(weight, conv_weight_geometry(shape, kernel));
+  HopperConvParams params = conv_params(shape, kernel, bias, output);
+  params.x.opaque[0] = reinterpret_cast<uint64_t>(&x_map);
+  params.weight.opaque[0] = reinterpret_cast<uint64_t>(&weight_map);
+  block.kernel = [&] { hopper_conv_kernel<Tile>(params); };
+  gridDim.x = unsigned(num_blocks);
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x && block.failure.empty(); ++blockIdx.x) {
+    run_block(block, Tile::kNumThreads, last_thread_first);
+  }
+}
+
+template <DType kType, Resolution kResolution, Boxes kBoxes>
+void run(int blocks, const HopperConvShape& shape, const void* x, const void* weight, const void* bias,
+         const HopperConvOutput& output, int num_blocks, bool last_thread_first, Block& block) {
+  constexpr bool kWhole = kBoxes != Boxes::kTaps;
+  if (blocks == 1) {
+    run<HopperConvTile<kType, kResolution, kBoxes, 1, 5, kWhole ? 2 : 4>>(shape, x, weight, bias, output, num_blocks,
+                                                                       last_thread_first, block);
+  } else {
+    run<HopperConvTile<kType, kResolution, kBoxes, 2, 6, kWhole ? 2 : 3>>(shape, x, weight, bias, output, num_blocks,
+                                                                       last_thread_first, block);
+  }
+}
+
+}  // namespace
+
+// Null, or what went wrong. The kernel is that of the extension with fewer stages, so that rings turn over sooner.
+extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int boxes, int blocks, int num_images, int height,
+                                          int width, int in_channels, int out_channels, const void* x, const void* weight,
+                                          const void* bias, void* out, float* means, float* deviations,
+                                          int num_blocks, bool last_thread_first) {
+  static Block block;
+  block.failure.clear();
+  const HopperConvShape shape{bfloat16 ? DType::kBFloat16 : DType::kFloat16, num_images, height, width, in_channels,
+                              out_channels};
+  const HopperConvOutput output{out, means, deviations};
+  const auto call = [&](auto run) { run(blocks, shape, x, weight, bias, output, num_blocks, last_thread_first, block); };
+  const auto call_type = [&](auto type) {
+    constexpr auto kType = decltype(type)::value;
+    constexpr auto kSame = Resolution::kSame, kDoubled = Resolution::kDoubled;
+    switch (3 * doubled + boxes) {
+      case 0: return call(run<kType, kSame, Boxes::kTaps>);
+      case 1: return call(run<kType, kSame, Boxes::kPlanes>);
+      case 2: return call(run<kType, kSame, Boxes::kRows>);
+      case 3: return call(run<kType, kDoubled, Boxes::kTaps>);
+      case 4: return call(run<kType, kDoubled, Boxes::kPlanes>);
+      default: return call(run<kType, kDoubled, Boxes::kRows>);
+    }
+  };
+  if (bfloat16) {
+    call_type(std::integral_constant<DType, DType::kBFloat16>());
+  } else {
+    call_type(std::integral_constant<DType, DType::kFloat16>());
+  }
+  return block.failure.empty() ? nullptr : block.failure.c_str();
+}
+
+// The numbers of a launch, in the order of MapGeometry's and HopperConvParams' fields.
+extern "C" void hopper_conv_geometry(bool doubled, int boxes, int blocks, int num_images, int height, int width,
+                                     int in_channels, int out_channels, int64_t* numbers) {
+  const HopperConvShape shape{DType::kBFloat16, num_images, height, width, in_channels, out_channels};
+  const HopperConvKernel kernel{doubled, Boxes(boxes), blocks, 0, 0, 0};
+  for (const MapGeometry& map : {conv_x_geometry(shape, kernel), conv_weight_geometry(shape, kernel)}) {
+    *numbers++ = map.rank;
+    for (int i = 0; i < map.rank; ++i) *numbers++ = int64_t(map.sizes[i]);
+    for (int i = 0; i + 1 < map.rank; ++i) *numbers++ = int64_t(map.strides[i]);
+    for (int i = 0; i < map.rank; ++i) *numbers++ = int64_t(map.box[i]);
+    *numbers++ = map.swizzled;
+  }
+  const HopperConvParams params = conv_params(shape, kernel, nullptr, {});
+  for (const int64_t number :
+       {params.image_stride, int64_t{params.row_stride}, int64_t{params.column_stride},
+        int64_t{params.parity_row_stride}, int64_t{params.parity_column_stride}, int64_t{params.height},
+        int64_t{params.width}, int64_t{params.num_chunks}, int64_t{params.out_channels}, int64_t{params.num_patch_rows},
+        int64_t{params.num_patch_columns}, int64_t{params.num_column_tiles}, int64_t{params.num_items}}) {
+    *numbers++ = number;
+  }
+}

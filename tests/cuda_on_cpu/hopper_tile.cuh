@@ -1,0 +1,356 @@
+// Takes the place of csrc/hopper_tile.cuh, and of what it includes, when csrc/hopper_conv.cuh is compiled for the CPU: every
+// thread of a block is a coroutine. The operands of wgmma, the swizzle of the copy engine and what it leaves outside of a
+// tensor are written down a second time, element by element as in the PTX ISA. A copy lands when it is issued, and a product
+// reads shared memory as late as its thread lets it: a buffer given back too early shows in the result.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "hopper_params.h"
+
+#define __global__
+#define __device__
+#define __shared__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct Index {
+  unsigned x;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+inline Index threadIdx, blockIdx, gridDim;
+
+namespace hmar {
+
+constexpr int WARP_SIZE = 32, SHARED_BYTES = 227 * 1024;
+alignas(1024) inline uint8_t shared_memory[SHARED_BYTES];
+
+constexpr int kGroupRows = 64;
+constexpr int kGroupThreads = 128;
+
+struct Product {
+  DType type;
+  float* d;
+  int columns;
+  uint64_t a, b;
+  bool accumulate;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::vector<uint8_t> stack = std::vector<uint8_t>(64 * 1024);
+  std::function<bool()> ready;  // empty when it can run
+  bool done = false;
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> groups;
+};
+
+struct Meeting {
+  int arrived = 0;
+  long generation = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  uint32_t registers[WARP_SIZE][4];
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::map<int, Meeting> barriers;
+  ucontext_t scheduler;
+  std::string failure;
+  std::function<void()> kernel;
+};
+inline Block* running;
+
+inline Thread& this_thread() { return running->threads[threadIdx.x]; }
+inline Warp& this_warp() { return running->warps[threadIdx.x / WARP_SIZE]; }
+
+// Lets others run until `ready`.
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  Thread& thread = this_thread();
+  thread.ready = std::move(ready);
+  swapcontext(&thread.context, &running->scheduler);
+}
+[[noreturn]] inline void fail(const std::string& why) {
+  running->failure = why;
+  for (;;) swapcontext(&this_thread().context, &running->scheduler);
+}
+
+inline void arrive(Meeting& meeting, int expected) {
+  if (++meeting.arrived == expected) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  }
+}
+inline void meet(Meeting& meeting, int expected) {
+  const long generation = meeting.generation;
+  arrive(meeting, expected);
+  wait_until([&meeting, generation] { return meeting.generation != generation; });
+}
+
+inline void __syncwarp() { meet(this_warp().meeting, WARP_SIZE); }
+inline void __syncthreads() { meet(running->barriers[0], int(running->threads.size())); }
+
+inline void group_sync(int group) { meet(running->barriers[group + 1], kGroupThreads); }
+
+inline float __shfl_xor_sync(uint32_t, float x, int lanes) {
+  const int lane = threadIdx.x % WARP_SIZE;
+  std::memcpy(&this_warp().registers[lane][0], &x, sizeof(x));
+  __syncwarp();
+  std::memcpy(&x, &this_warp().registers[lane ^ lanes][0], sizeof(x));
+  __syncwarp();
+  return x;
+}
+
+template <int kGroups>
+void turn_wait(int group) {
+  meet(running->barriers[1 + kGroups + group], 2 * kGroupThreads);
+}
+template <int kGroups>
+void turn_pass(int group) {
+  arrive(running->barriers[1 + kGroups + (group + 1) % kGroups], 2 * kGroupThreads);
+}
+
+inline int uniform(int x) { return x; }  // the kernel passes what is alike in a warp
+
+template <int kRegisters>
+void take_registers() {}
+template <int kRegisters>
+void give_registers() {}
+
+inline uint32_t shared_address(const void* pointer) {
+  const auto offset = static_cast<const uint8_t*>(pointer) - shared_memory;
+  if (offset < 0 || offset >= SHARED_BYTES) fail("an address outside of shared memory");
+  return uint32_t(offset);
+}
+
+// --- mbarriers -----------------------------------------------------------------------------------------------------
+
+struct Barrier {
+  int arrivals, pending, bytes;
+  uint32_t phase;
+};
+
+inline void complete(Barrier& barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    ++barrier.phase;
+    barrier.pending = barrier.arrivals;
+  }
+}
+inline void barrier_arrive(Barrier& barrier) {
+  if (barrier.pending == 0) fail("more arrivals than a barrier expects");
+  --barrier.pending;
+  complete(barrier);
+}
+inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
+  barrier.bytes += bytes;
+  barrier_arrive(barrier);
+}
+inline void barrier_wait(Barrier& barrier, uint32_t parity) {
+  wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; });
+}
+template <int kCount>
+void barriers_init(Barrier (&barriers)[kCount], int arrivals) {
+  for (Barrier& barrier : barriers) barrier = {arrivals, arrivals, 0, 0};
+}
+inline void fence_barrier_init() {}
+inline void release(Barrier& barrier) {
+  __syncwarp();
+  if (threadIdx.x % WARP_SIZE == 0) barrier_arrive(barrier);
+}
+
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  int last_stage() const { return stage == 0 ? kStages - 1 : stage - 1; }
+};
+
+// --- copy engine ---------------------------------------------------------------------------------------------------
+
+// What opaque[0] of a tensor map points to.
+struct MapContent {
+  const uint8_t* data;
+  int rank;
+  uint64_t sizes[5], strides[4];
+  uint32_t box[5];
+  bool swizzled;
+};
+
+// Of an address in rows of 64 bytes: chunks of 16 bytes change places, in a pattern of 512 bytes.
+inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 3) << 4); }
+
+inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
+  const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
+  if (int(begin.size()) != content.rank) fail("coordinates of another rank than the tensor map's");
+  const uint32_t start = shared_address(dst);
+  if (start % (content.swizzled ? 1024 : 128)) fail("a box that is not aligned in shared memory");
+  int num_elements = 1;
+  for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
+  for (int index = 0; index < num_elements; ++index) {
+    int rest = index;
+    bool inside = true;
+    uint64_t offset = 0;
+    for (int i = 0; i < content.rank; ++i) {
+      const int64_t at = begin[i] + rest % int(content.box[i]);
+      rest /= int(content.box[i]);
+      inside &= at >= 0 && at < int64_t(content.sizes[i]);
+      offset += at * (i == 0 ? 2 : content.strides[i - 1]);
+    }
+    uint16_t number = 0;
+    if (inside) std::memcpy(&number, content.data + offset, 2);
+    const uint32_t address = start + 2 * index;
+    if (address + 2 > SHARED_BYTES) fail("a box beyond shared memory");
+    std::memcpy(shared_memory + (content.swizzled ? swizzled(address) : address), &number, 2);
+  }
+  barrier.bytes -= 2 * num_elements;
+  complete(barrier);
+}
+template <class... Coordinates>
+void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates... coordinates) {
+  copy_box(dst, map, barrier, {coordinates...});
+}
+
+// --- numbers -------------------------------------------------------------------------------------------------------
+
+template <DType kType>
+float widened(uint16_t bits) {
+  if constexpr (kType == DType::kFloat16) {
+    _Float16 x;
+    std::memcpy(&x, &bits, 2);
+    return float(x);
+  } else {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  }
+}
+template <DType kType>
+uint16_t rounded(float x) {
+  uint16_t bits;
+  if constexpr (kType == DType::kFloat16) {
+    const auto half = _Float16(x);
+    std::memcpy(&bits, &half, 2);
+  } else {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    bits = std::isnan(x) ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+  }
+  return bits;
+}
+template <DType kType>
+uint32_t pack(float low, float high) {
+  return rounded<kType>(low) | uint32_t(rounded<kType>(high)) << 16;
+}
+template <DType kType>
+void unpack(uint32_t packed, float& low, float& high) {
+  low = widened<kType>(uint16_t(packed)), high = widened<kType>(uint16_t(packed >> 16));
+}
+
+// stmatrix: a lane holds numbers 2 t and 2 t + 1 of row g of each matrix; lane 8 i + j says where row j of matrix i goes.
+inline void store_matrices(uint8_t* row, const uint32_t (&a)[4]) {
+  const int lane = threadIdx.x % WARP_SIZE;
+  std::memcpy(this_warp().registers[lane], a, sizeof(a));
+  __syncwarp();
+  uint32_t chunk[4];
+  for (int t = 0; t < 4; ++t) chunk[t] = this_warp().registers[4 * (lane % 8) + t][lane / 8];
+  if (shared_address(row) % 16) fail("a row of stmatrix that is not aligned");
+  std::memcpy(row, chunk, sizeof(chunk));
+  __syncwarp();
+}
+
+// --- wgmma ---------------------------------------------------------------------------------------------------------
+
+inline uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+// Number k of row r of a K-major operand. Layouts: 0 none, 2 rows of 64 bytes.
+template <DType kType>
+float element(uint64_t descriptor, int r, int k) {
+  const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
+  const int layout = int(descriptor >> 62);
+  uint32_t address = field(0) + r / 8 * field(32);
+  if (layout == 0) {
+    address += r % 8 * 16 + k / 8 * field(16) + k % 8 * 2;
+  } else if (layout == 2) {
+    address = swizzled(address + r % 8 * 64 + k * 2);
+  } else {
+    fail("an operand in an unexpected layout");
+  }
+  if (address + 2 > SHARED_BYTES) fail("an operand beyond shared memory");
+  uint16_t bits;
+  std::memcpy(&bits, shared_memory + address, 2);
+  return widened<kType>(bits);
+}
+
+// This thread's part of a product: rows 16 w + g and 16 w + g + 8, columns 8 n + 2 t and 8 n + 2 t + 1.
+template <DType kType>
+void multiply(const Product& product) {
+  const int lane = threadIdx.x % WARP_SIZE, first_row = threadIdx.x % kGroupThreads / WARP_SIZE * 16 + lane / 4;
+  float a[2][16], b[16];
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 16; ++k) a[half][k] = element<kType>(product.a, first_row + 8 * half, k);
+  }
+  for (int n = 0; n < product.columns / 8; ++n) {
+    for (int c = 0; c < 2; ++c) {
+      for (int k = 0; k < 16; ++k) b[k] = element<kType>(product.b, 8 * n + lane % 4 * 2 + c, k);
+      for (int half = 0; half < 2; ++half) {
+        float& d = product.d[4 * n + 2 * half + c];
+        float sum = product.accumulate ? d : 0.0f;
+        for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
+        d = sum;
+      }
+    }
+  }
+}
+
+inline void wgmma_fence() {}
+template <DType kType, bool kColumns, int kRegisters>
+void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(!kColumns);
+  this_thread().open.push_back({kType, d, 2 * kRegisters, a, b, accumulate});
+}
+inline void wgmma_commit() {
+  this_thread().groups.push_back(std::move(this_thread().open));
+  this_thread().open.clear();
+}
+template <int kPending>
+void wgmma_wait() {
+  auto& groups = this_thread().groups;
+  while (groups.size() > kPending) {
+    for (const Product& product : groups.front()) {
+      if (product.type == DType::kFloat16) {
+        multiply<DType::kFloat16>(product);
+      } else {
+        multiply<DType::kBFloat16>(product);
+      }
+    }
+    groups.pop_front();
+  }
+}
+
+}  // namespace hmar
