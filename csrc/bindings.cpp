@@ -210,11 +210,11 @@ void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t w
                      "hopper_conv");
 }
 
-// (doubled, boxes, blocks, stages, map stages) of each kernel.
+// (doubled, blocks, stages, map stages) of each kernel.
 py::list hopper_conv_tiles() {
   py::list rows;
   for (const auto& kernel : hmar::hopper_conv_kernels()) {
-    rows.append(py::make_tuple(kernel.doubled, int(kernel.boxes), kernel.blocks, kernel.stages, kernel.map_stages));
+    rows.append(py::make_tuple(kernel.doubled, kernel.blocks, kernel.stages, kernel.map_stages));
   }
   return rows;
 }

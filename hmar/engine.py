@@ -121,7 +121,8 @@ class Engine:
         decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
             upsampling by transposed convolutions. Default: "transposed" in a dtype, "modules" in the weights' own.
         convolutions: of the decoder unless it is "modules": "torch", or "hopper" for the hand-written ones of
-            `hmar_kernels.conv2d`, in a dtype and on GPUs of compute capability 9.0. Default: "torch".
+            `hmar_kernels.conv2d` where maps are large, in a dtype and on GPUs of compute capability 9.0. Default:
+            "hopper" where it can run.
         products: "cublas", or "triton" or "cuda" for products of at most FEW_ROWS rows by that kernel of
             `hmar_kernels.linear`, as in the small scales of one image, with norms and residuals in it. In a dtype only.
             Default: "cublas".
@@ -198,7 +199,7 @@ class Engine:
             self.decoding = self.decoder
             decoder = decoder or ("modules" if dtype is None else "transposed")
             if decoder != "modules":
-                self.decoding = FusedDecoder(self.decoder, decoder == "transposed", convolutions or "torch")
+                self.decoding = FusedDecoder(self.decoder, decoder == "transposed", convolutions)
             elif convolutions is not None:
                 raise ValueError(f'convolutions is {convolutions!r}; the decoder "modules" has its own, leave it out.')
             self._derive()

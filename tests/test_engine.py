@@ -213,6 +213,7 @@ def test_every_decoder_gives_the_same_images(hmar, tokenizer):
 def test_the_decoder_of_a_dtype_is_fused_and_transposed(hmar, tokenizer):
     assert not isinstance(Engine(hmar, tokenizer).decoding, FusedDecoder)
     decoding = Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding
+    assert decoding.impl == "reference", "the hand-written convolutions run on Hopper GPUs only"
     assert isinstance(decoding, FusedDecoder) and isinstance(decoding.upsamples[0], TransposedUpsample)
 
 
@@ -405,6 +406,7 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
         (lambda: Engine(hmar, tokenizer, convolutions="cudnn"), "expected one of torch, hopper"),
         (lambda: Engine(hmar, tokenizer, convolutions="torch"), '"modules" has its own'),
+        (lambda: Engine(hmar, tokenizer, dtype=torch.bfloat16, convolutions="hopper"), 'convolutions="torch" would'),
         (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
         (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),
         (lambda: engine.generate(CLASSES, cfg_B=[1.0]), "1 strengths of guidance for 3 images"),
