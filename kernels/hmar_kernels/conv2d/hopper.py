@@ -44,8 +44,8 @@ ITEM_OVERHEAD = 0.15
 """Time of an item beside its products, in blocks: weights are read once an item. With anything between .05 and .4
 `select_tile` takes the faster kernel in all 36 cells of reports/data/convolutions_h100.json."""
 LEAST_FILLED = 1 / 3
-"""Of the multiprocessors, by maps that are not left to cuDNN, which divides sums, too. Measured on 132 (the same file): 128
-items take .043 ms, cuDNN .056; 64 items .025 and .023; 16 items .023 and .012."""
+"""Of the multiprocessors, by maps that are not left to cuDNN, which divides sums, too. Measured on 132 (the same file):
+128 items take .043 ms, cuDNN .056; 64 items .025 and .023; 16 items .023 and .012."""
 
 
 def num_items(tile: Tile, N: int, H: int, W: int, O: int) -> int:
