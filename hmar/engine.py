@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -66,16 +67,20 @@ from hmar.model import (
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
 from hmar_kernels import SpanMask, linear, qk_norm_attention, triton_device
-from hmar_kernels.linear import num_counters
+from hmar_kernels.linear import unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
-# Up to so many rows of all images products are those of a kernel for few rows, and up to so many short images are
-# attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each program normalises all keys again.
-FEW_ROWS = {"cublas": 0, "triton": 16, "cuda": 32}
+# Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows. Measured,
+# us a block, cuBLAS in brackets (reports/data/linear_rows_h100.json): width 1024, 9 rows 24.1 (31.5), 16 rows 26.7
+# (32.3), 32 rows 38.1 (33.7); width 1920, 9 rows 53.5 (54.4), 16 rows 55.8 (55.6).
+# NOTE: 1536 was not measured. Between the two, linear in the width, 16 rows take 2.2 us less than by cuBLAS.
+FEW_ROWS = {1536: 16, math.inf: 9}
+# Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
+# program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
 DECODERS = ("modules", "fused", "transposed")
-PRODUCTS = tuple(FEW_ROWS)
+PRODUCTS = ("cublas", "cuda")
 ATTENTIONS = ("separate", "fused")
 
 
@@ -123,9 +128,9 @@ class Engine:
         convolutions: of the decoder unless it is "modules": "torch", or "hopper" for the hand-written ones of
             `hmar_kernels.conv2d` where maps are large, in a dtype and on GPUs of compute capability 9.0. Default:
             "hopper" where it can run.
-        products: "cublas", or "triton" or "cuda" for products of at most FEW_ROWS rows by that kernel of
-            `hmar_kernels.linear`, as in the small scales of one image, with norms and residuals in it. In a dtype only.
-            Default: "cublas".
+        products: "cublas", or "cuda" for products of at most FEW_ROWS rows, as in the small scales of one image, by
+            the kernels of `hmar_kernels.linear`, with norms and residuals. In a dtype only. Default: "cuda" where the
+            extension is built and its kernels can run.
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
@@ -204,10 +209,13 @@ class Engine:
                 raise ValueError(f'convolutions is {convolutions!r}; the decoder "modules" has its own, leave it out.')
             self._derive()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
+        reason = unavailable_on(self.device, dtype or torch.float32, self.config.width)
+        if products == "cuda" and reason is not None:
+            raise ValueError(f'products="cuda" cannot run here: {reason}; products="cublas" would')
         if dtype is not None:
             has_kernels = self.device.type == "cuda" and triton_device.unavailable(self.device, dtype) is None
             self._fuse(
-                products or "cublas",
+                products or ("cublas" if reason else "cuda"),
                 attention or ("fused" if has_kernels and self.config.head_dim <= MAX_HEAD_DIM else "separate"),
                 overlap,
             )
@@ -243,10 +251,8 @@ class Engine:
         self._versions = self._current_versions()
 
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
-        shapes = {module.weight.shape for module in self.model.modules() if isinstance(module, nn.Linear)}
-        wanted = max(num_counters(FEW_ROWS["triton"], *shape) for shape in shapes)
-        counters = torch.zeros(wanted, dtype=torch.int32, device=self.device)
-        choices = Choices(products, attention, overlap, counters)
+        few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
+        choices = Choices(few_rows if products == "cuda" else 0, attention, overlap)
         for blocks in self._block_lists():
             for i, block in enumerate(blocks):
                 blocks[i] = FusedBlock(block, choices)
@@ -668,12 +674,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Choices:
-    """How blocks and heads compute, see `Engine`; counters are those of `hmar_kernels.linear`."""
+    """How blocks and heads compute, see `Engine`. few_rows: up to which products are by the kernels for few."""
 
-    products: str
+    few_rows: int
     attention: str
     overlap: bool
-    counters: Tensor
 
 
 class FusedLinear(nn.Module):
@@ -686,10 +691,8 @@ class FusedLinear(nn.Module):
 
     def takes(self, x_BLC: Tensor, vector_B1C: Tensor) -> bool:
         """Whether so many rows are few; with norms or gates of these vectors."""
-        products = self.choices.products
-        # NOTE: modulation that all blocks share is float32, which one of the kernels does not read.
-        readable = products != "cuda" or vector_B1C.dtype == self.weight.dtype
-        return x_BLC.shape[:-1].numel() <= FEW_ROWS[products] and readable
+        # NOTE: modulation that all blocks share is float32, which the kernels do not read.
+        return x_BLC.shape[:-1].numel() <= self.choices.few_rows and vector_B1C.dtype == self.weight.dtype
 
     def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and this layer of its norm."""
@@ -708,8 +711,7 @@ class FusedLinear(nn.Module):
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu)
 
     def _few(self, x_BLC: Tensor, **surroundings) -> Tensor:
-        choices = self.choices
-        options = {"impl": choices.products, "overlap": choices.overlap, "counters": choices.counters}
+        options = {"impl": "cuda", "overlap": self.choices.overlap}
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, **surroundings, **options)
 
 

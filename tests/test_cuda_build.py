@@ -110,7 +110,7 @@ def test_kernels_of_few_rows_compile_without_spills(ptxas_output):
     """Two blocks of 256 threads an SM, for the next kernel's to find room beside the running one's."""
     for arch in TARGETS["linear_rows"]:
         report = dict(kernels_of(ptxas_output["linear_rows", arch]))
-        assert len(report) == len(TYPES) * (len(linear_cuda.FEATURES) + 1)
+        assert len(report) == len(TYPES) * (len(linear_cuda.ROWS) + 1)
         for name, numbers in report.items():
             assert numbers["registers"] <= 128 and numbers["spilled"] == 0, (arch, name, numbers)
 
@@ -376,7 +376,7 @@ def test_extension_describes_itself(extension):
     assert re.fullmatch(r"(\d+[af]?(-real|-virtual)?,?)+|native|all|all-major", extension.architectures)
     assert re.fullmatch(r"\d+\.\d+", extension.cuda_version)
     assert extension.attention_forward_tiles == cuda.TILES
-    assert dict(extension.linear_rows_shapes) == linear_cuda.FEATURES
+    assert tuple(extension.linear_rows_kernels) == linear_cuda.ROWS
 
 
 @pytest.mark.parametrize(

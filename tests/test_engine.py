@@ -1,5 +1,6 @@
 """The engine on the CPU: the same images as the plain functions, fixed shapes, nothing computed twice."""
 
+import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -27,10 +28,10 @@ from hmar.engine import DECODERS, Engine
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, MaskedTransformer
 from hmar_kernels import triton_device
-from hmar_kernels.linear import triton as kernels
+from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
 
-forward, attend = kernels.forward, attention.forward
+attend = attention.forward
 
 
 @pytest.fixture(scope="module")
@@ -135,20 +136,23 @@ def test_half_precision_is_that_of_autocast(kind):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_of_few_rows_by_the_kernel_under_the_interpreter(kind, monkeypatch):
+def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatch):
     """Which rows are few: here up to 64, so that the largest scale of three images and their null class is not. Norms
-    and residuals are in the products, and nothing is left for torch to add."""
+    and residuals are in the products, and nothing is left for torch to add. The reference stands for the kernels."""
     few = []
-    monkeypatch.setitem(engine_module.FEW_ROWS, "triton", 64)
+    monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 64})
     model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
-    engine = Engine(model, tokenizer, dtype=torch.float16, products="triton", attention="fused")
 
-    def seen(x, weight, bias, scale, shift, residual, *others):
+    def seen(x, weight, bias, scale, shift, residual, gate, gelu, eps, overlap):
         few.append((x.shape[0] * x.shape[1], scale is not None, residual is not None))
-        return forward(x, weight, bias, scale, shift, residual, *others)
+        norm = None if scale is None else (scale, shift)
+        return reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
 
-    monkeypatch.setattr(kernels, "forward", seen)
+    monkeypatch.setattr(engine_module, "unavailable_on", lambda *_: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda *_, residual: None)
+    monkeypatch.setattr(cuda, "forward", seen)
+    engine = Engine(model, tokenizer, dtype=torch.float16, attention="fused")
     actual = engine.generate(CLASSES, sampling)
     assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
     assert torch.equal(actual.codes_BL[:, : PYRAMID.offsets[2]], expected.codes_BL[:, : PYRAMID.offsets[2]])
@@ -401,7 +405,8 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, dtype=torch.float64), "expected torch.bfloat16"),
         (lambda: Engine(hmar, tokenizer, capture=True), "CUDA graphs need a CUDA device"),
         (lambda: Engine(hmar, tokenizer, max_programs=0), "at least one"),
-        (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, triton"),
+        (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, cuda"),
+        (lambda: Engine(hmar, tokenizer, dtype=torch.bfloat16, products="cuda"), 'products="cublas" would'),
         (lambda: Engine(hmar, tokenizer, attention="flash"), "expected one of separate, fused"),
         (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
         (lambda: Engine(hmar, tokenizer, convolutions="cudnn"), "expected one of torch, hopper"),
