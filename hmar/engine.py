@@ -19,6 +19,7 @@ tokens of the pyramid, E code dimensions, S scales, P masked passes of an image,
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import threading
@@ -27,7 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -39,11 +43,13 @@ from hmar.generate import (
     GenerationOutput,
     KnownCodes,
     LayerKeysValues,
+    RampLike,
     SamplingConfig,
+    ScheduleLike,
     check_pair,
     checked_classes,
     draw,
-    image_seeds,
+    image_keys,
     least_confident,
     least_confident_first,
     masked_passes,
@@ -64,6 +70,7 @@ from hmar.model import (
     Residual,
     SharedModulation,
 )
+from hmar.pyramid import Pyramid
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
 from hmar_kernels import SpanMask, linear, qk_norm_attention, triton_device
@@ -84,8 +91,7 @@ PRODUCTS = ("cublas", "cuda")
 ATTENTIONS = ("separate", "fused")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the steps of an image depend on beside the weights: one `Program` each.
 
     guided_S: whether the null class takes part in the next-scale pass of each scale. masked_guided: in masked passes.
@@ -108,6 +114,48 @@ class Settings:
         return SamplingConfig(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, greedy=self.greedy, schedule=self.schedule
         )
+
+
+class Resolved(NamedTuple):
+    """Settings, and what multiplies an image's strength of guidance at each scale, and in masked passes [S + 1]."""
+
+    settings: Settings
+    factors: np.ndarray
+
+
+def resolve(
+    pyramid: Pyramid,
+    batch: int,
+    guided: bool,
+    edited: bool,
+    cached: bool,
+    schedule: ScheduleLike,
+    cfg_ramp: RampLike,
+    masked_cfg_factor: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+) -> Resolved:
+    """guided: whether the strength of any image is positive. cached: see `Engine.is_cached`. Others: SamplingConfig."""
+    ramp_S = resolve_ramp(pyramid, cfg_ramp)
+    guided_S = tuple(guided and factor > 0 for factor in ramp_S)
+    settings = Settings(
+        batch=batch,
+        schedule=resolve_schedule(pyramid, schedule),
+        guided_S=(any(guided_S),) * len(ramp_S) if cached else guided_S,
+        masked_guided=guided and masked_cfg_factor > 0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        edited=edited,
+    )
+    return Resolved(settings, np.array((*ramp_S, masked_cfg_factor)))
+
+
+resolve_named = functools.lru_cache(maxsize=256)(resolve)
+"""Of schedules and ramps with a name: others can be lists, and may change."""
 
 
 class Engine:
@@ -208,6 +256,8 @@ class Engine:
             elif convolutions is not None:
                 raise ValueError(f'convolutions is {convolutions!r}; the decoder "modules" has its own, leave it out.')
             self._derive()
+        self._watched = self._sources_of_copies()
+        self._versions = self._current_versions()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
         reason = unavailable_on(self.device, dtype or torch.float32, self.config.width)
         if products == "cuda" and reason is not None:
@@ -247,8 +297,6 @@ class Engine:
         layout = {} if decoder_dtype is None else {"memory_format": torch.channels_last}
         self.post_quant_conv = placed(tokenizer.post_quant_conv, lambda p: decoder_dtype, **layout)
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
-        self._versioned = [source for source, _ in self._pairs if not source.is_inference()]
-        self._versions = self._current_versions()
 
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
         few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
@@ -303,8 +351,26 @@ class Engine:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
+    def _sources_of_copies(self) -> list[nn.Parameter]:
+        """Weights whose changes make a `refresh` necessary; those of all others are seen where they are."""
+        derived_from = {id(parameter) for parameter in self.quantizer.parameters()}
+        derived_from |= {id(attention.log_scale_H) for attention in self._attentions()}
+        if isinstance(self.decoding, FusedDecoder):
+            derived_from |= {id(parameter) for parameter in self.decoding.upsamples.parameters()}
+        return [
+            source
+            for source, copied in self._pairs
+            if (source.data_ptr() != copied.data_ptr() or id(copied) in derived_from) and not source.is_inference()
+        ]
+
     def _current_versions(self) -> int:
-        return sum(source._version for source in self._versioned)
+        return sum(map(attrgetter("_version"), self._watched))
+
+    def _refresh_if_changed(self) -> bool:
+        changed = self._versions != self._current_versions()
+        if changed:
+            self.refresh()
+        return changed
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -341,32 +407,43 @@ class Engine:
         class_B = checked_classes(self.config, class_B, "cpu")
         batch = len(class_B)
         if keys_B is None:
-            keys_B = image_seeds(sampling, batch, first_image, seeds_B)
+            keys = image_keys(sampling, batch, first_image, seeds_B)
         elif keys_B.shape != (batch,) or keys_B.dtype != torch.int64:
             raise ValueError(f"keys_B is {keys_B.dtype} {list(keys_B.shape)}; expected int64 [{batch}], one an image.")
+        else:
+            keys = keys_B.tolist()
         cfg_B = [sampling.cfg] * batch if cfg_B is None else [replace(sampling, cfg=cfg).cfg for cfg in cfg_B]
         if len(cfg_B) != batch:
             raise ValueError(f"There are {len(cfg_B)} strengths of guidance for {batch} images; give one for each.")
-        ramp_S = resolve_ramp(self.pyramid, sampling.cfg_ramp)
-        strengths_SB = [[cfg * factor for cfg in cfg_B] for factor in (*ramp_S, sampling.masked_cfg_factor)]
-        *guided_S, masked_guided = (any(row) for row in strengths_SB)
-        settings = Settings(
-            batch=batch,
-            schedule=resolve_schedule(self.pyramid, sampling.schedule if self.is_hmar else "none"),
-            guided_S=(any(guided_S),) * len(ramp_S) if self.is_cached else tuple(guided_S),
-            masked_guided=masked_guided,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            greedy=sampling.greedy,
-            edited=known is not None,
+        schedule = sampling.schedule if self.is_hmar else "none"
+        named = isinstance(schedule, str | None) and isinstance(sampling.cfg_ramp, str)
+        settings, factors = (resolve_named if named else resolve)(
+            self.pyramid,
+            batch,
+            max(cfg_B) > 0,
+            known is not None,
+            self.is_cached,
+            schedule,
+            sampling.cfg_ramp,
+            sampling.masked_cfg_factor,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.greedy,
         )
-        with self._lock, self._surroundings():
-            if self._versions != self._current_versions():
-                self.refresh()
+        with self._lock:
+            # NOTE: looking at all weights takes the host as long as everything else before the first graph, so where
+            # the device can work meanwhile, it begins; what old weights gave is dropped.
+            begins = self.captures and on_scale is None
+            if not begins:
+                self._refresh_if_changed()
             program = self._program(settings)
-            program.load(class_B, keys_B, torch.tensor(strengths_SB), known)
-            return program.run(on_scale)
+            program.load(class_B, keys, np.outer(factors, cfg_B), known)
+            output = program.run(on_scale)
+            if begins and self._refresh_if_changed():
+                output = program.run(on_scale)
+            program.wait()
+            return output
 
     @torch.no_grad()
     def decode(self, f_hat_BEhw: Tensor) -> Tensor:
@@ -427,9 +504,10 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _program(self, settings: Settings) -> Program:
-        if settings in self.programs:
+        program = self.programs.get(settings)
+        if program is not None:
             self.programs.move_to_end(settings)
-            return self.programs[settings]
+            return program
         while len(self.programs) >= self.max_programs:
             self.programs.popitem(last=False)
         program = self._capture(settings)
@@ -442,10 +520,11 @@ class Engine:
         return program
 
     def _capture(self, settings: Settings) -> Program:
-        program = Program(self, settings)
-        if self.captures:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._pool_bytes += program.capture(self._pool)
+        with self._surroundings():
+            program = Program(self, settings)
+            if self.captures:
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                self._pool_bytes += program.capture(self._pool)
         return program
 
 
@@ -484,9 +563,17 @@ class Program:
         first = 0 if settings.edited else 1
         scales = range(1, pyramid.num_scales) if engine.is_hmar else ()
         self.rows = [(k, i) for k in scales for i in range(first, len(settings.schedule[k]))]
-        self.class_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.keys_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.strengths_SB = torch.zeros(pyramid.num_scales + 1, batch, device=device)
+        # Classes, keys and strengths of guidance in one piece of memory, which one copy fills, at multiples of 16 bytes
+        room, rows = batch + batch % 2, pyramid.num_scales + 1
+        self.arguments = torch.zeros(2 * room + (rows * batch + 1) // 2, dtype=torch.int64, device=device)
+        self.given = torch.zeros_like(self.arguments, device="cpu")
+        parts = [
+            (part[:batch], part[room : room + batch], part[2 * room :].view(torch.float32)[: rows * batch])
+            for part in (self.arguments, self.given)
+        ]
+        self.class_B, self.keys_B, strengths = parts[0]
+        self.strengths_SB = strengths.view(rows, batch)
+        self.given_parts = [part.numpy() for part in parts[1]]
         self.positions_L = torch.arange(pyramid.length, device=device)
         self.f_hat_BEhw = engine.scale_maps.empty_f_hat(batch)
         self.codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
@@ -516,12 +603,12 @@ class Program:
         segments[-1].steps.append(self._decode)
         return [segment for segment in segments if segment.steps]
 
-    def load(self, class_B: Tensor, keys_B: Tensor, strengths_SB: Tensor, known: KnownCodes | None) -> None:
+    def load(self, class_B: Tensor, keys: list[int], strengths_SB: np.ndarray, known: KnownCodes | None) -> None:
         """Fill the buffers."""
+        for part, values in zip(self.given_parts, (class_B.numpy(), keys, strengths_SB.ravel()), strict=True):
+            part[:] = values
         # NOTE: of ordinary memory, CUDA has taken what it copies when the call returns; only waiting is left out.
-        self.class_B.copy_(class_B, non_blocking=True)
-        self.keys_B.copy_(keys_B, non_blocking=True)
-        self.strengths_SB.copy_(strengths_SB, non_blocking=True)
+        self.arguments.copy_(self.given, non_blocking=True)
         if known is None:
             return
         batch, pyramid = self.settings.batch, self.engine.pyramid
@@ -539,16 +626,22 @@ class Program:
             self.num_hidden_PB.copy_(num_hidden_PB)
 
     def run(self, on_scale: Callable[[int, Tensor], None] | None) -> GenerationOutput:
-        """All steps, and copies of what they gave. Waits for the device at the end, and wherever on_scale does."""
-        for segment in self.segments:
-            if segment.row is not None and not self.runs_P[segment.row]:
-                continue
-            segment.run()
-            if on_scale is not None and segment.scale is not None:
-                on_scale(segment.scale, self._f_hat())
-        output = GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self._f_hat())
-        refuse_nonfinite(range(len(self.bad_SB)), self.bad_SB.cpu())
-        return output
+        """All steps, and copies of what they gave. Waits for the device only where on_scale does."""
+        # NOTE: graphs have their surroundings in them, and entering those takes the host longer than queueing a graph.
+        with nullcontext() if self.engine.captures else self.engine._surroundings():
+            for segment in self.segments:
+                if segment.row is not None and not self.runs_P[segment.row]:
+                    continue
+                segment.run()
+                if on_scale is not None and segment.scale is not None:
+                    on_scale(segment.scale, self._f_hat())
+        return GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self._f_hat())
+
+    def wait(self) -> None:
+        """Until the device has come to the end; ValueError for logits that were not finite."""
+        bad_SB = self.bad_SB.cpu()
+        if bad_SB.any():
+            refuse_nonfinite(range(len(bad_SB)), bad_SB)
 
     def _f_hat(self) -> Tensor:
         return self.f_hat_BEhw.clone(memory_format=torch.contiguous_format)

@@ -24,9 +24,10 @@ from engine_cases import (
 from hmar import engine as engine_module
 from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
-from hmar.engine import DECODERS, Engine
+from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
 from hmar.generate import SamplingConfig, even_schedule
-from hmar.model import HMAR, MaskedTransformer
+from hmar.model import HMAR, Attention, MaskedTransformer
+from hmar.tokenizer import Upsample
 from hmar_kernels import triton_device
 from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
@@ -344,6 +345,65 @@ def test_weights_that_change_are_noticed(dtype, decoder):
     model.embedding.position_LC.data.zero_()
     engine.refresh()
     assert not torch.equal(engine.generate(CLASSES, sampling).f_hat_BEhw, after.f_hat_BEhw)
+
+
+def test_weights_are_looked_at_while_the_device_works(monkeypatch):
+    """Of programs that are captured: here their steps stand for the graphs."""
+    model, tokenizer = build("hmar").double(), build_tokenizer().double()
+    engine, sampling = Engine(model, tokenizer), SamplingConfig(cfg=1.0, top_k=5)
+    before = engine.generate(CLASSES, sampling)
+    order = []
+    run, versions = Program.run, Engine._current_versions
+    monkeypatch.setattr(Program, "run", lambda *arguments: order.append("run") or run(*arguments))
+    monkeypatch.setattr(Engine, "_current_versions", lambda engine: order.append("look") or versions(engine))
+    engine.captures = True
+    assert_same(engine.generate(CLASSES, sampling), before)
+    assert order == ["run", "look"]
+    tokenizer.load_state_dict(build_tokenizer(seed=9).state_dict())
+    order.clear()
+    after = engine.generate(CLASSES, sampling)
+    assert order == ["run", "look", "look", "run"], "refresh remembers what it has seen"
+    assert_same(after, plain(model, tokenizer, CLASSES, sampling))
+    order.clear()
+    tokenizer.quantizer.codebook.weight.detach().mul_(1.1)
+    assert_same(
+        engine.generate(CLASSES, sampling, on_scale=lambda k, f_hat: None), plain(model, tokenizer, CLASSES, sampling)
+    )
+    assert order == ["look", "look", "run"], "nothing of old weights is shown"
+
+
+def test_weights_in_place_are_not_looked_at():
+    """They are read where they are; but what something is derived from, and what is copied, is."""
+    model, tokenizer = build("hmar").double(), build_tokenizer().double()
+    engine = Engine(model, tokenizer)
+    quantizer = {id(parameter) for parameter in tokenizer.quantizer.parameters()}
+    scales = {id(module.log_scale_H) for module in model.modules() if isinstance(module, Attention)}
+    assert {id(source) for source in engine._watched} == quantizer | scales
+    sampling = SamplingConfig(cfg=1.0, greedy=True)
+    before = engine.generate(CLASSES, sampling)
+    for parameter in (*model.parameters(), *tokenizer.decoder.parameters()):
+        if id(parameter) not in scales:
+            parameter.detach().mul_(0.9)
+    after = engine.generate(CLASSES, sampling)
+    assert not torch.equal(after.images_BCHW, before.images_BCHW)
+    assert_same(after, plain(model, tokenizer, CLASSES, sampling))
+    transposed = Engine(model, tokenizer, decoder="transposed")
+    upsamples = {id(m.conv.weight) for m in tokenizer.decoder.modules() if isinstance(m, Upsample)}
+    assert upsamples < {id(source) for source in transposed._watched}
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    assert linears < {id(source) for source in Engine(model, tokenizer, dtype=torch.bfloat16)._watched}
+
+
+def test_settings_are_resolved_once():
+    """And as often as it takes where they have no names."""
+    arguments = (PYRAMID, 2, True, False, False)
+    sampling = (1e-6, 1.0, 10, 0.5, False)
+    first = resolve_named(*arguments, "even-2", "linear", *sampling)
+    assert resolve_named(*arguments, "even-2", "linear", *sampling) is first
+    schedule = [list(passes) for passes in even_schedule(PYRAMID, 2)]
+    again = resolve(*arguments, schedule, [0, 1 / 3, 2 / 3, 1], *sampling)
+    assert again.settings == first.settings and again.settings.guided_S == (False, True, True, True)
+    assert first.factors.tolist() == again.factors.tolist() == [0, 1 / 3, 2 / 3, 1, 1e-6]
 
 
 def test_weights_in_place_are_not_copied():
