@@ -301,6 +301,10 @@ class Engine:
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
         few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
         choices = Choices(few_rows if products == "cuda" else 0, attention, overlap)
+        for remembered in self._remembered:
+            layer = getattr(remembered.modulation, "linear", remembered.modulation)
+            if isinstance(layer, nn.Linear) and remembered is not self.model.shared_modulation:
+                remembered.modulation = FusedModulation(layer, choices)
         for blocks in self._block_lists():
             for i, block in enumerate(blocks):
                 blocks[i] = FusedBlock(block, choices)
@@ -679,14 +683,17 @@ class Program:
         model = engine.model
         guided = any(settings.guided_S) or (settings.masked_guided and bool(self.rows))
         self.class_R, _ = with_null(guided, self.class_B, engine.config)
+        model.embedding.classes.remember(self.class_R)
         cond_RC = model.embedding.classes(self.class_R)
         if isinstance(model.shared_modulation, Remembered):
             model.shared_modulation.remember(cond_RC)
         shared = model.shared_modulation(cond_RC)
+        activated_RC = F.silu(cond_RC).to(engine.dtype or cond_RC.dtype)
         for block in engine._blocks():
-            block.modulation.remember(shared)
+            fused = isinstance(block.modulation.modulation, FusedModulation)
+            block.modulation.remember(activated_RC if fused else shared)
         for head in engine._heads():
-            head.modulation.remember(F.silu(cond_RC))
+            head.modulation.remember(activated_RC)
         self.f_hat_BEhw.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
 
@@ -801,11 +808,24 @@ class FusedLinear(nn.Module):
         return Residual(x_BLC, self(h_BLC), gate_B1C)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
+        if x_BLC.shape[:-1].numel() <= self.choices.few_rows:
+            return self._few(x_BLC)
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu)
 
     def _few(self, x_BLC: Tensor, **surroundings) -> Tensor:
         options = {"impl": "cuda", "overlap": self.choices.overlap}
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, **surroundings, **options)
+
+
+class FusedModulation(nn.Module):
+    """The vectors [R, 1, C] of a block or a head, from the class embedding after SiLU [R, C], in the weight's dtype."""
+
+    def __init__(self, layer: nn.Linear, choices: Choices):
+        super().__init__()
+        self.linear = FusedLinear(layer, choices)
+
+    def forward(self, activated_RC: Tensor) -> Sequence[Tensor]:
+        return self.linear(activated_RC)[:, None].split(activated_RC.shape[1], dim=-1)
 
 
 class FusedBlock(nn.Module):
@@ -879,11 +899,11 @@ class FusedHead(nn.Module):
         self.modulation, self.linear = head.modulation, FusedLinear(head.linear, choices)
 
     def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
-        return self.linear.normed(stream, *self.modulation(F.silu(cond_BC))[:, None].chunk(2, dim=-1))[1]
+        return self.linear.normed(stream, *self.modulation(cond_BC))[1]
 
 
 class Remembered(nn.Module):
-    """A modulation whose vectors are computed once an image, for all rows, and read by every pass."""
+    """A modulation, or the class embedding, which is computed once an image, for all rows, and read by every pass."""
 
     def __init__(self, modulation: nn.Module):
         super().__init__()
@@ -902,10 +922,11 @@ class Remembered(nn.Module):
 
 
 def remembering(model: nn.Module) -> nn.Module:
-    """The model with every modulation remembered: those of blocks and heads, and what blocks share."""
+    """The model with the class embedding and every modulation remembered: of blocks, heads, and what blocks share."""
     for module in list(model.modules()):
         if isinstance(getattr(module, "modulation", None), nn.Module):
             module.modulation = Remembered(module.modulation)
+    model.embedding.classes = Remembered(model.embedding.classes)
     if isinstance(model.shared_modulation, SharedModulation):
         model.shared_modulation = Remembered(model.shared_modulation)
     return model

@@ -157,11 +157,14 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatc
     actual = engine.generate(CLASSES, sampling)
     assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
     assert torch.equal(actual.codes_BL[:, : PYRAMID.offsets[2]], expected.codes_BL[:, : PYRAMID.offsets[2]])
-    rows = Counter(rows for rows, _, _ in few)
+    kinds = Counter((norm, residual) for _, norm, residual in few)
+    modulations = kinds.pop((False, False))
+    assert modulations >= CONFIG.depth + (kind == "hmar") + len(engine._heads()), "those of blocks and heads"
+    assert few[0] == (6, False, False), "before all passes"
+    rows = Counter(rows for rows, *others in few if any(others))
     passes = {2 * 3 if kind == "var" else 3: 1, 2 * 3 * 4: 1, 2 * 3 * 9: 1}
     passes |= {3 * 4: 1, 3 * 9: 3} if kind == "hmar" else {}
     assert passes.keys() <= rows.keys() and max(rows) <= 64 and 2 * 3 * 25 not in rows
-    kinds = Counter((norm, residual) for _, norm, residual in few)
     assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * sum(passes.values())
 
 
@@ -234,6 +237,16 @@ def test_cudnn_chooses_by_trying_only_while_the_engine_runs(hmar, tokenizer, mon
             assert torch.backends.cudnn.benchmark is outside
 
 
+def test_shared_modulation_in_half_precision():
+    """Which blocks read in float32, and heads do not."""
+    model, tokenizer = build("var", replace(CONFIG, shared_modulation=True)), build_tokenizer()
+    sampling = SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(model, tokenizer, CLASSES, sampling)
+    actual = Engine(model, tokenizer, dtype=torch.bfloat16).generate(CLASSES, sampling)
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
+
+
 def test_shared_modulation(tokenizer):
     """The layout of VAR d36: one linear for all blocks, and a table in each."""
     model = build("var", replace(CONFIG, shared_modulation=True)).double()
@@ -292,8 +305,8 @@ def test_modulation_is_computed_once_an_image(hmar, tokenizer):
     engine = Engine(hmar, tokenizer)
     seen = shapes_of_inputs(remembered.modulation for remembered in engine._remembered)
     engine.generate(CLASSES, SAMPLINGS["one-token"])
-    assert len(seen) == CONFIG.depth + 1 + 2, "every block, those of the two branches, and two heads"
-    assert set(seen) == {(6, CONFIG.width)}
+    assert len(seen) == 1 + CONFIG.depth + 1 + 2, "the classes, every block, those of the two branches, and two heads"
+    assert Counter(seen) == {(6,): 1, (6, CONFIG.width): len(seen) - 1}
 
 
 def test_masked_passes_skip_the_null_class_and_finished_codes(hmar, tokenizer):
