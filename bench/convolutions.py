@@ -3,9 +3,9 @@
 Each distinct 3x3 convolution of the published decoder, and each upsampling as a transposed convolution, in bfloat16,
 channels-last: torch's (cuDNN with its benchmark on) beside every kernel of `hmar_kernels.conv2d`. Rows of the output
 at the top, in the middle and at the bottom of the first and the last image are held against float64, then a call is
-timed by the method of `timing.py`. At the end, by implementation, the time of all convolutions of a decoding; "hopper"
-is what `hmar_kernels.conv2d` takes by itself, "with-norm" the same with statistics for the norm behind it. Results are
-one JSON file of kind "convolutions".
+timed by the method of `timing.py`. At the end, by implementation, the time of all convolutions of a decoding. "auto" is
+what `hmar_kernels.conv2d` takes by itself, "hopper" the kernel that it counts to be faster, "with-norm" the same with
+statistics for the norm behind it, "hopper-2" the kernel of two blocks. Results are one JSON file, kind "convolutions".
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from hmar.config import PRESETS, TokenizerConfig
 from hmar.tokenizer import Decoder, Upsample
 from hmar_kernels import conv2d, conv_transpose2d
 from hmar_kernels.conv2d import hopper, packed_taps, reference
-from hmar_kernels.conv2d.hopper_launch import BOXES
 
 from .check import CheckFailed
 from .environment import environment
@@ -109,12 +108,12 @@ def implementations(of: Convolution, device: torch.device) -> dict[str, Callable
     operator = conv_transpose2d if of.doubled else conv2d
     found = {"torch": lambda x, weight: operator(x, weight, impl="reference")}
     if device.type == "cuda":
-        found["hopper"] = lambda x, weight: operator(x, weight, impl="hopper")
+        for impl in ("auto", "hopper"):
+            found[impl] = lambda x, weight, impl=impl: operator(x, weight, impl=impl)
         found["with-norm"] = lambda x, weight: hopper.with_statistics(x, weight, doubled=of.doubled)[0]
         for tile in hopper.TILES:
             if tile.doubled == of.doubled:
-                name = f"{BOXES[tile.boxes][1:].lower()}-{tile.blocks}"
-                found[name] = lambda x, weight, tile=tile: hopper.forward(x, weight, None, tile)[0]
+                found[f"hopper-{tile.blocks}"] = lambda x, weight, tile=tile: hopper.forward(x, weight, None, tile)[0]
     return found
 
 
@@ -160,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_device(parser)
     parser.add_argument("--resolutions", type=integers, metavar="N,N", help="pixels; default: all of CELLS")
     parser.add_argument("--images", type=integers, metavar="N,N", help="images at once, for every resolution")
-    parser.add_argument("--impl", type=names, help="default: torch, hopper, with-norm, and every kernel by name")
+    parser.add_argument("--impl", type=names, help="default: torch, auto, hopper, with-norm, and every kernel by name")
     parser.add_argument("--seconds", type=float, default=0.2, help="time to spend on one measurement (default 0.2)")
     add_record(parser)
     options = parser.parse_args(arguments)

@@ -89,7 +89,7 @@ void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uin
 
 void linear_rows(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t gate, uintptr_t y,
                  int64_t gate_stride, int num_rows, int num_inputs, int num_outputs, int image_rows, bool float_residual,
-                 bool gelu, const std::array<int, 2>& shape, bool bfloat16, bool overlap, int device, uintptr_t stream) {
+                 bool gelu, int kernel_rows, bool bfloat16, bool overlap, int device, uintptr_t stream) {
   const hmar::LinearRowsParams params{
       pointer<const void>(x),    pointer<const void>(weight), pointer<const void>(bias), pointer<const void>(residual),
       pointer<const void>(gate), pointer<void>(y),            gate_stride,               num_rows,
@@ -97,7 +97,7 @@ void linear_rows(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residu
       gelu,
   };
   const DeviceGuard guard(device);
-  DeviceGuard::check(hmar::launch_linear_rows(params, type_of(bfloat16), {shape[0], shape[1]}, overlap,
+  DeviceGuard::check(hmar::launch_linear_rows(params, type_of(bfloat16), kernel_rows, overlap,
                                               reinterpret_cast<cudaStream_t>(stream)),
                      "linear_rows");
 }
@@ -210,11 +210,11 @@ void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t w
                      "hopper_conv");
 }
 
-// (doubled, boxes, blocks, stages, map stages) of each kernel.
+// (doubled, blocks, stages, map stages) of each kernel.
 py::list hopper_conv_tiles() {
   py::list rows;
   for (const auto& kernel : hmar::hopper_conv_kernels()) {
-    rows.append(py::make_tuple(kernel.doubled, int(kernel.boxes), kernel.blocks, kernel.stages, kernel.map_stages));
+    rows.append(py::make_tuple(kernel.doubled, kernel.blocks, kernel.stages, kernel.map_stages));
   }
   return rows;
 }
@@ -280,13 +280,11 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("batch_size"), py::arg("num_heads"), py::arg("num_queries"), py::arg("num_tiles"),
              py::arg("head_dim"), py::arg("tile_rows"), py::arg("bfloat16"), py::arg("scale"), py::arg("device"),
              py::arg("stream"), "Puts the forward kernel on a stream; raises RuntimeError when the launch fails.");
-  py::list shapes;
-  for (const auto& shape : hmar::linear_rows_shapes()) shapes.append(py::make_tuple(shape.rows, shape.features));
-  module.attr("linear_rows_shapes") = shapes;
+  module.attr("linear_rows_kernels") = py::cast(hmar::linear_rows_kernels());
   module.def("linear_rows", &linear_rows, py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("residual"), py::arg("gate"), py::arg("y"), py::arg("gate_stride"), py::arg("num_rows"),
              py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_residual"),
-             py::arg("gelu"), py::arg("shape"), py::arg("bfloat16"), py::arg("overlap"), py::arg("device"),
+             py::arg("gelu"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("overlap"), py::arg("device"),
              py::arg("stream"), "Puts a linear layer of few rows on a stream.");
   module.def("norm_rows", &norm_rows, py::kw_only(), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("h"),
              py::arg("scale_stride"), py::arg("shift_stride"), py::arg("num_rows"), py::arg("num_inputs"),

@@ -17,28 +17,26 @@ struct Instance {
   int num_threads;
 };
 
-template <Resolution kResolution, Boxes kBoxes, int kBlocks, int kStages, int kMapStages>
+template <Resolution kResolution, int kBlocks, int kStages, int kMapStages>
 constexpr Instance instance() {
-  using Half = HopperConvTile<DType::kFloat16, kResolution, kBoxes, kBlocks, kStages, kMapStages>;
-  using Brain = HopperConvTile<DType::kBFloat16, kResolution, kBoxes, kBlocks, kStages, kMapStages>;
-  return {{kResolution == Resolution::kDoubled, kBoxes, kBlocks, kStages, kMapStages, sizeof(typename Half::Shared)},
+  using Half = HopperConvTile<DType::kFloat16, kResolution, kBlocks, kStages, kMapStages>;
+  using Brain = HopperConvTile<DType::kBFloat16, kResolution, kBlocks, kStages, kMapStages>;
+  return {{kResolution == Resolution::kDoubled, kBlocks, kStages, kMapStages, sizeof(typename Half::Shared)},
           hopper_conv_kernel<Half>, hopper_conv_kernel<Brain>, Half::kNumThreads};
 }
 
 // What conv2d/hopper.py's table names.
 constexpr auto kSame = Resolution::kSame, kDoubled = Resolution::kDoubled;
 const Instance KERNELS[] = {
-    instance<kSame, Boxes::kTaps, 2, 7, 7>(),      instance<kSame, Boxes::kTaps, 1, 10, 10>(),
-    instance<kSame, Boxes::kPlanes, 2, 12, 3>(),   instance<kSame, Boxes::kPlanes, 1, 14, 3>(),
-    instance<kSame, Boxes::kRows, 2, 12, 3>(),     instance<kSame, Boxes::kRows, 1, 14, 3>(),
-    instance<kDoubled, Boxes::kTaps, 2, 7, 7>(),   instance<kDoubled, Boxes::kTaps, 1, 10, 10>(),
-    instance<kDoubled, Boxes::kPlanes, 2, 10, 4>(), instance<kDoubled, Boxes::kPlanes, 1, 12, 4>(),
-    instance<kDoubled, Boxes::kRows, 2, 10, 4>(),  instance<kDoubled, Boxes::kRows, 1, 12, 4>(),
+    instance<kSame, 2, 12, 3>(),
+    instance<kSame, 1, 14, 3>(),
+    instance<kDoubled, 2, 10, 4>(),
+    instance<kDoubled, 1, 12, 4>(),
 };
 
 cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {
   return encode_tensor_map(map, dtype, geometry.rank, data, geometry.sizes, geometry.strides, geometry.box,
-                           geometry.swizzled ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_NONE);
+                           CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 //
 // An item is a patch of 16 columns and 8 kBlocks rows of the map, 160 output channels and, of kDoubled, one parity (p, q). Each
 // of two warpgroups owns 8 columns, a block of 8 rows of them to an accumulator of 64 rows. One step is a tap and 32 input
-// channels. Weights come step by step, the map as one of Boxes. What lies outside of it reads as zero, which is the padding.
-// Sums are float32. The second warpgroup begins some steps late and stays behind, so that one multiplies while the other
+// channels. Weights come step by step; the map comes once for all taps, the patch with its neighbours, and a tap is another
+// place to begin in it. What lies outside of the map reads as zero, which is the padding. Sums are float32. The second warpgroup begins some steps late and stays behind, so that one multiplies while the other
 // stores. On request each gives the mean and the deviation of what it stores, for a norm.
 #pragma once
 
@@ -19,12 +19,10 @@ constexpr int kChunkBytes = 16;
 
 enum class Resolution { kSame, kDoubled };
 
-template <DType kType_, Resolution kResolution_, Boxes kBoxes_, int kBlocks_, int kStages_, int kMapStages_>
+template <DType kType_, Resolution kResolution_, int kBlocks_, int kStages_, int kMapStages_>
 struct HopperConvTile {
   static constexpr DType kType = kType_;
   static constexpr Resolution kResolution = kResolution_;
-  static constexpr Boxes kBoxes = kBoxes_;
-  static constexpr bool kWhole = kBoxes != Boxes::kTaps;  // a tap is another beginning
   static constexpr int kBlocks = kBlocks_, kStages = kStages_, kMapStages = kMapStages_;
 
   static constexpr int kGroups = 2;
@@ -37,13 +35,11 @@ struct HopperConvTile {
   static constexpr int kPatchRows = kBlockSide * kBlocks;
   // Steps that the second warpgroup is behind: what is left of the ring covers the latency of memory.
   static constexpr int kLead = kBlocks > 1 ? kStages - 4 : kStages / 2;
-  static_assert(kLead > 0 && kLead <= (kMapStages - 1) * (kWhole ? kSide * kSide : 1));
+  static_assert(kLead > 0 && kLead <= (kMapStages - 1) * kSide * kSide);
 
-  static constexpr int kMapRows = kWhole ? kPatchRows + 2 : kPatchRows;  // of a box
-  static constexpr int kMapColumns = kWhole ? kPatchColumns + 2 : kPatchColumns;
-  static constexpr int kPlaneBytes = kMapRows * kMapColumns * kChunkBytes;
-  static constexpr int kPositionBytes = kBoxes == Boxes::kPlanes ? kChunkBytes : kConvChannels * 2;
-  static constexpr int kMapBytes = kMapRows * kMapColumns * kConvChannels * 2;
+  static constexpr int kMapRows = kPatchRows + 2, kMapColumns = kPatchColumns + 2;  // of a box
+  static constexpr int kPositionBytes = kConvChannels * 2;
+  static constexpr int kMapBytes = kMapRows * kMapColumns * kPositionBytes;
   static constexpr int kMapStageBytes = (kMapBytes + 1023) / 1024 * 1024;
   static constexpr int kWeightBytes = kConvColumns * kConvChannels * 2;
   // Of an output position in shared memory: a chunk more than it has, so that eight positions lie in different banks.
@@ -93,28 +89,13 @@ __device__ __forceinline__ void fetch_conv(const HopperConvParams& params, typen
     const ConvItem<Tile> item(params, index);
     for (int chunk = 0; chunk < params.num_chunks; ++chunk) {
       const int channel = chunk * kConvChannels;
-      if constexpr (Tile::kWhole) {
-        barrier_wait(shared.map_empty[maps.stage], maps.parity ^ 1);
-        barrier_arrive_expecting(shared.map_full[maps.stage], Tile::kMapBytes);
-        if constexpr (Tile::kBoxes == Boxes::kPlanes) {
-          tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], 0, item.column - 1, item.row - 1,
-                   channel * 2 / kChunkBytes, item.image);
-        } else {
-          tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], channel, item.column - 1,
-                   item.row - 1, item.image);
-        }
-        maps.advance();
-      }
+      barrier_wait(shared.map_empty[maps.stage], maps.parity ^ 1);
+      barrier_arrive_expecting(shared.map_full[maps.stage], Tile::kMapBytes);
+      tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], channel, item.column - 1, item.row - 1,
+               item.image);
+      maps.advance();
 #pragma unroll 1  // of few registers
       for (int tap = 0; tap < Tile::kSide * Tile::kSide; ++tap) {
-        if constexpr (!Tile::kWhole) {
-          barrier_wait(shared.map_empty[maps.stage], maps.parity ^ 1);
-          barrier_arrive_expecting(shared.map_full[maps.stage], Tile::kMapBytes);
-          tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], channel,
-                   item.column + item.parity_column + tap % Tile::kSide - 1,
-                   item.row + item.parity_row + tap / Tile::kSide - 1, item.image);
-          maps.advance();
-        }
         barrier_wait(shared.weight_empty[ring.stage], ring.parity ^ 1);
         barrier_arrive_expecting(shared.weight_full[ring.stage], Tile::kWeightBytes);
         tma_load(shared.weight[ring.stage], params.weight, shared.weight_full[ring.stage], channel,
@@ -126,37 +107,12 @@ __device__ __forceinline__ void fetch_conv(const HopperConvParams& params, typen
 }
 
 // Descriptor of rows of 64 bytes as the copy engine's 64-byte swizzle leaves them, `K-major`: chunk c of row r at
-// c ^ (r / 2 % 4), groups of eight rows group_bytes apart.
+// c ^ (r / 2 % 4), groups of eight rows group_bytes apart. Chunks are exchanged by bits of their addresses, so that rows may
+// begin anywhere.
 __device__ __forceinline__ uint64_t half_row_descriptor(const uint8_t* rows, int group_bytes) {
   const uint64_t address = (shared_address(rows) & 0x3ffff) >> 4;
   return address | uint64_t{1} << 16 | uint64_t(group_bytes >> 4) << 32 | uint64_t{2} << 62;
 }
-
-// Descriptor of rows that are not swizzled, `K-major`: 16-byte chunks of eight rows one after the other, the next eight rows
-// group_bytes further, the next chunk of the same rows chunk_bytes further.
-__device__ __forceinline__ uint64_t plain_row_descriptor(const uint8_t* rows, int group_bytes, int chunk_bytes) {
-  const uint64_t address = (shared_address(rows) & 0x3ffff) >> 4;
-  return address | uint64_t(chunk_bytes >> 4) << 16 | uint64_t(group_bytes >> 4) << 32;
-}
-
-// Descriptor of the first block of a warpgroup at a tap, and how far the next block and the next 16 channels are.
-template <class Tile>
-struct MapRows {
-  static constexpr int kRowBytes = Tile::kMapColumns * Tile::kPositionBytes;
-  static constexpr int kBlockBytes = kBlockSide * kRowBytes;
-  static constexpr int kStepBytes = Tile::kBoxes == Boxes::kPlanes ? 2 * Tile::kPlaneBytes : 32;
-
-  static __device__ __forceinline__ uint64_t descriptor(const uint8_t* map, int group, int row, int column) {
-    const int position = group * kBlockSide + (Tile::kWhole ? row * Tile::kMapColumns + column : 0);
-    const uint8_t* rows = map + position * Tile::kPositionBytes;
-    if constexpr (Tile::kBoxes == Boxes::kPlanes) {
-      return plain_row_descriptor(rows, kRowBytes, Tile::kPlaneBytes);
-    } else {
-      // NOTE: chunks are exchanged by bits of their addresses, so that rows may begin anywhere.
-      return half_row_descriptor(rows, kRowBytes);
-    }
-  }
-};
 
 // Rounds one block of a warpgroup and writes those of its positions and channels that there are. A warp owns two rows.
 template <class Tile>
@@ -280,27 +236,28 @@ __device__ __forceinline__ void compute_conv(const HopperConvParams& params, typ
   RingPosition<Tile::kStages> ring;
   RingPosition<Tile::kMapStages> maps;
   float d[Tile::kBlocks][kConvColumns / 2];
+  constexpr int kMapRowBytes = Tile::kMapColumns * Tile::kPositionBytes;
   for (int index = blockIdx.x; index < params.num_items; index += gridDim.x) {
     const ConvItem<Tile> item(params, index);
     const bool first_item = index == int(blockIdx.x);
     if (first_item && group == 1) turn_wait<Tile::kGroups>(1);
     int step = 0;
     for (int chunk = 0; chunk < params.num_chunks; ++chunk) {
-      if constexpr (Tile::kWhole) barrier_wait(shared.map_full[maps.stage], maps.parity);
+      barrier_wait(shared.map_full[maps.stage], maps.parity);
       for (int tap = 0; tap < Tile::kSide * Tile::kSide; ++tap, ++step) {
-        if constexpr (!Tile::kWhole) barrier_wait(shared.map_full[maps.stage], maps.parity);
         barrier_wait(shared.weight_full[ring.stage], ring.parity);
-        const uint64_t a = MapRows<Tile>::descriptor(shared.map[maps.stage], group, item.parity_row + tap / Tile::kSide,
-                                                     item.parity_column + tap % Tile::kSide);
+        const int row = item.parity_row + tap / Tile::kSide;
+        const int column = item.parity_column + tap % Tile::kSide + group * kBlockSide;
+        const uint8_t* begin = shared.map[maps.stage] + row * kMapRowBytes + column * Tile::kPositionBytes;
+        const uint64_t a = half_row_descriptor(begin, kMapRowBytes);
         const uint64_t b = half_row_descriptor(shared.weight[ring.stage], kBlockSide * kConvChannels * 2);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kConvChannels / 16; ++k) {
 #pragma unroll
           for (int block = 0; block < Tile::kBlocks; ++block) {
-            wgmma<Tile::kType, false>(
-                d[block], advanced(a, block * MapRows<Tile>::kBlockBytes + k * MapRows<Tile>::kStepBytes),
-                advanced(b, k * 32), step > 0 || k > 0);
+            wgmma<Tile::kType, false>(d[block], advanced(a, block * kBlockSide * kMapRowBytes + k * 32),
+                                      advanced(b, k * 32), step > 0 || k > 0);
           }
         }
         wgmma_commit();
@@ -308,13 +265,12 @@ __device__ __forceinline__ void compute_conv(const HopperConvParams& params, typ
         wgmma_wait<1>();
         if (step > 0) {
           release(shared.weight_empty[ring.last_stage()]);
-          if (!Tile::kWhole || tap == 0) release(shared.map_empty[maps.last_stage()]);
+          if (tap == 0) release(shared.map_empty[maps.last_stage()]);
         }
         ring.advance();
-        if constexpr (!Tile::kWhole) maps.advance();
         if (first_item && group == 0 && step + 1 == lead) turn_pass<Tile::kGroups>(0);
       }
-      if constexpr (Tile::kWhole) maps.advance();
+      maps.advance();
     }
     wgmma_wait<0>();
     release(shared.weight_empty[ring.last_stage()]);

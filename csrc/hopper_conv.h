@@ -14,7 +14,6 @@ namespace hmar {
 // One compiled kernel, for both dtypes. Its index in the list names it.
 struct HopperConvKernel {
   bool doubled;  // see Resolution in hopper_conv.cuh
-  Boxes boxes;
   int blocks;  // of 64 positions, for each of two warpgroups
   int stages, map_stages;
   int shared_bytes;
@@ -26,31 +25,21 @@ struct HopperConvShape {
   int num_images, height, width, in_channels, out_channels;
 };
 
-// What a tensor map says, from the innermost dimension on. Strides in bytes, of all dimensions but the first.
+// What a tensor map says, from the innermost dimension on, 64 bytes wide in shared memory and swizzled. Strides in bytes, of all
+// dimensions but the first.
 struct MapGeometry {
   int rank;
-  uint64_t sizes[5], strides[4];
-  uint32_t box[5];
-  bool swizzled;  // in rows of 64 bytes
+  uint64_t sizes[4], strides[3];
+  uint32_t box[4];
 };
 
 inline MapGeometry conv_x_geometry(const HopperConvShape& shape, const HopperConvKernel& kernel) {
   const auto images = uint64_t(shape.num_images), height = uint64_t(shape.height), width = uint64_t(shape.width);
   const auto channels = uint64_t(shape.in_channels);
-  const uint32_t around = kernel.boxes == Boxes::kTaps ? 0 : 2, columns = kPatchColumns + around;
-  const uint32_t rows = uint32_t(kBlockSide * kernel.blocks) + around;
-  if (kernel.boxes == Boxes::kPlanes) {
-    return {5,
-            {8, width, height, channels / 8, images},
-            {2 * channels, 2 * channels * width, 16, 2 * channels * width * height},
-            {8, columns, rows, kConvChannels / 8, 1},
-            false};
-  }
   return {4,
           {channels, width, height, images},
           {2 * channels, 2 * channels * width, 2 * channels * width * height},
-          {kConvChannels, columns, rows, 1},
-          true};
+          {kConvChannels, kPatchColumns + 2, uint32_t(kBlockSide * kernel.blocks) + 2, 1}};
 }
 
 inline MapGeometry conv_weight_geometry(const HopperConvShape& shape, const HopperConvKernel& kernel) {
@@ -58,8 +47,7 @@ inline MapGeometry conv_weight_geometry(const HopperConvShape& shape, const Hopp
   return {3,
           {channels, taps, uint64_t(shape.out_channels)},
           {2 * channels, 2 * channels * taps},
-          {kConvChannels, 1, kConvColumns},
-          true};
+          {kConvChannels, 1, kConvColumns}};
 }
 
 // What a kernel writes, contiguous; means and deviations null for none.

@@ -114,16 +114,9 @@ struct HopperBackwardParams {
 // channels.
 constexpr int kConvColumns = 160, kPatchColumns = 16, kBlockSide = 8, kConvChannels = 32;
 
-// How the map of a convolution comes into shared memory.
-enum class Boxes {
-  kTaps,    // once a tap: positions are rows of 64 bytes, swizzled
-  kPlanes,  // once for all taps, the patch with its neighbours: of 8 channels a plane of 16 bytes a position, not swizzled
-  kRows,    // the same in rows of 64 bytes, swizzled
-};
-
 // A convolution of channels-last maps (hopper_conv.cuh). Strides in elements, of the output positions of one parity.
 struct HopperConvParams {
-  TensorMap x;         // boxes of 32 channels and a patch of positions
+  TensorMap x;         // boxes of 32 channels and a patch of positions with its neighbours
   TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
   void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
   const void* bias;    // [O], or null

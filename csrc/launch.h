@@ -23,18 +23,12 @@ cudaError_t launch_attention_forward(AttentionForwardParams params, DType dtype,
 // Whether this build holds code for the current device.
 cudaError_t load_attention_forward();
 
-// Rows of x at most, and rows of the weight a block.
-struct LinearRowsShape {
-  int rows, features;
-};
+// Rows of x, at most, of the kernels that launch_linear_rows can run, the same for both types.
+std::vector<int> linear_rows_kernels();
 
-// What launch_linear_rows can run, the same for both types.
-std::vector<LinearRowsShape> linear_rows_shapes();
-
-// overlap: the kernel may start before the end of the one before it (sm_90 and later). cudaErrorInvalidValue for a shape that
-// has no kernel.
-cudaError_t launch_linear_rows(LinearRowsParams params, DType dtype, LinearRowsShape shape, bool overlap,
-                               cudaStream_t stream);
+// kernel_rows: of a kernel, at least as many as there are. overlap: it may start before the end of the one before it (sm_90 and
+// later). cudaErrorInvalidValue where there is no such kernel.
+cudaError_t launch_linear_rows(LinearRowsParams params, DType dtype, int kernel_rows, bool overlap, cudaStream_t stream);
 cudaError_t launch_norm_rows(NormRowsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream);
 
 }  // namespace hmar

@@ -8,24 +8,21 @@ namespace {
 
 struct Instance {
   DType dtype;
-  LinearRowsShape shape;
+  int rows;
   void (*kernel)(LinearRowsParams);
   int shared_bytes;
 };
 
 template <class Tile>
 constexpr Instance instance() {
-  return {Tile::kType, {Tile::kRows, Tile::kFeatures}, linear_rows_kernel<Tile>, sizeof(typename Tile::Shared)};
+  return {Tile::kType, Tile::kRows, linear_rows_kernel<Tile>, sizeof(typename Tile::Shared)};
 }
 
-// type, tiles of 8 rows, tiles of 16 features, steps at once
 const Instance INSTANCES[] = {
-    instance<LinearRowsTile<DType::kBFloat16, 1, 1, 4>>(),
-    instance<LinearRowsTile<DType::kBFloat16, 2, 1, 4>>(),
-    instance<LinearRowsTile<DType::kBFloat16, 4, 2, 2>>(),
-    instance<LinearRowsTile<DType::kFloat16, 1, 1, 4>>(),
-    instance<LinearRowsTile<DType::kFloat16, 2, 1, 4>>(),
-    instance<LinearRowsTile<DType::kFloat16, 4, 2, 2>>(),
+    instance<LinearRowsTile<DType::kBFloat16, 8>>(),
+    instance<LinearRowsTile<DType::kBFloat16, 16>>(),
+    instance<LinearRowsTile<DType::kFloat16, 8>>(),
+    instance<LinearRowsTile<DType::kFloat16, 16>>(),
 };
 
 template <class Params>
@@ -47,19 +44,19 @@ cudaError_t launch(void (*kernel)(Params), Params params, unsigned num_blocks, i
 
 }  // namespace
 
-std::vector<LinearRowsShape> linear_rows_shapes() {
-  std::vector<LinearRowsShape> shapes;
+std::vector<int> linear_rows_kernels() {
+  std::vector<int> rows;
   for (const Instance& instance : INSTANCES) {
-    if (instance.dtype == DType::kBFloat16) shapes.push_back(instance.shape);
+    if (instance.dtype == DType::kBFloat16) rows.push_back(instance.rows);
   }
-  return shapes;
+  return rows;
 }
 
-cudaError_t launch_linear_rows(LinearRowsParams params, DType dtype, LinearRowsShape shape, bool overlap,
+cudaError_t launch_linear_rows(LinearRowsParams params, DType dtype, int kernel_rows, bool overlap,
                                cudaStream_t stream) {
   for (const Instance& instance : INSTANCES) {
-    if (instance.dtype != dtype || instance.shape.rows != shape.rows || instance.shape.features != shape.features) continue;
-    const unsigned num_blocks = (params.num_outputs + shape.features - 1) / shape.features;
+    if (instance.dtype != dtype || instance.rows != kernel_rows) continue;
+    const unsigned num_blocks = (params.num_outputs + kFeatures - 1) / kFeatures;
     return launch(instance.kernel, params, num_blocks, instance.shared_bytes, overlap, stream);
   }
   return cudaErrorInvalidValue;

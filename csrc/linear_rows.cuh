@@ -4,7 +4,7 @@
 //
 // mma.m16n8k16 with weights as its 16 rows and x as its 8 columns. A sum over k does not ask for an order: a lane holds eight
 // neighbours of a row, 16 bytes, as the k of two products, for weights and x alike, so both come from global memory into
-// registers as they lie there. A block has 16 or 32 features; its warps take steps of 32 k in turn, and their sums are added
+// registers as they lie there. A block has 16 features; its warps take steps of 32 k in turn, and their sums are added
 // in their order: results are bit-equal from run to run.
 //
 // Every kernel lets the next one start at once, and reads its part of the weight, into registers and the L2 cache, before it
@@ -18,18 +18,18 @@
 namespace hmar {
 
 constexpr int kLinearWarps = 8, kLinearThreads = 32 * kLinearWarps;
+constexpr int kFeatures = 16;       // rows of the weight a block
+constexpr int kUnroll = 4;          // steps of a warp that are loaded at once
 constexpr int kStepK = 32;          // of four lanes, 8 each
 constexpr int kLineElements = 64;   // of the L2 cache
 constexpr int kNormVectors = 8;     // of four numbers a thread: rows of at most 8192
 
-// kRowTiles: of 8 rows of x. kFeatureTiles: of 16 rows of the weight. kUnroll: steps of a warp that are loaded at once.
-template <DType kType_, int kRowTiles_, int kFeatureTiles_, int kUnroll_>
+// kRows: of x, a multiple of 8.
+template <DType kType_, int kRows_>
 struct LinearRowsTile {
   static constexpr DType kType = kType_;
-  static constexpr int kRowTiles = kRowTiles_, kFeatureTiles = kFeatureTiles_, kUnroll = kUnroll_;
-  static constexpr int kRows = 8 * kRowTiles, kFeatures = 16 * kFeatureTiles;
-  static constexpr int kOutputs = (kRows * kFeatures + kLinearThreads - 1) / kLinearThreads;  // of a thread
-  static constexpr bool kLoadsAhead = kOutputs <= 2;
+  static constexpr int kRows = kRows_;
+  static_assert(kRows % 8 == 0 && kRows * kFeatures <= kLinearThreads);  // an output a thread
   static constexpr int kSumsRow = kFeatures + 4;  // so that the lanes of a warp write to 32 banks
   struct Shared {
     float sums[kLinearWarps][kRows][kSumsRow];
@@ -49,8 +49,7 @@ __device__ __forceinline__ float value_at(const void* numbers, int64_t i, bool i
 template <class Tile>
 __global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __grid_constant__ LinearRowsParams params) {
   constexpr DType kType = Tile::kType;
-  constexpr int kUnroll = Tile::kUnroll, kFeatureTiles = Tile::kFeatureTiles, kRowTiles = Tile::kRowTiles;
-  constexpr int kFeatures = Tile::kFeatures;
+  constexpr int kRowTiles = Tile::kRows / 8;
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
   launch_dependents();
@@ -60,13 +59,13 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __
   const auto* weight = static_cast<const uint16_t*>(params.weight);
   const auto* x = static_cast<const uint16_t*>(params.x);
 
-  uint4 w[kUnroll][kFeatureTiles][2];
-  const auto load_weights = [&](int step, uint4 (&to)[kFeatureTiles][2]) {
+  uint4 w[kUnroll][2];
+  const auto load_weights = [&](int step, uint4 (&to)[2]) {
     if (step >= num_steps) return;
 #pragma unroll
-    for (int i = 0; i < 2 * kFeatureTiles; ++i) {
+    for (int i = 0; i < 2; ++i) {
       const int feature = min(first + 8 * i + g, params.num_outputs - 1);
-      to[i / 2][i % 2] = load_once(weight + static_cast<int64_t>(feature) * params.num_inputs + step * kStepK + 8 * t);
+      to[i] = load_once(weight + static_cast<int64_t>(feature) * params.num_inputs + step * kStepK + 8 * t);
     }
   };
 #pragma unroll
@@ -77,34 +76,21 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __
     const int feature = min(first + i / lines, params.num_outputs - 1);
     prefetch_l2(weight + static_cast<int64_t>(feature) * params.num_inputs + loaded + i % lines * kLineElements);
   }
-  float bias[Tile::kOutputs];
-  const auto load_bias = [&](int i) {
-    const int feature = first + (i * kLinearThreads + threadIdx.x) % kFeatures;
-    const bool valid = params.bias != nullptr && feature < params.num_outputs;
-    bias[i] = valid ? value_at<kType>(params.bias, feature) : 0.0f;
-  };
-#pragma unroll
-  for (int i = 0; i < Tile::kOutputs; ++i) {
-    if (Tile::kLoadsAhead) load_bias(i);
-  }
+  // The output of this thread
+  const int row = threadIdx.x / kFeatures, feature = first + threadIdx.x % kFeatures;
+  const bool valid = row < params.num_rows && feature < params.num_outputs;
+  const int64_t at = static_cast<int64_t>(row) * params.num_outputs + feature;
+  const float bias = valid && params.bias != nullptr ? value_at<kType>(params.bias, feature) : 0.0f;
   wait_for_previous();
 
-  // Residual and gate too are on their way in the meantime, where registers are left.
-  const auto load_residual = [&](int i, float& residual, float& gate) {
-    const int output = i * kLinearThreads + threadIdx.x, row = output / kFeatures, feature = first + output % kFeatures;
-    residual = 0.0f;
-    gate = 1.0f;
-    if (params.residual == nullptr || row >= params.num_rows || feature >= params.num_outputs) return;
-    residual = value_at<kType>(params.residual, static_cast<int64_t>(row) * params.num_outputs + feature, params.float_residual);
+  // Residual and gate too are on their way in the meantime.
+  float residual = 0.0f, gate = 1.0f;
+  if (valid && params.residual != nullptr) {
+    residual = value_at<kType>(params.residual, at, params.float_residual);
     gate = value_at<kType>(params.gate, row / params.image_rows * params.gate_stride + feature);
-  };
-  float residual[Tile::kOutputs], gate[Tile::kOutputs];
-#pragma unroll
-  for (int i = 0; i < Tile::kOutputs; ++i) {
-    if (Tile::kLoadsAhead) load_residual(i, residual[i], gate[i]);
   }
 
-  float sums[kFeatureTiles][kRowTiles][4] = {};
+  float sums[kRowTiles][4] = {};
   for (int begin = warp; begin < num_steps; begin += kLinearWarps * kUnroll) {
     uint4 rows[kUnroll][kRowTiles];
 #pragma unroll
@@ -112,11 +98,10 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __
       const int step = begin + kLinearWarps * u;
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        const int row = 8 * r + g;
         rows[u][r] = uint4{0, 0, 0, 0};
-        if (row < params.num_rows && step < num_steps) {
-          rows[u][r] =
-              *reinterpret_cast<const uint4*>(x + static_cast<int64_t>(row) * params.num_inputs + step * kStepK + 8 * t);
+        if (8 * r + g < params.num_rows && step < num_steps) {
+          rows[u][r] = *reinterpret_cast<const uint4*>(x + static_cast<int64_t>(8 * r + g) * params.num_inputs +
+                                                       step * kStepK + 8 * t);
         }
       }
     }
@@ -124,50 +109,33 @@ __global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __
     for (int u = 0; u < kUnroll; ++u) {
       const int step = begin + kLinearWarps * u;
       if (step >= num_steps) break;
+      const uint4 low = w[u][0], high = w[u][1];
 #pragma unroll
-      for (int f = 0; f < kFeatureTiles; ++f) {
-        const uint4 low = w[u][f][0], high = w[u][f][1];
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          mma_m16n8k16<kType>(sums[f][r], {low.x, high.x, low.y, high.y}, rows[u][r].x, rows[u][r].y);
-          mma_m16n8k16<kType>(sums[f][r], {low.z, high.z, low.w, high.w}, rows[u][r].z, rows[u][r].w);
-        }
+      for (int r = 0; r < kRowTiles; ++r) {
+        mma_m16n8k16<kType>(sums[r], {low.x, high.x, low.y, high.y}, rows[u][r].x, rows[u][r].y);
+        mma_m16n8k16<kType>(sums[r], {low.z, high.z, low.w, high.w}, rows[u][r].z, rows[u][r].w);
       }
       load_weights(step + kLinearWarps * kUnroll, w[u]);
     }
   }
 
 #pragma unroll
-  for (int f = 0; f < kFeatureTiles; ++f) {
+  for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        shared.sums[warp][8 * r + 2 * t + i % 2][16 * f + i / 2 * 8 + g] = sums[f][r][i];
-      }
-    }
+    for (int i = 0; i < 4; ++i) shared.sums[warp][8 * r + 2 * t + i % 2][i / 2 * 8 + g] = sums[r][i];
   }
   __syncthreads();
+  if (!valid) return;
+  float y = bias;
 #pragma unroll
-  for (int i = 0; i < Tile::kOutputs; ++i) {
-    const int output = i * kLinearThreads + threadIdx.x, row = output / kFeatures, feature = output % kFeatures;
-    if (row >= params.num_rows || row >= Tile::kRows || first + feature >= params.num_outputs) continue;
-    if (!Tile::kLoadsAhead) {
-      load_bias(i);
-      load_residual(i, residual[i], gate[i]);
-    }
-    float y = bias[i];
-#pragma unroll
-    for (int from = 0; from < kLinearWarps; ++from) y += shared.sums[from][row][feature];
-    // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
-    if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
-    y = residual[i] + gate[i] * y;
-    const int64_t at = static_cast<int64_t>(row) * params.num_outputs + first + feature;
-    if (params.residual != nullptr && params.float_residual) {
-      static_cast<float*>(params.y)[at] = y;
-    } else {
-      static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<kType>(y, 0.0f));
-    }
+  for (int from = 0; from < kLinearWarps; ++from) y += shared.sums[from][row][feature - first];
+  // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
+  if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
+  y = residual + gate * y;
+  if (params.residual != nullptr && params.float_residual) {
+    static_cast<float*>(params.y)[at] = y;
+  } else {
+    static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<kType>(y, 0.0f));
   }
 }
 

@@ -6,7 +6,7 @@
     norm_out, conv_out     of few channels: each position is multiplied once, for all of its neighbours
     attention              scores in chunks; of 640 channels in one head SDPA has no fused kernel
     upsampling             repeat and convolve, or one transposed convolution of 4 taps a pixel instead of 9
-    3x3 convolutions       cuDNN's, or the hand-written ones of `hmar_kernels.conv2d`
+    3x3 convolutions       cuDNN's, or of large maps the hand-written ones of `hmar_kernels.conv2d`
 
 Passes over a map of one residual block (reads and writes of the whole map; the first number is that of the modules):
 
@@ -35,12 +35,17 @@ from torch import Tensor
 
 from hmar.tokenizer import Decoder, Level, ResidualBlock, SpatialAttention, Upsample
 from hmar_kernels import conv2d, group_norm, group_norm_conv, residual_group_norm
-from hmar_kernels.conv2d import conv2d_with_statistics, conv_transpose2d_with_statistics, packed_taps
+from hmar_kernels.conv2d import (
+    conv2d_with_statistics,
+    conv_transpose2d_with_statistics,
+    packed_taps,
+    unavailable_on,
+)
 from hmar_kernels.group_norm import ChunkStatistics
 
 SCORE_BYTES = 256 << 20  # of attention's scores, at once
-CONVOLUTIONS = {"torch": "reference", "hopper": "hopper"}
-"""Of a decoder -> the implementation of `hmar_kernels.conv2d`."""
+CONVOLUTIONS = {"torch": "reference", "hopper": "auto"}
+"""Of a decoder -> the implementation of `hmar_kernels.conv2d`, where "auto" can take "hopper"."""
 
 
 class Unsummed(NamedTuple):
@@ -96,14 +101,19 @@ class FusedDecoder(nn.Module):
     Args:
         decoder: whose weights are used, in their place. Call `derive` after they have changed.
         transposed: whether to upsample by transposed convolutions.
-        convolutions: whose 3x3 and transposed convolutions run, "torch" or "hopper" (`hmar_kernels.conv2d`). They are
-            asked for by name: where they cannot run, `forward` raises ValueError.
+        convolutions: "torch", or "hopper" for those of `hmar_kernels.conv2d` where its "auto" takes them: 3x3 ones of
+            large maps, and transposed ones. Default: "hopper" where it can run.
+    Raises:
+        ValueError: "hopper" cannot run on the decoder's device, or in its dtype.
     """
 
-    def __init__(self, decoder: Decoder, transposed: bool = False, convolutions: str = "torch"):
+    def __init__(self, decoder: Decoder, transposed: bool = False, convolutions: str | None = None):
         super().__init__()
         self.decoder = decoder
-        self.impl = CONVOLUTIONS[convolutions]
+        reason = unavailable_on(decoder.conv_in.weight.device, decoder.conv_in.weight.dtype)
+        if convolutions == "hopper" and reason is not None:
+            raise ValueError(f'convolutions="hopper" cannot run here: {reason}; convolutions="torch" would')
+        self.impl = CONVOLUTIONS[convolutions or ("torch" if reason else "hopper")]
         self.upsamples = nn.ModuleList(
             (TransposedUpsample if transposed else RepeatUpsample)(level.resample, self.impl)
             for level in decoder.levels
@@ -230,7 +240,7 @@ class TransposedUpsample(nn.Module):
         weight = self._transposed()
         channels_last = self.conv.weight.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        weight = packed_taps(weight) if impl == "hopper" else weight.contiguous(memory_format=layout)
+        weight = packed_taps(weight) if impl == "auto" else weight.contiguous(memory_format=layout)
         self.register_buffer("weight", weight, persistent=False)
 
     def derive(self) -> None:

@@ -19,14 +19,19 @@ tokens of the pyramid, E code dimensions, S scales, P masked passes of an image,
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -38,11 +43,13 @@ from hmar.generate import (
     GenerationOutput,
     KnownCodes,
     LayerKeysValues,
+    RampLike,
     SamplingConfig,
+    ScheduleLike,
     check_pair,
     checked_classes,
     draw,
-    image_seeds,
+    image_keys,
     least_confident,
     least_confident_first,
     masked_passes,
@@ -63,24 +70,28 @@ from hmar.model import (
     Residual,
     SharedModulation,
 )
+from hmar.pyramid import Pyramid
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
 from hmar_kernels import SpanMask, linear, qk_norm_attention, triton_device
-from hmar_kernels.linear import num_counters
+from hmar_kernels.linear import unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
-# Up to so many rows of all images products are those of a kernel for few rows, and up to so many short images are
-# attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each program normalises all keys again.
-FEW_ROWS = {"cublas": 0, "triton": 16, "cuda": 32}
+# Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows. Measured,
+# us a block, cuBLAS in brackets (reports/data/linear_rows_h100.json): width 1024, 9 rows 24.1 (31.5), 16 rows 26.7
+# (32.3), 32 rows 38.1 (33.7); width 1920, 9 rows 53.5 (54.4), 16 rows 55.8 (55.6).
+# NOTE: 1536 was not measured. Between the two, linear in the width, 16 rows take 2.2 us less than by cuBLAS.
+FEW_ROWS = {1536: 16, math.inf: 9}
+# Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
+# program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
 DECODERS = ("modules", "fused", "transposed")
-PRODUCTS = tuple(FEW_ROWS)
+PRODUCTS = ("cublas", "cuda")
 ATTENTIONS = ("separate", "fused")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What the steps of an image depend on beside the weights: one `Program` each.
 
     guided_S: whether the null class takes part in the next-scale pass of each scale. masked_guided: in masked passes.
@@ -105,6 +116,48 @@ class Settings:
         )
 
 
+class Resolved(NamedTuple):
+    """Settings, and what multiplies an image's strength of guidance at each scale, and in masked passes [S + 1]."""
+
+    settings: Settings
+    factors: np.ndarray
+
+
+def resolve(
+    pyramid: Pyramid,
+    batch: int,
+    guided: bool,
+    edited: bool,
+    cached: bool,
+    schedule: ScheduleLike,
+    cfg_ramp: RampLike,
+    masked_cfg_factor: float,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    greedy: bool,
+) -> Resolved:
+    """guided: whether the strength of any image is positive. cached: see `Engine.is_cached`. Others: SamplingConfig."""
+    ramp_S = resolve_ramp(pyramid, cfg_ramp)
+    guided_S = tuple(guided and factor > 0 for factor in ramp_S)
+    settings = Settings(
+        batch=batch,
+        schedule=resolve_schedule(pyramid, schedule),
+        guided_S=(any(guided_S),) * len(ramp_S) if cached else guided_S,
+        masked_guided=guided and masked_cfg_factor > 0,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        greedy=greedy,
+        edited=edited,
+    )
+    return Resolved(settings, np.array((*ramp_S, masked_cfg_factor)))
+
+
+resolve_named = functools.lru_cache(maxsize=256)(resolve)
+"""Of schedules and ramps with a name: others can be lists, and may change."""
+
+
 class Engine:
     """Generates images with one model and tokenizer.
 
@@ -121,10 +174,11 @@ class Engine:
         decoder: "modules" runs the tokenizer's own modules, "fused" `hmar.decoder.FusedDecoder`, "transposed" that with
             upsampling by transposed convolutions. Default: "transposed" in a dtype, "modules" in the weights' own.
         convolutions: of the decoder unless it is "modules": "torch", or "hopper" for the hand-written ones of
-            `hmar_kernels.conv2d`, in a dtype and on GPUs of compute capability 9.0. Default: "torch".
-        products: "cublas", or "triton" or "cuda" for products of at most FEW_ROWS rows by that kernel of
-            `hmar_kernels.linear`, as in the small scales of one image, with norms and residuals in it. In a dtype only.
-            Default: "cublas".
+            `hmar_kernels.conv2d` where maps are large, in a dtype and on GPUs of compute capability 9.0. Default:
+            "hopper" where it can run.
+        products: "cublas", or "cuda" for products of at most FEW_ROWS rows, as in the small scales of one image, by
+            the kernels of `hmar_kernels.linear`, with norms and residuals. In a dtype only. Default: "cuda" where the
+            extension is built and its kernels can run.
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
@@ -198,15 +252,20 @@ class Engine:
             self.decoding = self.decoder
             decoder = decoder or ("modules" if dtype is None else "transposed")
             if decoder != "modules":
-                self.decoding = FusedDecoder(self.decoder, decoder == "transposed", convolutions or "torch")
+                self.decoding = FusedDecoder(self.decoder, decoder == "transposed", convolutions)
             elif convolutions is not None:
                 raise ValueError(f'convolutions is {convolutions!r}; the decoder "modules" has its own, leave it out.')
             self._derive()
+        self._watched = self._sources_of_copies()
+        self._versions = self._current_versions()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
+        reason = unavailable_on(self.device, dtype or torch.float32, self.config.width)
+        if products == "cuda" and reason is not None:
+            raise ValueError(f'products="cuda" cannot run here: {reason}; products="cublas" would')
         if dtype is not None:
             has_kernels = self.device.type == "cuda" and triton_device.unavailable(self.device, dtype) is None
             self._fuse(
-                products or "cublas",
+                products or ("cublas" if reason else "cuda"),
                 attention or ("fused" if has_kernels and self.config.head_dim <= MAX_HEAD_DIM else "separate"),
                 overlap,
             )
@@ -238,14 +297,14 @@ class Engine:
         layout = {} if decoder_dtype is None else {"memory_format": torch.channels_last}
         self.post_quant_conv = placed(tokenizer.post_quant_conv, lambda p: decoder_dtype, **layout)
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
-        self._versioned = [source for source, _ in self._pairs if not source.is_inference()]
-        self._versions = self._current_versions()
 
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
-        shapes = {module.weight.shape for module in self.model.modules() if isinstance(module, nn.Linear)}
-        wanted = max(num_counters(FEW_ROWS["triton"], *shape) for shape in shapes)
-        counters = torch.zeros(wanted, dtype=torch.int32, device=self.device)
-        choices = Choices(products, attention, overlap, counters)
+        few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
+        choices = Choices(few_rows if products == "cuda" else 0, attention, overlap)
+        for remembered in self._remembered:
+            layer = getattr(remembered.modulation, "linear", remembered.modulation)
+            if isinstance(layer, nn.Linear) and remembered is not self.model.shared_modulation:
+                remembered.modulation = FusedModulation(layer, choices)
         for blocks in self._block_lists():
             for i, block in enumerate(blocks):
                 blocks[i] = FusedBlock(block, choices)
@@ -296,8 +355,26 @@ class Engine:
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
+    def _sources_of_copies(self) -> list[nn.Parameter]:
+        """Weights whose changes make a `refresh` necessary; those of all others are seen where they are."""
+        derived_from = {id(parameter) for parameter in self.quantizer.parameters()}
+        derived_from |= {id(attention.log_scale_H) for attention in self._attentions()}
+        if isinstance(self.decoding, FusedDecoder):
+            derived_from |= {id(parameter) for parameter in self.decoding.upsamples.parameters()}
+        return [
+            source
+            for source, copied in self._pairs
+            if (source.data_ptr() != copied.data_ptr() or id(copied) in derived_from) and not source.is_inference()
+        ]
+
     def _current_versions(self) -> int:
-        return sum(source._version for source in self._versioned)
+        return sum(map(attrgetter("_version"), self._watched))
+
+    def _refresh_if_changed(self) -> bool:
+        changed = self._versions != self._current_versions()
+        if changed:
+            self.refresh()
+        return changed
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -334,32 +411,43 @@ class Engine:
         class_B = checked_classes(self.config, class_B, "cpu")
         batch = len(class_B)
         if keys_B is None:
-            keys_B = image_seeds(sampling, batch, first_image, seeds_B)
+            keys = image_keys(sampling, batch, first_image, seeds_B)
         elif keys_B.shape != (batch,) or keys_B.dtype != torch.int64:
             raise ValueError(f"keys_B is {keys_B.dtype} {list(keys_B.shape)}; expected int64 [{batch}], one an image.")
+        else:
+            keys = keys_B.tolist()
         cfg_B = [sampling.cfg] * batch if cfg_B is None else [replace(sampling, cfg=cfg).cfg for cfg in cfg_B]
         if len(cfg_B) != batch:
             raise ValueError(f"There are {len(cfg_B)} strengths of guidance for {batch} images; give one for each.")
-        ramp_S = resolve_ramp(self.pyramid, sampling.cfg_ramp)
-        strengths_SB = [[cfg * factor for cfg in cfg_B] for factor in (*ramp_S, sampling.masked_cfg_factor)]
-        *guided_S, masked_guided = (any(row) for row in strengths_SB)
-        settings = Settings(
-            batch=batch,
-            schedule=resolve_schedule(self.pyramid, sampling.schedule if self.is_hmar else "none"),
-            guided_S=(any(guided_S),) * len(ramp_S) if self.is_cached else tuple(guided_S),
-            masked_guided=masked_guided,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            greedy=sampling.greedy,
-            edited=known is not None,
+        schedule = sampling.schedule if self.is_hmar else "none"
+        named = isinstance(schedule, str | None) and isinstance(sampling.cfg_ramp, str)
+        settings, factors = (resolve_named if named else resolve)(
+            self.pyramid,
+            batch,
+            max(cfg_B) > 0,
+            known is not None,
+            self.is_cached,
+            schedule,
+            sampling.cfg_ramp,
+            sampling.masked_cfg_factor,
+            sampling.temperature,
+            sampling.top_k,
+            sampling.top_p,
+            sampling.greedy,
         )
-        with self._lock, self._surroundings():
-            if self._versions != self._current_versions():
-                self.refresh()
+        with self._lock:
+            # NOTE: looking at all weights takes the host as long as everything else before the first graph, so where
+            # the device can work meanwhile, it begins; what old weights gave is dropped.
+            begins = self.captures and on_scale is None
+            if not begins:
+                self._refresh_if_changed()
             program = self._program(settings)
-            program.load(class_B, keys_B, torch.tensor(strengths_SB), known)
-            return program.run(on_scale)
+            program.load(class_B, keys, np.outer(factors, cfg_B), known)
+            output = program.run(on_scale)
+            if begins and self._refresh_if_changed():
+                output = program.run(on_scale)
+            program.wait()
+            return output
 
     @torch.no_grad()
     def decode(self, f_hat_BEhw: Tensor) -> Tensor:
@@ -420,9 +508,10 @@ class Engine:
             torch.cuda.empty_cache()
 
     def _program(self, settings: Settings) -> Program:
-        if settings in self.programs:
+        program = self.programs.get(settings)
+        if program is not None:
             self.programs.move_to_end(settings)
-            return self.programs[settings]
+            return program
         while len(self.programs) >= self.max_programs:
             self.programs.popitem(last=False)
         program = self._capture(settings)
@@ -435,10 +524,11 @@ class Engine:
         return program
 
     def _capture(self, settings: Settings) -> Program:
-        program = Program(self, settings)
-        if self.captures:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._pool_bytes += program.capture(self._pool)
+        with self._surroundings():
+            program = Program(self, settings)
+            if self.captures:
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                self._pool_bytes += program.capture(self._pool)
         return program
 
 
@@ -477,9 +567,17 @@ class Program:
         first = 0 if settings.edited else 1
         scales = range(1, pyramid.num_scales) if engine.is_hmar else ()
         self.rows = [(k, i) for k in scales for i in range(first, len(settings.schedule[k]))]
-        self.class_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.keys_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.strengths_SB = torch.zeros(pyramid.num_scales + 1, batch, device=device)
+        # Classes, keys and strengths of guidance in one piece of memory, which one copy fills, at multiples of 16 bytes
+        room, rows = batch + batch % 2, pyramid.num_scales + 1
+        self.arguments = torch.zeros(2 * room + (rows * batch + 1) // 2, dtype=torch.int64, device=device)
+        self.given = torch.zeros_like(self.arguments, device="cpu")
+        parts = [
+            (part[:batch], part[room : room + batch], part[2 * room :].view(torch.float32)[: rows * batch])
+            for part in (self.arguments, self.given)
+        ]
+        self.class_B, self.keys_B, strengths = parts[0]
+        self.strengths_SB = strengths.view(rows, batch)
+        self.given_parts = [part.numpy() for part in parts[1]]
         self.positions_L = torch.arange(pyramid.length, device=device)
         self.f_hat_BEhw = engine.scale_maps.empty_f_hat(batch)
         self.codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
@@ -509,12 +607,12 @@ class Program:
         segments[-1].steps.append(self._decode)
         return [segment for segment in segments if segment.steps]
 
-    def load(self, class_B: Tensor, keys_B: Tensor, strengths_SB: Tensor, known: KnownCodes | None) -> None:
+    def load(self, class_B: Tensor, keys: list[int], strengths_SB: np.ndarray, known: KnownCodes | None) -> None:
         """Fill the buffers."""
+        for part, values in zip(self.given_parts, (class_B.numpy(), keys, strengths_SB.ravel()), strict=True):
+            part[:] = values
         # NOTE: of ordinary memory, CUDA has taken what it copies when the call returns; only waiting is left out.
-        self.class_B.copy_(class_B, non_blocking=True)
-        self.keys_B.copy_(keys_B, non_blocking=True)
-        self.strengths_SB.copy_(strengths_SB, non_blocking=True)
+        self.arguments.copy_(self.given, non_blocking=True)
         if known is None:
             return
         batch, pyramid = self.settings.batch, self.engine.pyramid
@@ -532,16 +630,22 @@ class Program:
             self.num_hidden_PB.copy_(num_hidden_PB)
 
     def run(self, on_scale: Callable[[int, Tensor], None] | None) -> GenerationOutput:
-        """All steps, and copies of what they gave. Waits for the device at the end, and wherever on_scale does."""
-        for segment in self.segments:
-            if segment.row is not None and not self.runs_P[segment.row]:
-                continue
-            segment.run()
-            if on_scale is not None and segment.scale is not None:
-                on_scale(segment.scale, self._f_hat())
-        output = GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self._f_hat())
-        refuse_nonfinite(range(len(self.bad_SB)), self.bad_SB.cpu())
-        return output
+        """All steps, and copies of what they gave. Waits for the device only where on_scale does."""
+        # NOTE: graphs have their surroundings in them, and entering those takes the host longer than queueing a graph.
+        with nullcontext() if self.engine.captures else self.engine._surroundings():
+            for segment in self.segments:
+                if segment.row is not None and not self.runs_P[segment.row]:
+                    continue
+                segment.run()
+                if on_scale is not None and segment.scale is not None:
+                    on_scale(segment.scale, self._f_hat())
+        return GenerationOutput(self.images_BCHW.clone(), self.codes_BL.clone(), self._f_hat())
+
+    def wait(self) -> None:
+        """Until the device has come to the end; ValueError for logits that were not finite."""
+        bad_SB = self.bad_SB.cpu()
+        if bad_SB.any():
+            refuse_nonfinite(range(len(bad_SB)), bad_SB)
 
     def _f_hat(self) -> Tensor:
         return self.f_hat_BEhw.clone(memory_format=torch.contiguous_format)
@@ -579,14 +683,17 @@ class Program:
         model = engine.model
         guided = any(settings.guided_S) or (settings.masked_guided and bool(self.rows))
         self.class_R, _ = with_null(guided, self.class_B, engine.config)
+        model.embedding.classes.remember(self.class_R)
         cond_RC = model.embedding.classes(self.class_R)
         if isinstance(model.shared_modulation, Remembered):
             model.shared_modulation.remember(cond_RC)
         shared = model.shared_modulation(cond_RC)
+        activated_RC = F.silu(cond_RC).to(engine.dtype or cond_RC.dtype)
         for block in engine._blocks():
-            block.modulation.remember(shared)
+            fused = isinstance(block.modulation.modulation, FusedModulation)
+            block.modulation.remember(activated_RC if fused else shared)
         for head in engine._heads():
-            head.modulation.remember(F.silu(cond_RC))
+            head.modulation.remember(activated_RC)
         self.f_hat_BEhw.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
 
@@ -667,12 +774,11 @@ class Program:
 
 @dataclass(frozen=True)
 class Choices:
-    """How blocks and heads compute, see `Engine`; counters are those of `hmar_kernels.linear`."""
+    """How blocks and heads compute, see `Engine`. few_rows: up to which products are by the kernels for few."""
 
-    products: str
+    few_rows: int
     attention: str
     overlap: bool
-    counters: Tensor
 
 
 class FusedLinear(nn.Module):
@@ -685,10 +791,8 @@ class FusedLinear(nn.Module):
 
     def takes(self, x_BLC: Tensor, vector_B1C: Tensor) -> bool:
         """Whether so many rows are few; with norms or gates of these vectors."""
-        products = self.choices.products
-        # NOTE: modulation that all blocks share is float32, which one of the kernels does not read.
-        readable = products != "cuda" or vector_B1C.dtype == self.weight.dtype
-        return x_BLC.shape[:-1].numel() <= FEW_ROWS[products] and readable
+        # NOTE: modulation that all blocks share is float32, which the kernels do not read.
+        return x_BLC.shape[:-1].numel() <= self.choices.few_rows and vector_B1C.dtype == self.weight.dtype
 
     def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and this layer of its norm."""
@@ -704,12 +808,24 @@ class FusedLinear(nn.Module):
         return Residual(x_BLC, self(h_BLC), gate_B1C)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
+        if x_BLC.shape[:-1].numel() <= self.choices.few_rows:
+            return self._few(x_BLC)
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu)
 
     def _few(self, x_BLC: Tensor, **surroundings) -> Tensor:
-        choices = self.choices
-        options = {"impl": choices.products, "overlap": choices.overlap, "counters": choices.counters}
+        options = {"impl": "cuda", "overlap": self.choices.overlap}
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, **surroundings, **options)
+
+
+class FusedModulation(nn.Module):
+    """The vectors [R, 1, C] of a block or a head, from the class embedding after SiLU [R, C], in the weight's dtype."""
+
+    def __init__(self, layer: nn.Linear, choices: Choices):
+        super().__init__()
+        self.linear = FusedLinear(layer, choices)
+
+    def forward(self, activated_RC: Tensor) -> Sequence[Tensor]:
+        return self.linear(activated_RC)[:, None].split(activated_RC.shape[1], dim=-1)
 
 
 class FusedBlock(nn.Module):
@@ -783,11 +899,11 @@ class FusedHead(nn.Module):
         self.modulation, self.linear = head.modulation, FusedLinear(head.linear, choices)
 
     def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
-        return self.linear.normed(stream, *self.modulation(F.silu(cond_BC))[:, None].chunk(2, dim=-1))[1]
+        return self.linear.normed(stream, *self.modulation(cond_BC))[1]
 
 
 class Remembered(nn.Module):
-    """A modulation whose vectors are computed once an image, for all rows, and read by every pass."""
+    """A modulation, or the class embedding, which is computed once an image, for all rows, and read by every pass."""
 
     def __init__(self, modulation: nn.Module):
         super().__init__()
@@ -806,10 +922,11 @@ class Remembered(nn.Module):
 
 
 def remembering(model: nn.Module) -> nn.Module:
-    """The model with every modulation remembered: those of blocks and heads, and what blocks share."""
+    """The model with the class embedding and every modulation remembered: of blocks, heads, and what blocks share."""
     for module in list(model.modules()):
         if isinstance(getattr(module, "modulation", None), nn.Module):
             module.modulation = Remembered(module.modulation)
+    model.embedding.classes = Remembered(model.embedding.classes)
     if isinstance(model.shared_modulation, SharedModulation):
         model.shared_modulation = Remembered(model.shared_modulation)
     return model

@@ -465,8 +465,15 @@ def image_seeds(
     sampling: SamplingConfig, batch: int, first_image: int, seeds_B: Sequence[int] | Tensor | None
 ) -> Tensor:
     """`image_seed` of every image of a batch, int64 [B] on the CPU; arguments as in `generate_hmar`."""
+    return torch.tensor(image_keys(sampling, batch, first_image, seeds_B))
+
+
+def image_keys(
+    sampling: SamplingConfig, batch: int, first_image: int, seeds_B: Sequence[int] | Tensor | None
+) -> list[int]:
+    """The same as numbers."""
     if seeds_B is None:
-        return torch.tensor([image_seed(sampling.seed, first_image + i) for i in range(batch)])
+        return [image_seed(sampling.seed, first_image + i) for i in range(batch)]
     seeds = seeds_B.tolist() if isinstance(seeds_B, Tensor) else list(seeds_B)
     whole = all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds)
     if len(seeds) != batch or not whole or first_image != 0:
@@ -474,7 +481,7 @@ def image_seeds(
             f"seeds_B is {seeds} with first_image {first_image}; expected a non-negative integer for each of {batch} "
             "images, and no first_image beside them."
         )
-    return torch.tensor([image_seed(seed, 0) for seed in seeds])
+    return [image_seed(seed, 0) for seed in seeds]
 
 
 def scale_inputs(model: HMAR | NextScaleTransformer, tokenizer: Tokenizer, f_hat_BEhw: Tensor, k: int) -> Tensor:
@@ -513,10 +520,10 @@ def checked_classes(config: ModelConfig, class_B: Tensor, device: torch.device |
     class_B = torch.as_tensor(class_B, device=device)
     if class_B.ndim != 1 or len(class_B) == 0 or class_B.is_floating_point():
         raise ValueError(f"Classes are a vector of integers, got {class_B.dtype} of shape {tuple(class_B.shape)}.")
-    if class_B.min() < 0 or class_B.max() > config.null_class:
+    classes = class_B.tolist()
+    if min(classes) < 0 or max(classes) > config.null_class:
         raise ValueError(
-            f"Classes lie in 0..{config.num_classes - 1}, or are {config.null_class} for no class; got "
-            f"{class_B.tolist()}."
+            f"Classes lie in 0..{config.num_classes - 1}, or are {config.null_class} for no class; got {classes}."
         )
     return class_B.long()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import math
 import shutil
 import subprocess
@@ -19,9 +20,8 @@ import torch.nn.functional as F
 
 from hmar_kernels import conv2d, conv_transpose2d, group_norm
 from hmar_kernels.attention import hopper_launch as attention_launch
-from hmar_kernels.conv2d import hopper, hopper_launch, packed_taps
+from hmar_kernels.conv2d import choose, conv2d_with_statistics, hopper, hopper_launch, packed_taps
 from hmar_kernels.conv2d.hopper import TILES, Tile
-from hmar_kernels.conv2d.hopper_launch import PLANES, ROWS, TAPS
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,17 +95,17 @@ def library(tmp_path_factory):
     return ctypes.CDLL(str(folder / "conv.so"))
 
 
-def on_cpu(library, doubled, boxes, blocks, x, weight, bias, *, statistics=None, num_blocks=2, last_thread_first=False):
+def on_cpu(library, doubled, blocks, x, weight, bias, *, statistics=None, num_blocks=2, last_thread_first=False):
     """statistics: two tensors to be filled."""
     entry = library.hopper_conv_on_cpu
     entry.restype = ctypes.c_char_p
     flag, number, pointer = ctypes.c_bool, ctypes.c_int, ctypes.c_void_p
-    entry.argtypes = [*(flag,) * 2, *(number,) * 7, *(pointer,) * 6, number, flag]
+    entry.argtypes = [*(flag,) * 2, *(number,) * 6, *(pointer,) * 6, number, flag]
     (N, C, H, W), O, factor = x.shape, weight.shape[1 if doubled else 0], 2 if doubled else 1
     # NaN everywhere, and behind the numbers that the kernel may write
     storage = torch.full((N * H * W * factor**2 * O + 4096,), math.nan, dtype=x.dtype)
     pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, storage, *(statistics or (None, None)))]
-    kernel = (x.dtype == torch.bfloat16, doubled, boxes, blocks)
+    kernel = (x.dtype == torch.bfloat16, doubled, blocks)
     failure = entry(*kernel, N, H, W, C, O, *pointers, num_blocks, last_thread_first)
     assert failure is None, failure.decode()
     assert storage[-4096:].isnan().all()
@@ -122,27 +122,25 @@ CPU_SHAPES = {
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("boxes", [TAPS, PLANES, ROWS], ids=["taps", "planes", "rows"])
 @pytest.mark.parametrize("doubled", [False, True], ids=["same", "doubled"])
 @pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
-def test_kernel_source_on_cpu(library, shape, doubled, boxes, blocks):
+def test_kernel_source_on_cpu(library, shape, doubled, blocks):
     x, weight, bias = inputs(doubled, *shape, torch.bfloat16)
-    actual = on_cpu(library, doubled, boxes, blocks, x, weight, bias)
+    actual = on_cpu(library, doubled, blocks, x, weight, bias)
     assert_accurate(actual, doubled, x, weight, bias)
 
 
 def test_kernel_source_on_cpu_in_half_precision_without_bias(library):
     x, weight, _ = inputs(False, *CPU_SHAPES["edges"], torch.float16)
-    assert_accurate(on_cpu(library, False, PLANES, 2, x, weight, None), False, x, weight, None)
+    assert_accurate(on_cpu(library, False, 2, x, weight, None), False, x, weight, None)
 
 
-@pytest.mark.parametrize("boxes", [TAPS, PLANES, ROWS], ids=["taps", "planes", "rows"])
-def test_kernel_source_has_no_races(library, boxes):
+def test_kernel_source_has_no_races(library):
     """Threads run first to last or last to first, items in one block or in several: bit-equal."""
     x, weight, bias = inputs(False, 1, 64, 160, 24, 33, torch.bfloat16)
     schedules = [(1, False), (1, True), (3, False), (9, True)]
     results = [
-        on_cpu(library, False, boxes, 1, x, weight, bias, num_blocks=blocks, last_thread_first=reverse)
+        on_cpu(library, False, 1, x, weight, bias, num_blocks=blocks, last_thread_first=reverse)
         for blocks, reverse in schedules
     ]
     for result in results[1:]:
@@ -175,7 +173,7 @@ def test_kernel_source_gives_statistics(library, doubled, blocks):
     x[:, 0] = 1
     chunks = 2 * 2 * (2 // blocks) * (4 if doubled else 1)
     statistics = [torch.full((2, chunks, 176), math.nan) for _ in range(2)]
-    actual = on_cpu(library, doubled, PLANES, blocks, x, weight, None, statistics=statistics)
+    actual = on_cpu(library, doubled, blocks, x, weight, None, statistics=statistics)
     assert_accurate(actual, doubled, x, weight, None)
     assert_statistics_are_of(actual, statistics, doubled, blocks)
 
@@ -185,7 +183,7 @@ def test_padding_is_not_read(library, doubled):
     """Not even times zero: images beside this one hold NaN."""
     x, weight, bias = inputs(doubled, 3, 32, 160, 5, 9, torch.bfloat16)
     x[0], x[2] = math.nan, math.nan
-    actual = on_cpu(library, doubled, PLANES, 2, x, weight, bias)
+    actual = on_cpu(library, doubled, 2, x, weight, bias)
     assert_accurate(actual[1:2], doubled, x[1:2], weight, bias)
 
 
@@ -196,14 +194,14 @@ def test_padding_is_not_read(library, doubled):
 def test_geometry_is_that_of_cpp(library, tile):
     N, H, W, C, O = 3, 37, 50, 72, 328
     expected = (ctypes.c_int64 * 64)()
-    library.hopper_conv_geometry(tile.doubled, tile.boxes, tile.blocks, N, H, W, C, O, expected)
+    library.hopper_conv_geometry(tile.doubled, tile.blocks, N, H, W, C, O, expected)
     maps = (
-        hopper_launch.x_geometry(tile.boxes, tile.blocks, N, H, W, C),
+        hopper_launch.x_geometry(tile.blocks, N, H, W, C),
         hopper_launch.weight_geometry(tile.doubled, C, O),
     )
     actual = []
-    for sizes, strides, box, swizzle in maps:
-        actual += [len(sizes), *sizes, *strides, *box, swizzle != 0]
+    for sizes, strides, box in maps:
+        actual += [len(sizes), *sizes, *strides, *box]
     numbers = hopper_launch.numbers_of(tile.doubled, tile.blocks, N, H, W, C, O)
     actual += numbers.values()
     assert actual == expected[: len(actual)] and not any(expected[len(actual) :])
@@ -259,8 +257,9 @@ def test_launch_of_compiled_kernels():
     numbers = attention_launch.LaunchNumbers(1000, 384, 384)
     kernels._loaded = lambda key, source, params: (None, key, numbers, 7)
     kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 64, 128, 256, 5, 99)
-    x = ("describe", True, 16, *hopper_launch.x_geometry(TAPS, 1, 2, 20, 30, 160))
-    weight = ("describe", True, 32, *hopper_launch.weight_geometry(False, 160, 320))
+    swizzle = attention_launch.CudaDriver.SWIZZLE_64B
+    x = ("describe", True, 16, *hopper_launch.x_geometry(1, 2, 20, 30, 160), swizzle)
+    weight = ("describe", True, 32, *hopper_launch.weight_geometry(False, 160, 320), swizzle)
     items = 2 * 3 * 2 * 2
     assert driver.calls == [x, weight, ("launch", (TILES[1], True, 5), 7, 384, 1000, 99, 64, None, 128, 256, items)]
 
@@ -269,8 +268,23 @@ def test_tiles_fill_the_multiprocessors():
     """Of 132: large maps take large patches, those of 128 small items small ones."""
     assert hopper.select_tile(False, 16, 256, 256, 160, 132).blocks == 2
     assert hopper.select_tile(False, 16, 16, 16, 640, 132).blocks == 1
-    assert hopper.select_tile(True, 16, 128, 128, 160, 132) == Tile(True, PLANES, 2, 10, 4)
+    assert hopper.select_tile(True, 16, 128, 128, 160, 132) == Tile(True, 2, 10, 4)
     assert hopper.num_items(TILES[1], 16, 16, 16, 640) == 128
+
+
+def test_the_faster_kernel_is_chosen():
+    """In every cell that was measured."""
+    cells = {}
+    for row in json.loads((ROOT / "reports/data/convolutions_h100.json").read_text())["results"]:
+        key = row["doubled"], row["images"], row["side"], row["side"], row["out_channels"], row["in_channels"]
+        cells.setdefault(key, {})[row["impl"]] = row["ms"]
+    assert len(cells) == 36
+    for (doubled, *shape, _), ms in cells.items():
+        chosen = hopper.select_tile(doubled, *shape, 132)
+        assert ms[f"rows-{chosen.blocks}"] == min(ms["rows-1"], ms["rows-2"])
+        if not doubled:
+            chosen_ms = ms[f"rows-{chosen.blocks}"] if hopper.is_large(*shape, 132) else ms["torch"]
+            assert chosen_ms <= 1.1 * min(ms["torch"], ms["rows-1"], ms["rows-2"])
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------
@@ -318,6 +332,27 @@ def test_bad_input_is_refused(change, message):
 def test_bad_weights_are_refused(weight, message):
     with pytest.raises(ValueError, match=message):
         conv_transpose2d(zeros(1, 8, 4, 5), weight, impl="hopper")
+
+
+def test_what_auto_takes(monkeypatch):
+    """Large maps, and transposed convolutions whose weights lie as the kernel reads them, where it can run."""
+    small, large, weight = zeros(1, 8, 32, 32), zeros(1, 8, 128, 128), zeros(160, 8, 3, 3)
+    taps = zeros(8, 160, 4, 4)
+    assert choose(large, weight, doubled=False) == (
+        "reference",
+        "torch's convolution: the kernels run on CUDA tensors, got cpu",
+    )
+    monkeypatch.setattr(hopper, "unavailable_on", lambda device, dtype: None)
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: 132)
+    assert choose(large, weight, doubled=False)[0] == "hopper"
+    name, reason = choose(small, weight, doubled=False)
+    assert name == "reference" and "small map" in reason
+    assert "no derivative" in choose(large, weight.requires_grad_(), doubled=False)[1]
+    assert choose(small, packed_taps(taps), doubled=True)[0] == "hopper"
+    assert "packed_taps(weight) does" in choose(large, taps, doubled=True)[1]
+    monkeypatch.setattr(hopper, "with_statistics", lambda x, weight, *, doubled: ("kernel", "statistics"))
+    assert conv2d_with_statistics(large, weight.detach()) == ("kernel", "statistics")
+    assert conv2d_with_statistics(small, weight.detach())[1] is None
 
 
 # --- the kernels on a GPU ---------------------------------------------------------------------------------------------
@@ -370,22 +405,24 @@ def test_statistics_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["hopper", "auto"])
 @pytest.mark.parametrize("doubled", [False, True])
-def test_operator_compiled_and_captured_on_a_gpu(on_hopper, doubled):
-    x, weight, bias = inputs(doubled, 2, 160, 320, 20, 30, torch.bfloat16, "cuda")
+def test_operator_compiled_and_captured_on_a_gpu(on_hopper, doubled, impl):
+    x, weight, bias = inputs(doubled, 2, 160, 320, 100, 130, torch.bfloat16, "cuda")
+    assert choose(x, weight, bias, doubled=doubled)[0] == "hopper"
     operator = conv_transpose2d if doubled else conv2d
     expected = operator(x, weight, bias, impl="hopper")
-    compiled = torch.compile(lambda x: operator(x, weight, bias, impl="hopper"), fullgraph=True)
+    compiled = torch.compile(lambda x: operator(x, weight, bias, impl=impl), fullgraph=True)
     assert torch.equal(compiled(x), expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = operator(x, weight, bias, impl="hopper")
+        captured = operator(x, weight, bias, impl=impl)
     captured.fill_(math.nan)
     graph.replay()
     assert torch.equal(captured, expected)
 
 
 @pytest.mark.gpu
-def test_auto_is_torch_on_a_gpu():
+def test_auto_is_torch_for_small_maps_on_a_gpu():
     x, weight, bias = inputs(False, 1, 160, 160, 16, 16, torch.bfloat16, "cuda")
     assert torch.equal(conv2d(x, weight, bias), F.conv2d(x, weight, bias, padding=1))

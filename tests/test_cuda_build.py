@@ -110,7 +110,7 @@ def test_kernels_of_few_rows_compile_without_spills(ptxas_output):
     """Two blocks of 256 threads an SM, for the next kernel's to find room beside the running one's."""
     for arch in TARGETS["linear_rows"]:
         report = dict(kernels_of(ptxas_output["linear_rows", arch]))
-        assert len(report) == len(TYPES) * (len(linear_cuda.FEATURES) + 1)
+        assert len(report) == len(TYPES) * (len(linear_cuda.ROWS) + 1)
         for name, numbers in report.items():
             assert numbers["registers"] <= 128 and numbers["spilled"] == 0, (arch, name, numbers)
 
@@ -163,7 +163,7 @@ def test_hopper_convolutions_compile_without_spills(ptxas_output):
     """They are those of conv2d/hopper.py's table, for both types. At the launch 384 threads share 65536 registers."""
     found = set()
     for name, numbers in kernels_of(ptxas_output["hopper_conv", "90a"]):
-        numbers_of = r"DTypeE(\d)ELNS_\d+ResolutionE(\d)ELNS_\d+BoxesE(\d)ELi(\d+)ELi(\d+)ELi(\d+)E"
+        numbers_of = r"DTypeE(\d)ELNS_\d+ResolutionE(\d)ELi(\d+)ELi(\d+)ELi(\d+)E"
         values = re.search(rf"HopperConvTileILNS_\d+{numbers_of}", name)
         found.add(tuple(map(int, values.groups())))
         assert numbers == {"registers": 168, "spilled": 0}, name
@@ -376,7 +376,7 @@ def test_extension_describes_itself(extension):
     assert re.fullmatch(r"(\d+[af]?(-real|-virtual)?,?)+|native|all|all-major", extension.architectures)
     assert re.fullmatch(r"\d+\.\d+", extension.cuda_version)
     assert extension.attention_forward_tiles == cuda.TILES
-    assert dict(extension.linear_rows_shapes) == linear_cuda.FEATURES
+    assert tuple(extension.linear_rows_kernels) == linear_cuda.ROWS
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,15 @@ def test_transposed_upsampling_alone():
     torch.testing.assert_close(TransposedUpsample(upsample)(x).total(), upsample(x))
 
 
-def test_hopper_convolutions_take_what_the_decoder_has(monkeypatch):
+@pytest.mark.parametrize(
+    ("multiprocessors", "expected"),
+    [
+        (1, {"same": 1 + 2 * (2 + 4 * 2), "doubled": 3, "statistics": 2 + 4 * 2 + 3}),
+        (1000, {"doubled": 3, "statistics": 3}),
+    ],
+    ids=["large maps", "small maps"],
+)
+def test_hopper_convolutions_take_what_the_decoder_has(multiprocessors, expected, monkeypatch):
     """All but the last one, to three channels, and those of 1x1; torch's stand for the kernels."""
     calls = Counter()
     unavailable = hopper.unavailable
@@ -95,13 +103,15 @@ def test_hopper_convolutions_take_what_the_decoder_has(monkeypatch):
         calls["statistics"] += 1
         return out, ChunkStatistics(rows.mean(2), rows.var(2, correction=0) * rows.shape[2], rows.shape[2])
 
+    monkeypatch.setattr(fused, "unavailable_on", lambda device, dtype: None)
     monkeypatch.setattr(hopper, "unavailable", lambda *arguments, **options: None)
+    monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(hopper, "conv2d", lambda x, weight, bias: convolution(x, weight, False))
     monkeypatch.setattr(hopper, "with_statistics", with_statistics)
     decoder, latent = build(replace(CONFIG, code_dim=8))
-    made = FusedDecoder(decoder, transposed=True, convolutions="hopper")
+    made = FusedDecoder(decoder, transposed=True)
     torch.testing.assert_close(made(latent), decoder(latent), rtol=1e-10, atol=1e-10)
-    assert calls == {"same": 1 + 2 * (2 + 4 * 2), "doubled": 3, "statistics": 2 + 4 * 2 + 3}
+    assert calls == expected
     for parameter in decoder.parameters():
         parameter.mul_(1.3)
     made.derive()
@@ -109,9 +119,13 @@ def test_hopper_convolutions_take_what_the_decoder_has(monkeypatch):
 
 
 def test_hopper_convolutions_are_not_replaced_silently():
-    decoder, latent = build()
-    with pytest.raises(ValueError, match='impl="hopper" cannot run here'):
-        FusedDecoder(decoder, convolutions="hopper")(latent)
+    """Asked for by name; by default torch's run where they cannot."""
+    decoder, _ = build(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r'cannot run here: .* got cpu; convolutions="torch" would'):
+        FusedDecoder(decoder, convolutions="hopper")
+    with pytest.raises(ValueError, match=r"cannot run here: .* float16 and bfloat16, got torch.float64"):
+        FusedDecoder(decoder.double(), convolutions="hopper")
+    assert FusedDecoder(decoder).impl == FusedDecoder(decoder, convolutions="torch").impl == "reference"
 
 
 class Counted(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """The engine on the CPU: the same images as the plain functions, fixed shapes, nothing computed twice."""
 
+import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -23,14 +24,15 @@ from engine_cases import (
 from hmar import engine as engine_module
 from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
-from hmar.engine import DECODERS, Engine
+from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
 from hmar.generate import SamplingConfig, even_schedule
-from hmar.model import HMAR, MaskedTransformer
+from hmar.model import HMAR, Attention, MaskedTransformer
+from hmar.tokenizer import Upsample
 from hmar_kernels import triton_device
-from hmar_kernels.linear import triton as kernels
+from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
 
-forward, attend = kernels.forward, attention.forward
+attend = attention.forward
 
 
 @pytest.fixture(scope="module")
@@ -135,28 +137,34 @@ def test_half_precision_is_that_of_autocast(kind):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_of_few_rows_by_the_kernel_under_the_interpreter(kind, monkeypatch):
+def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatch):
     """Which rows are few: here up to 64, so that the largest scale of three images and their null class is not. Norms
-    and residuals are in the products, and nothing is left for torch to add."""
+    and residuals are in the products, and nothing is left for torch to add. The reference stands for the kernels."""
     few = []
-    monkeypatch.setitem(engine_module.FEW_ROWS, "triton", 64)
+    monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 64})
     model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
-    engine = Engine(model, tokenizer, dtype=torch.float16, products="triton", attention="fused")
 
-    def seen(x, weight, bias, scale, shift, residual, *others):
+    def seen(x, weight, bias, scale, shift, residual, gate, gelu, eps, overlap):
         few.append((x.shape[0] * x.shape[1], scale is not None, residual is not None))
-        return forward(x, weight, bias, scale, shift, residual, *others)
+        norm = None if scale is None else (scale, shift)
+        return reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
 
-    monkeypatch.setattr(kernels, "forward", seen)
+    monkeypatch.setattr(engine_module, "unavailable_on", lambda *_: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda *_, residual: None)
+    monkeypatch.setattr(cuda, "forward", seen)
+    engine = Engine(model, tokenizer, dtype=torch.float16, attention="fused")
     actual = engine.generate(CLASSES, sampling)
     assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
     assert torch.equal(actual.codes_BL[:, : PYRAMID.offsets[2]], expected.codes_BL[:, : PYRAMID.offsets[2]])
-    rows = Counter(rows for rows, _, _ in few)
+    kinds = Counter((norm, residual) for _, norm, residual in few)
+    modulations = kinds.pop((False, False))
+    assert modulations >= CONFIG.depth + (kind == "hmar") + len(engine._heads()), "those of blocks and heads"
+    assert few[0] == (6, False, False), "before all passes"
+    rows = Counter(rows for rows, *others in few if any(others))
     passes = {2 * 3 if kind == "var" else 3: 1, 2 * 3 * 4: 1, 2 * 3 * 9: 1}
     passes |= {3 * 4: 1, 3 * 9: 3} if kind == "hmar" else {}
     assert passes.keys() <= rows.keys() and max(rows) <= 64 and 2 * 3 * 25 not in rows
-    kinds = Counter((norm, residual) for _, norm, residual in few)
     assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * sum(passes.values())
 
 
@@ -213,6 +221,7 @@ def test_every_decoder_gives_the_same_images(hmar, tokenizer):
 def test_the_decoder_of_a_dtype_is_fused_and_transposed(hmar, tokenizer):
     assert not isinstance(Engine(hmar, tokenizer).decoding, FusedDecoder)
     decoding = Engine(hmar, tokenizer, dtype=torch.bfloat16).decoding
+    assert decoding.impl == "reference", "the hand-written convolutions run on Hopper GPUs only"
     assert isinstance(decoding, FusedDecoder) and isinstance(decoding.upsamples[0], TransposedUpsample)
 
 
@@ -226,6 +235,16 @@ def test_cudnn_chooses_by_trying_only_while_the_engine_runs(hmar, tokenizer, mon
                 assert torch.backends.cudnn.benchmark is (asked or outside)
                 raise KeyError
             assert torch.backends.cudnn.benchmark is outside
+
+
+def test_shared_modulation_in_half_precision():
+    """Which blocks read in float32, and heads do not."""
+    model, tokenizer = build("var", replace(CONFIG, shared_modulation=True)), build_tokenizer()
+    sampling = SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(model, tokenizer, CLASSES, sampling)
+    actual = Engine(model, tokenizer, dtype=torch.bfloat16).generate(CLASSES, sampling)
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
 
 
 def test_shared_modulation(tokenizer):
@@ -286,8 +305,8 @@ def test_modulation_is_computed_once_an_image(hmar, tokenizer):
     engine = Engine(hmar, tokenizer)
     seen = shapes_of_inputs(remembered.modulation for remembered in engine._remembered)
     engine.generate(CLASSES, SAMPLINGS["one-token"])
-    assert len(seen) == CONFIG.depth + 1 + 2, "every block, those of the two branches, and two heads"
-    assert set(seen) == {(6, CONFIG.width)}
+    assert len(seen) == 1 + CONFIG.depth + 1 + 2, "the classes, every block, those of the two branches, and two heads"
+    assert Counter(seen) == {(6,): 1, (6, CONFIG.width): len(seen) - 1}
 
 
 def test_masked_passes_skip_the_null_class_and_finished_codes(hmar, tokenizer):
@@ -339,6 +358,65 @@ def test_weights_that_change_are_noticed(dtype, decoder):
     model.embedding.position_LC.data.zero_()
     engine.refresh()
     assert not torch.equal(engine.generate(CLASSES, sampling).f_hat_BEhw, after.f_hat_BEhw)
+
+
+def test_weights_are_looked_at_while_the_device_works(monkeypatch):
+    """Of programs that are captured: here their steps stand for the graphs."""
+    model, tokenizer = build("hmar").double(), build_tokenizer().double()
+    engine, sampling = Engine(model, tokenizer), SamplingConfig(cfg=1.0, top_k=5)
+    before = engine.generate(CLASSES, sampling)
+    order = []
+    run, versions = Program.run, Engine._current_versions
+    monkeypatch.setattr(Program, "run", lambda *arguments: order.append("run") or run(*arguments))
+    monkeypatch.setattr(Engine, "_current_versions", lambda engine: order.append("look") or versions(engine))
+    engine.captures = True
+    assert_same(engine.generate(CLASSES, sampling), before)
+    assert order == ["run", "look"]
+    tokenizer.load_state_dict(build_tokenizer(seed=9).state_dict())
+    order.clear()
+    after = engine.generate(CLASSES, sampling)
+    assert order == ["run", "look", "look", "run"], "refresh remembers what it has seen"
+    assert_same(after, plain(model, tokenizer, CLASSES, sampling))
+    order.clear()
+    tokenizer.quantizer.codebook.weight.detach().mul_(1.1)
+    assert_same(
+        engine.generate(CLASSES, sampling, on_scale=lambda k, f_hat: None), plain(model, tokenizer, CLASSES, sampling)
+    )
+    assert order == ["look", "look", "run"], "nothing of old weights is shown"
+
+
+def test_weights_in_place_are_not_looked_at():
+    """They are read where they are; but what something is derived from, and what is copied, is."""
+    model, tokenizer = build("hmar").double(), build_tokenizer().double()
+    engine = Engine(model, tokenizer)
+    quantizer = {id(parameter) for parameter in tokenizer.quantizer.parameters()}
+    scales = {id(module.log_scale_H) for module in model.modules() if isinstance(module, Attention)}
+    assert {id(source) for source in engine._watched} == quantizer | scales
+    sampling = SamplingConfig(cfg=1.0, greedy=True)
+    before = engine.generate(CLASSES, sampling)
+    for parameter in (*model.parameters(), *tokenizer.decoder.parameters()):
+        if id(parameter) not in scales:
+            parameter.detach().mul_(0.9)
+    after = engine.generate(CLASSES, sampling)
+    assert not torch.equal(after.images_BCHW, before.images_BCHW)
+    assert_same(after, plain(model, tokenizer, CLASSES, sampling))
+    transposed = Engine(model, tokenizer, decoder="transposed")
+    upsamples = {id(m.conv.weight) for m in tokenizer.decoder.modules() if isinstance(m, Upsample)}
+    assert upsamples < {id(source) for source in transposed._watched}
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    assert linears < {id(source) for source in Engine(model, tokenizer, dtype=torch.bfloat16)._watched}
+
+
+def test_settings_are_resolved_once():
+    """And as often as it takes where they have no names."""
+    arguments = (PYRAMID, 2, True, False, False)
+    sampling = (1e-6, 1.0, 10, 0.5, False)
+    first = resolve_named(*arguments, "even-2", "linear", *sampling)
+    assert resolve_named(*arguments, "even-2", "linear", *sampling) is first
+    schedule = [list(passes) for passes in even_schedule(PYRAMID, 2)]
+    again = resolve(*arguments, schedule, [0, 1 / 3, 2 / 3, 1], *sampling)
+    assert again.settings == first.settings and again.settings.guided_S == (False, True, True, True)
+    assert first.factors.tolist() == again.factors.tolist() == [0, 1 / 3, 2 / 3, 1, 1e-6]
 
 
 def test_weights_in_place_are_not_copied():
@@ -400,11 +478,13 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: Engine(hmar, tokenizer, dtype=torch.float64), "expected torch.bfloat16"),
         (lambda: Engine(hmar, tokenizer, capture=True), "CUDA graphs need a CUDA device"),
         (lambda: Engine(hmar, tokenizer, max_programs=0), "at least one"),
-        (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, triton"),
+        (lambda: Engine(hmar, tokenizer, products="cutlass"), "expected one of cublas, cuda"),
+        (lambda: Engine(hmar, tokenizer, dtype=torch.bfloat16, products="cuda"), 'products="cublas" would'),
         (lambda: Engine(hmar, tokenizer, attention="flash"), "expected one of separate, fused"),
         (lambda: Engine(hmar, tokenizer, decoder="fast"), "expected one of modules, fused, transposed"),
         (lambda: Engine(hmar, tokenizer, convolutions="cudnn"), "expected one of torch, hopper"),
         (lambda: Engine(hmar, tokenizer, convolutions="torch"), '"modules" has its own'),
+        (lambda: Engine(hmar, tokenizer, dtype=torch.bfloat16, convolutions="hopper"), 'convolutions="torch" would'),
         (lambda: Engine(HMAR(ModelConfig(depth=2, width=32)), tokenizer), "tokenizer has"),
         (lambda: engine.generate(torch.tensor([6])), r"0\.\.4"),
         (lambda: engine.generate(CLASSES, cfg_B=[1.0]), "1 strengths of guidance for 3 images"),

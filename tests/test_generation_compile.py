@@ -14,29 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hmar_kernels.group_norm import triton as group_norm
-from hmar_kernels.linear import triton as linear
 from hmar_kernels.qk_norm_attention import triton as attention
 
-FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "residual_ptr", "partials_ptr", "log_scale_ptr")
+FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "log_scale_ptr")
 SCALARS = ("eps", "max_log_scale")
-VARYING = ("num_rows", "length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width")
+VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width")
 VARYING += SCALARS
 arch, dtype = int(sys.argv[1]), sys.argv[2]
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 overlap = arch >= 90
 jobs = {}
-for C in (1024, 1920):
-    for layer, N, K in (("qkv", 3, 1), ("proj", 1, 1), ("fc1", 4, 1), ("fc2", 1, 4)):
-        tile = linear.select_tile(N * C, K * C)
-        norm = tile.splits == 1 and layer in ("qkv", "fc1")
-        split_k = tile.block_k * triton.cdiv(K * C, tile.splits * tile.block_k)
-        residual = layer in ("proj", "fc2")
-        constants = {"N": N * C, "K": K * C, "HAS_BIAS": layer != "qkv", "NORM": norm, "GELU": layer == "fc1"}
-        constants |= {"RESIDUAL": residual, "OVERLAP": overlap, "SPLIT_K": split_k, "LINE": 64}
-        constants |= {"EVEN": split_k * tile.splits == K * C, "GROUPS": tile.groups, "SPLITS": tile.splits}
-        constants |= {"BLOCK_M": linear.ROWS, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
-        floats = ["x_ptr"] * norm + ["y_ptr"] * residual
-        jobs[f"linear {C} {layer}"] = linear._linear_kernel, constants | {"STAGES": tile.stages}, tile.warps, floats
 for length in attention.TILES:
     for head_dim in (64, 128):
         block_l, tile = attention.select_tile(length, head_dim)
@@ -63,8 +50,7 @@ for name, (kernel, constants, warps, floats) in jobs.items():
             signature[argument], constexprs[i,] = "constexpr", constants[argument]
             continue
         if argument.endswith("_ptr"):
-            kind = "fp32" if argument in (*FLOATS, *floats) else "i32" if argument == "counters_ptr" else dtype
-            signature[argument] = "*" + kind
+            signature[argument] = "*fp32" if argument in (*FLOATS, *floats) else "*" + dtype
         else:
             signature[argument] = "fp32" if argument in SCALARS else "i32"
         if argument not in VARYING:
@@ -85,9 +71,7 @@ for name, (kernel, constants, warps, floats) in jobs.items():
         "stack": int(re.search(r"STACK:(\\d+)", usage)[1]),
         "copies": compiled.asm["ptx"].count("cp.async.c"),
         "waits": bool(waits) + after.count("griddepcontrol.wait"),
-        "ahead": before.count("ld.global") + before.count("prefetch.global"),
         "written_ahead": len(re.findall(r"\\b(st\\.global|red|atom)\\.", before)) if waits else 0,
-        "steps": -(-constants["SPLIT_K"] // constants["BLOCK_K"]) if "SPLIT_K" in constants else None,
     }
 print(json.dumps(report))
 """
@@ -102,13 +86,9 @@ def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
-    assert len(report) == 2 * 4 + 2 * 5 + 8
+    assert len(report) == 2 * 5 + 8
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
-        assert usage["steps"] in (None, 1) or usage["copies"] > 0, f"{name}: loads run ahead"
         assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"
-        overlapping = arch >= 90 and name.startswith(("linear", "attention"))
+        overlapping = arch >= 90 and name.startswith("attention")
         assert usage["waits"] == overlapping and usage["written_ahead"] == 0, f"{name}: all programs wait, then write"
-        assert not (overlapping and name.startswith("linear")) or usage["ahead"] > 0, (
-            f"{name}: the weight is on its way"
-        )

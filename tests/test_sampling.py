@@ -6,10 +6,12 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from fractions import Fraction
 
 import pytest
 import torch
+import triton.language as tl
 
 from hmar_kernels import sample_codes
 from hmar_kernels.sampling import reference
@@ -356,3 +358,15 @@ def test_bad_input_is_refused(change, message):
     options = {"logits": torch.zeros(2, 3, 4), "impl": "auto"} | change
     with pytest.raises(ValueError, match=message):
         draw(**options)
+
+
+@interpreted
+@pytest.mark.parametrize("top_k, top_p", [(1000, 0.99), (900, 0.96), (650, 0.99)])
+def test_reductions_over_a_row_are_few(top_k, top_p, monkeypatch):
+    """All warps of a program wait for each other at each."""
+    calls, rows = Counter(), 8
+    for name in ("sum", "min", "max"):
+        reduce = getattr(tl, name)
+        monkeypatch.setattr(tl, name, lambda *a, name=name, reduce=reduce, **o: calls.update([name]) or reduce(*a, **o))
+    draw(draw_logits(1, rows, 4096), impl="triton", top_k=top_k, top_p=top_p)
+    assert 20 * rows < calls.total() < 32 * rows

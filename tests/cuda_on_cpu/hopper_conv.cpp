@@ -51,7 +51,7 @@ void run_block(Block& block, int num_threads, bool last_thread_first) {
 }
 
 MapContent content(const void* data, const MapGeometry& geometry) {
-  MapContent map{static_cast<const uint8_t*>(data), geometry.rank, {}, {}, {}, geometry.swizzled};
+  MapContent map{static_cast<const uint8_t*>(data), geometry.rank, {}, {}, {}};
   std::memcpy(map.sizes, geometry.sizes, sizeof(map.sizes));
   std::memcpy(map.strides, geometry.strides, sizeof(map.strides));
   std::memcpy(map.box, geometry.box, sizeof(map.box));
@@ -62,8 +62,7 @@ template <class Tile>
 void run(const HopperConvShape& shape, const void* x, const void* weight, const void* bias, const HopperConvOutput& output, int num_blocks,
          bool last_thread_first, Block& block) {
   static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);
-  const HopperConvKernel kernel{Tile::kResolution == Resolution::kDoubled, Tile::kBoxes,     Tile::kBlocks,
-                                Tile::kStages,                             Tile::kMapStages, 0};
+  const HopperConvKernel kernel{Tile::kResolution == Resolution::kDoubled, Tile::kBlocks, Tile::kStages, Tile::kMapStages, 0};
   const MapContent x_map = content(x, conv_x_geometry(shape, kernel));
   const MapContent weight_map = content(weight, conv_weight_geometry(shape, kernel));
   HopperConvParams params = conv_params(shape, kernel, bias, output);
@@ -76,24 +75,21 @@ void run(const HopperConvShape& shape, const void* x, const void* weight, const 
   }
 }
 
-template <DType kType, Resolution kResolution, Boxes kBoxes>
+template <DType kType, Resolution kResolution>
 void run(int blocks, const HopperConvShape& shape, const void* x, const void* weight, const void* bias,
          const HopperConvOutput& output, int num_blocks, bool last_thread_first, Block& block) {
-  constexpr bool kWhole = kBoxes != Boxes::kTaps;
   if (blocks == 1) {
-    run<HopperConvTile<kType, kResolution, kBoxes, 1, 5, kWhole ? 2 : 4>>(shape, x, weight, bias, output, num_blocks,
-                                                                       last_thread_first, block);
+    run<HopperConvTile<kType, kResolution, 1, 5, 2>>(shape, x, weight, bias, output, num_blocks, last_thread_first, block);
   } else {
-    run<HopperConvTile<kType, kResolution, kBoxes, 2, 6, kWhole ? 2 : 3>>(shape, x, weight, bias, output, num_blocks,
-                                                                       last_thread_first, block);
+    run<HopperConvTile<kType, kResolution, 2, 6, 2>>(shape, x, weight, bias, output, num_blocks, last_thread_first, block);
   }
 }
 
 }  // namespace
 
 // Null, or what went wrong. The kernel is that of the extension with fewer stages, so that rings turn over sooner.
-extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int boxes, int blocks, int num_images, int height,
-                                          int width, int in_channels, int out_channels, const void* x, const void* weight,
+extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int blocks, int num_images, int height, int width,
+                                          int in_channels, int out_channels, const void* x, const void* weight,
                                           const void* bias, void* out, float* means, float* deviations,
                                           int num_blocks, bool last_thread_first) {
   static Block block;
@@ -104,15 +100,7 @@ extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int boxes
   const auto call = [&](auto run) { run(blocks, shape, x, weight, bias, output, num_blocks, last_thread_first, block); };
   const auto call_type = [&](auto type) {
     constexpr auto kType = decltype(type)::value;
-    constexpr auto kSame = Resolution::kSame, kDoubled = Resolution::kDoubled;
-    switch (3 * doubled + boxes) {
-      case 0: return call(run<kType, kSame, Boxes::kTaps>);
-      case 1: return call(run<kType, kSame, Boxes::kPlanes>);
-      case 2: return call(run<kType, kSame, Boxes::kRows>);
-      case 3: return call(run<kType, kDoubled, Boxes::kTaps>);
-      case 4: return call(run<kType, kDoubled, Boxes::kPlanes>);
-      default: return call(run<kType, kDoubled, Boxes::kRows>);
-    }
+    doubled ? call(run<kType, Resolution::kDoubled>) : call(run<kType, Resolution::kSame>);
   };
   if (bfloat16) {
     call_type(std::integral_constant<DType, DType::kBFloat16>());
@@ -123,16 +111,15 @@ extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int boxes
 }
 
 // The numbers of a launch, in the order of MapGeometry's and HopperConvParams' fields.
-extern "C" void hopper_conv_geometry(bool doubled, int boxes, int blocks, int num_images, int height, int width,
+extern "C" void hopper_conv_geometry(bool doubled, int blocks, int num_images, int height, int width,
                                      int in_channels, int out_channels, int64_t* numbers) {
   const HopperConvShape shape{DType::kBFloat16, num_images, height, width, in_channels, out_channels};
-  const HopperConvKernel kernel{doubled, Boxes(boxes), blocks, 0, 0, 0};
+  const HopperConvKernel kernel{doubled, blocks, 0, 0, 0};
   for (const MapGeometry& map : {conv_x_geometry(shape, kernel), conv_weight_geometry(shape, kernel)}) {
     *numbers++ = map.rank;
     for (int i = 0; i < map.rank; ++i) *numbers++ = int64_t(map.sizes[i]);
     for (int i = 0; i + 1 < map.rank; ++i) *numbers++ = int64_t(map.strides[i]);
     for (int i = 0; i < map.rank; ++i) *numbers++ = int64_t(map.box[i]);
-    *numbers++ = map.swizzled;
   }
   const HopperConvParams params = conv_params(shape, kernel, nullptr, {});
   for (const int64_t number :

@@ -196,9 +196,8 @@ struct RingPosition {
 struct MapContent {
   const uint8_t* data;
   int rank;
-  uint64_t sizes[5], strides[4];
-  uint32_t box[5];
-  bool swizzled;
+  uint64_t sizes[4], strides[3];
+  uint32_t box[4];
 };
 
 // Of an address in rows of 64 bytes: chunks of 16 bytes change places, in a pattern of 512 bytes.
@@ -208,7 +207,7 @@ inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::
   const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
   if (int(begin.size()) != content.rank) fail("coordinates of another rank than the tensor map's");
   const uint32_t start = shared_address(dst);
-  if (start % (content.swizzled ? 1024 : 128)) fail("a box that is not aligned in shared memory");
+  if (start % 1024) fail("a box that is not aligned in shared memory");
   int num_elements = 1;
   for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
   for (int index = 0; index < num_elements; ++index) {
@@ -225,7 +224,7 @@ inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::
     if (inside) std::memcpy(&number, content.data + offset, 2);
     const uint32_t address = start + 2 * index;
     if (address + 2 > SHARED_BYTES) fail("a box beyond shared memory");
-    std::memcpy(shared_memory + (content.swizzled ? swizzled(address) : address), &number, 2);
+    std::memcpy(shared_memory + swizzled(address), &number, 2);
   }
   barrier.bytes -= 2 * num_elements;
   complete(barrier);
@@ -288,19 +287,12 @@ inline void store_matrices(uint8_t* row, const uint32_t (&a)[4]) {
 
 inline uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
-// Number k of row r of a K-major operand. Layouts: 0 none, 2 rows of 64 bytes.
+// Number k of row r of a K-major operand in swizzled rows of 64 bytes.
 template <DType kType>
 float element(uint64_t descriptor, int r, int k) {
   const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
-  const int layout = int(descriptor >> 62);
-  uint32_t address = field(0) + r / 8 * field(32);
-  if (layout == 0) {
-    address += r % 8 * 16 + k / 8 * field(16) + k % 8 * 2;
-  } else if (layout == 2) {
-    address = swizzled(address + r % 8 * 64 + k * 2);
-  } else {
-    fail("an operand in an unexpected layout");
-  }
+  if (descriptor >> 62 != 2) fail("an operand that is not in swizzled rows of 64 bytes");
+  const uint32_t address = swizzled(field(0) + r / 8 * field(32) + r % 8 * 64 + k * 2);
   if (address + 2 > SHARED_BYTES) fail("an operand beyond shared memory");
   uint16_t bits;
   std::memcpy(&bits, shared_memory + address, 2);

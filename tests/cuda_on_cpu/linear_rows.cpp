@@ -17,21 +17,19 @@ const char* run(Block& block, unsigned num_blocks, bool last_warp_first) {
 template <class Tile>
 const char* run(const LinearRowsParams& params, Block& block, bool last_warp_first) {
   block.kernel = [&] { linear_rows_kernel<Tile>(params); };
-  return run(block, (params.num_outputs + Tile::kFeatures - 1) / Tile::kFeatures, last_warp_first);
+  return run(block, (params.num_outputs + kFeatures - 1) / kFeatures, last_warp_first);
 }
 
 }  // namespace
 
 // Return what went wrong, or null. counts: prefetches, and loads of the weight after the wait for the kernel before.
-extern "C" const char* linear_rows_on_cpu(const LinearRowsParams* params, int rows, int features, bool last_warp_first,
-                                          long* counts) {
+extern "C" const char* linear_rows_on_cpu(const LinearRowsParams* params, int rows, bool last_warp_first, long* counts) {
   Block block;
   const auto* weight = static_cast<const uint8_t*>(params->weight);
   block.readable.emplace_back(weight, weight + 2l * params->num_outputs * params->num_inputs);
   const char* failure = "no such tile";
-  if (rows == 8 && features == 16) failure = run<LinearRowsTile<kType, 1, 1, 4>>(*params, block, last_warp_first);
-  if (rows == 16 && features == 16) failure = run<LinearRowsTile<kType, 2, 1, 4>>(*params, block, last_warp_first);
-  if (rows == 32 && features == 32) failure = run<LinearRowsTile<kType, 4, 2, 2>>(*params, block, last_warp_first);
+  if (rows == 8) failure = run<LinearRowsTile<kType, 8>>(*params, block, last_warp_first);
+  if (rows == 16) failure = run<LinearRowsTile<kType, 16>>(*params, block, last_warp_first);
   counts[0] = block.prefetches;
   counts[1] = block.late_loads;
   return failure;

@@ -165,7 +165,7 @@ class CudaDriver:
 
     FLOAT16, BFLOAT16 = 6, 9  # CUtensorMapDataType
     INTERLEAVE_NONE, L2_PROMOTION_256B, ZERO_OUTSIDE = 0, 3, 0
-    SWIZZLE_NONE, SWIZZLE_64B, SWIZZLE_128B = 0, 2, 3
+    SWIZZLE_64B, SWIZZLE_128B = 2, 3
     MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
     RELAXED = 2  # CUstreamCaptureMode
 

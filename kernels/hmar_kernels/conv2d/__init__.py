@@ -4,17 +4,21 @@
 """
 
 from .api import (
+    choose,
     conv2d,
     conv2d_with_statistics,
     conv_transpose2d,
     conv_transpose2d_with_statistics,
     packed_taps,
 )
+from .hopper import unavailable_on
 
 __all__ = [
+    "choose",
     "conv2d",
     "conv2d_with_statistics",
     "conv_transpose2d",
     "conv_transpose2d_with_statistics",
     "packed_taps",
+    "unavailable_on",
 ]

@@ -24,8 +24,8 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str =
         weight: [O, C, 3, 3] of x's dtype.
         bias: [O] of x's dtype, or None.
         impl: "auto", "reference" (torch) or "hopper": float16 and bfloat16, x and weight channels-last, C and O in
-            multiples of 8, compute capability 9.0, no gradients. "auto" is "reference". A named implementation runs or
-            raises.
+            multiples of 8, compute capability 9.0, no gradients. A named implementation runs or raises; `choose` tells
+            what "auto" takes.
     Returns:
         [N, O, H, W] in x's dtype; of "hopper" channels-last.
     Raises:
@@ -47,7 +47,8 @@ def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, i
         x: [N, C, H, W].
         weight: [C, O, 4, 4] of x's dtype.
         bias: [O] of x's dtype, or None.
-        impl: as in `conv2d`; for "hopper" the weight lies in memory as [O, 4, 4, C], as `packed_taps` has it.
+        impl: as in `conv2d`; for "hopper" the weight lies in memory as [O, 4, 4, C], as `packed_taps` has it, and where
+            it does "auto" takes "hopper" for every map.
     Returns:
         [N, O, 2 H, 2 W] in x's dtype; of "hopper" channels-last.
     Raises:
@@ -65,8 +66,8 @@ def conv2d_with_statistics(x: Tensor, weight: Tensor, *, impl: str = "auto") -> 
     They come without another pass of "hopper" for maps that its patches fill (sides in multiples of 16 always are);
     otherwise, and under torch.compile, they are None.
     """
+    impl = _select(impl, x, weight, None, doubled=False)
     if impl == "hopper" and not torch.compiler.is_compiling():
-        _select(impl, x, weight, None, doubled=False)
         return hopper.with_statistics(x, weight, doubled=False)
     return conv2d(x, weight, impl=impl), None
 
@@ -75,10 +76,23 @@ def conv_transpose2d_with_statistics(
     x: Tensor, weight: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, ChunkStatistics | None]:
     """The same of `conv_transpose2d`."""
+    impl = _select(impl, x, weight, None, doubled=True)
     if impl == "hopper" and not torch.compiler.is_compiling():
-        _select(impl, x, weight, None, doubled=True)
         return hopper.with_statistics(x, weight, doubled=True)
     return conv_transpose2d(x, weight, impl=impl), None
+
+
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, doubled: bool) -> tuple[str, str]:
+    """What impl="auto" takes for arguments that go together, and the reason. doubled: of `conv_transpose2d`."""
+    reason = _unavailable(x, weight, bias, doubled)
+    if reason is not None:
+        return "reference", f"torch's convolution: {reason}"
+    if doubled:
+        return "hopper", "the weight lies as the kernel reads it, and torch would copy it"
+    N, _, H, W = x.shape
+    if not hopper.is_large(N, H, W, weight.shape[0], hopper.num_multiprocessors(x.device.index)):
+        return "reference", "torch's convolution divides the sums of a small map among more multiprocessors"
+    return "hopper", "patches of the map keep the multiprocessors busy"
 
 
 def packed_taps(weight: Tensor) -> Tensor:
@@ -101,14 +115,19 @@ def _select(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, double
             raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}; {name}.to(x.dtype) is")
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
-    if impl != "hopper":
-        return "reference"
-    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    reason = "the kernels have no derivative" if needs_grad else hopper.unavailable(x, weight, bias, doubled=doubled)
+    if impl == "auto":
+        return choose(x, weight, bias, doubled=doubled)[0]
+    reason = _unavailable(x, weight, bias, doubled) if impl == "hopper" else None
     if reason is not None:
         raise ValueError(f'impl="hopper" cannot run here: {reason}; impl="auto" would take "reference"')
     return impl
+
+
+def _unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> str | None:
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return "the kernels have no derivative"
+    return hopper.unavailable(x, weight, bias, doubled=doubled)
 
 
 _conv2d_hopper = torch.library.custom_op("hmar_kernels::conv2d_hopper", hopper.conv2d, mutates_args=())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import extension
 from ..group_norm import ChunkStatistics
-from .hopper_launch import BLOCK_SIDE, OUT_CHANNELS, PATCH_COLUMNS, PLANES, ROWS, TAPS, ConvKernels
+from .hopper_launch import BLOCK_SIDE, OUT_CHANNELS, PATCH_COLUMNS, ConvKernels
 
 DTYPES = (torch.float16, torch.bfloat16)
 CHANNELS = 8  # input and output channels come in multiples: 16 bytes
@@ -24,36 +24,28 @@ MAX_NUMBERS = 2**31 - 1
 class Tile(NamedTuple):
     """A compiled kernel.
 
-    doubled: `conv_transpose2d`. boxes: how the map comes into shared memory: TAPS, once a tap; PLANES and ROWS, once
-    for all taps, in two layouts. blocks: of 64 positions for each of two warpgroups, so that a patch has 8 blocks x 16
+    doubled: `conv_transpose2d`. blocks: of 64 positions for each of two warpgroups, so that a patch has 8 blocks x 16
     positions. stages, map_stages: of weights and of the map in shared memory.
     """
 
     doubled: bool
-    boxes: int
     blocks: int
     stages: int
     map_stages: int
 
 
 # NOTE: of the transposed convolution a map lasts for four taps instead of nine, so more of them are under way.
-RINGS = {
-    (False, TAPS): ((2, 7, 7), (1, 10, 10)),
-    (False, PLANES): ((2, 12, 3), (1, 14, 3)),
-    (False, ROWS): ((2, 12, 3), (1, 14, 3)),
-    (True, TAPS): ((2, 7, 7), (1, 10, 10)),
-    (True, PLANES): ((2, 10, 4), (1, 12, 4)),
-    (True, ROWS): ((2, 10, 4), (1, 12, 4)),
-}
-TILES = tuple(Tile(doubled, boxes, *numbers) for (doubled, boxes), rings in RINGS.items() for numbers in rings)
-CHOSEN_BOXES = PLANES
-"""Of the kernels that are chosen."""
+TILES = (Tile(False, 2, 12, 3), Tile(False, 1, 14, 3), Tile(True, 2, 10, 4), Tile(True, 1, 12, 4))
 
 # The extension where it was built with them; else what compiles the table's kernels when they are first launched.
 _kernels = extension.module if hasattr(extension.module, "hopper_conv") else ConvKernels(TILES)
 
 ITEM_OVERHEAD = 0.15
-"""Time of an item beside its products, in blocks: weights are read once an item. An estimate, not measured yet."""
+"""Time of an item beside its products, in blocks: weights are read once an item. With anything between .05 and .4
+`select_tile` takes the faster kernel in all 36 cells of reports/data/convolutions_h100.json."""
+LEAST_FILLED = 1 / 3
+"""Of the multiprocessors, by maps that are not left to cuDNN, which divides sums, too. Measured on 132 (the same file):
+128 items take .043 ms, cuDNN .056; 64 items .025 and .023; 16 items .023 and .012."""
 
 
 def num_items(tile: Tile, N: int, H: int, W: int, O: int) -> int:
@@ -68,14 +60,17 @@ def select_tile(doubled: bool, N: int, H: int, W: int, O: int, num_sms: int) -> 
     def time(tile: Tile) -> float:
         return math.ceil(num_items(tile, N, H, W, O) / num_sms) * (tile.blocks + ITEM_OVERHEAD)
 
-    return min((tile for tile in TILES if tile.doubled == doubled and tile.boxes == CHOSEN_BOXES), key=time)
+    return min((tile for tile in TILES if tile.doubled == doubled), key=time)
+
+
+def is_large(N: int, H: int, W: int, O: int, num_sms: int) -> bool:
+    """Whether `conv2d` keeps LEAST_FILLED of num_sms multiprocessors busy."""
+    return num_items(select_tile(False, N, H, W, O, num_sms), N, H, W, O) >= LEAST_FILLED * num_sms
 
 
 def unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, *, doubled: bool) -> str | None:
     """Why the kernels cannot run on these tensors, whose shapes and dtypes go together; None when they can."""
     (C, O) = weight.shape[:2] if doubled else weight.shape[1::-1]
-    if x.dtype not in DTYPES:
-        return f"the kernels take float16 and bfloat16, got {x.dtype}"
     if C % CHANNELS or O % CHANNELS:
         return f"the kernels take channels in multiples of {CHANNELS}, got {C} -> {O}"
     if not x.is_contiguous(memory_format=torch.channels_last):
@@ -86,13 +81,20 @@ def unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, *, doubled: bool
         return "the weight is not channels-last: weight.contiguous(memory_format=torch.channels_last) is"
     if (4 if doubled else 1) * x.shape[3] * O > MAX_NUMBERS or x.numel() // C > MAX_NUMBERS:
         return f"a map of {list(x.shape)} exceeds 32-bit offsets"
-    if x.device.type != "cuda":
-        return f"the kernels run on CUDA tensors, got {x.device}"
-    capability = torch.cuda.get_device_capability(x.device)
+    return unavailable_on(x.device, x.dtype)
+
+
+def unavailable_on(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no kernel of this dtype can run on a device; None when they can."""
+    if dtype not in DTYPES:
+        return f"the kernels take float16 and bfloat16, got {dtype}"
+    if device.type != "cuda":
+        return f"the kernels run on CUDA tensors, got {device}"
+    capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"the kernels need compute capability 9.0, got {capability[0]}.{capability[1]}"
-    error = _load_error(x.device.index)
-    return f"the kernels cannot run on {x.device}: {error}" if error else None
+    error = _load_error(device.index)
+    return f"the kernels cannot run on {device}: {error}" if error else None
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -158,7 +160,12 @@ def empty_output(x: Tensor, channels: int, factor: int) -> Tensor:
 
 def _chosen(doubled: bool, x: Tensor, O: int) -> Tile:
     N, _, H, W = x.shape
-    return select_tile(doubled, N, H, W, O, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    return select_tile(doubled, N, H, W, O, num_multiprocessors(x.device.index))
+
+
+@torch.compiler.assume_constant_result
+def num_multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _load_errors: dict[int, str] = {}

@@ -17,8 +17,6 @@ from ..attention import nvrtc
 from ..attention.hopper_launch import DTYPES, CompiledKernels, CudaDriver, TensorMap, aligned, kernel_source
 
 OUT_CHANNELS, PATCH_COLUMNS, BLOCK_SIDE, IN_CHANNELS = 160, 16, 8, 32  # csrc/hopper_params.h, kConvColumns and on
-BOXES = ("kTaps", "kPlanes", "kRows")  # the same, Boxes
-TAPS, PLANES, ROWS = range(len(BOXES))
 
 
 class HopperConvParams(Structure):
@@ -33,31 +31,24 @@ class HopperConvParams(Structure):
 
 
 class MapGeometry(NamedTuple):
-    """What a tensor map says, from the innermost dimension on. Strides in bytes, of all dimensions but the first."""
+    """What a tensor map says, from the innermost dimension on, 64 bytes wide in shared memory and swizzled.
+
+    Strides in bytes, of all dimensions but the first.
+    """
 
     sizes: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
-    swizzle: int
 
 
-def x_geometry(boxes: int, blocks: int, N: int, H: int, W: int, C: int) -> MapGeometry:
-    around = 0 if boxes == TAPS else 2
-    columns, rows, position = PATCH_COLUMNS + around, BLOCK_SIDE * blocks + around, 2 * C
-    if boxes == PLANES:
-        return MapGeometry(
-            (8, W, H, C // 8, N),
-            (position, position * W, 16, position * W * H),
-            (8, columns, rows, IN_CHANNELS // 8, 1),
-            CudaDriver.SWIZZLE_NONE,
-        )
-    strides = (position, position * W, position * W * H)
-    return MapGeometry((C, W, H, N), strides, (IN_CHANNELS, columns, rows, 1), CudaDriver.SWIZZLE_64B)
+def x_geometry(blocks: int, N: int, H: int, W: int, C: int) -> MapGeometry:
+    strides = (2 * C, 2 * C * W, 2 * C * W * H)
+    return MapGeometry((C, W, H, N), strides, (IN_CHANNELS, PATCH_COLUMNS + 2, BLOCK_SIDE * blocks + 2, 1))
 
 
 def weight_geometry(doubled: bool, C: int, O: int) -> MapGeometry:
     taps = 16 if doubled else 9
-    return MapGeometry((C, taps, O), (2 * C, 2 * C * taps), (IN_CHANNELS, 1, OUT_CHANNELS), CudaDriver.SWIZZLE_64B)
+    return MapGeometry((C, taps, O), (2 * C, 2 * C * taps), (IN_CHANNELS, 1, OUT_CHANNELS))
 
 
 def numbers_of(doubled: bool, blocks: int, N: int, H: int, W: int, C: int, O: int) -> dict[str, int]:
@@ -86,10 +77,10 @@ def numbers_of(doubled: bool, blocks: int, N: int, H: int, W: int, C: int, O: in
 
 def make_source(tile: tuple, bfloat16: bool, folder: Path) -> nvrtc.Source:
     """The source of one kernel of hopper.py's table."""
-    doubled, boxes, *numbers = tile
+    doubled, *numbers = tile
     tile_type = (
         f"HopperConvTile<DType::{DTYPES[bfloat16]}, Resolution::{'kDoubled' if doubled else 'kSame'}, "
-        f"Boxes::{BOXES[boxes]}, {', '.join(map(str, numbers))}>"
+        f"{', '.join(map(str, numbers))}>"
     )
     return kernel_source("hopper_conv.cuh", "hopper_conv_kernel", tile_type, HopperConvParams.__name__, folder)
 
@@ -107,20 +98,20 @@ class ConvKernels(CompiledKernels):
 
     def hopper_conv(self, tile, shape, x, weight, bias, out, means, deviations, device, stream) -> None:
         tile = self.hopper_conv_tiles[tile]
-        doubled, boxes, blocks, *_ = tile
+        doubled, blocks, *_ = tile
         bfloat16, N, H, W, C, O = shape
         params = aligned(HopperConvParams)
         params.out, params.bias, params.means, params.deviations = out, bias, means, deviations
         for name, number in numbers_of(doubled, blocks, N, H, W, C, O).items():
             setattr(params, name, number)
         maps = {
-            "x": (x, x_geometry(boxes, blocks, N, H, W, C)),
+            "x": (x, x_geometry(blocks, N, H, W, C)),
             "weight": (weight, weight_geometry(doubled, C, O)),
         }
         with self._cuda.current_device(device):
             for name, (address, geometry) in maps.items():
                 field = ctypes.addressof(params) + getattr(HopperConvParams, name).offset
-                self._cuda.describe(field, bfloat16, address, *geometry)
+                self._cuda.describe(field, bfloat16, address, *geometry, CudaDriver.SWIZZLE_64B)
             _, function, numbers, num_sms = self._loaded(
                 (tile, bfloat16, device), lambda folder: make_source(tile, bfloat16, folder), HopperConvParams
             )

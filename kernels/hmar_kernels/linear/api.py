@@ -1,6 +1,6 @@
 """The linear operator: argument checks, choice of implementation, torch custom op.
 
-The mathematics is in reference.py, kernels for few rows in cuda.py and triton.py; impl="cublas" is a call of torch.
+The mathematics is in reference.py, kernels for few rows in cuda.py; impl="cublas" is a call of torch.
 """
 
 from __future__ import annotations
@@ -8,12 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import triton_device
 from ..modulated_norm import modulated_norm
 from ..modulated_norm.reference import residual as gated_residual
-from . import cuda, reference, triton
+from . import cuda, reference
 
-IMPLEMENTATIONS = ("reference", "cublas", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "cublas", "cuda")
 """Names that `linear(..., impl=...)` takes beside "auto"."""
 
 
@@ -29,7 +28,6 @@ def linear(
     eps: float = 1e-6,
     impl: str = "auto",
     overlap: bool = False,
-    counters: Tensor | None = None,
 ) -> Tensor:
     """y = h W^T + b, then the tanh form of GELU (arXiv 1606.08415, section 2) if wanted, then residual + gate y.
 
@@ -41,15 +39,12 @@ def linear(
             the weight's dtype; x, scale and shift then have dtypes of their own. None: h = x.
         residual, gate: [B, L, N] and [B, 1, N], both or neither, dtypes of their own.
         eps: added to the variance of the norm.
-        impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel. Two
-            are for few rows, where the time goes into reading the weight: "triton" has everything in one kernel, or
-            where K is long one more for the norm; "cuda", of at most 32 rows, has one more for the norm. None has a
-            derivative. "auto" is "cublas" on a GPU where no gradient is needed, else "reference". A named
-            implementation runs or raises.
-        overlap: of "triton" and "cuda": the kernel may read weight and bias before the kernel queued just before it has
-            ended. For weights that no kernel writes which may still run. Without effect below compute capability 9.0.
-        counters: of "triton": int32 zeros, at least `triton.num_counters`, which are zeros again afterwards; for calls
-            that never run at the same time. Saves setting them to zero in every call.
+        impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel.
+            "cuda" is for at most 16 rows, where the time goes into reading the weight: the norm is one kernel and
+            everything else another. Neither has a derivative. "auto" is "cublas" on a GPU where no gradient is needed,
+            else "reference". A named implementation runs or raises.
+        overlap: of "cuda": the kernel may read weight and bias before the kernel queued just before it has ended. For
+            weights that no kernel writes which may still run. Without effect below compute capability 9.0.
     Returns:
         [..., N] in x's dtype; after a norm in the weight's, of a residual in that of the residual. Sums are float32.
     Raises:
@@ -66,8 +61,6 @@ def linear(
         reason = "it has no derivative" if needs_grad else None
         if reason is None and impl == "cublas" and not x.is_cuda:
             reason = f"it needs a CUDA device, got {x.device.type}"
-        if reason is None and impl == "triton":
-            reason = triton_device.unavailable(x.device, *(tensor.dtype for tensor in given)) or _too_large(given)
         if reason is None and impl == "cuda":
             reason = cuda.unavailable(x, weight, bias, *(norm or (None, None)), gate, residual=residual)
         if reason is not None:
@@ -80,19 +73,12 @@ def linear(
             h = x if norm is None else modulated_norm(x, *norm, eps=eps, dtype=weight.dtype)
             y = _cublas(h.reshape(-1, h.shape[-1]), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
             return y if residual is None else gated_residual(residual, y, gate, None).to(residual.dtype)
-    if norm is not None and impl == "triton" and not triton.normalises(weight):
-        x, norm = modulated_norm(x, *norm, eps=eps, dtype=weight.dtype, impl="triton"), None
     rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     scale, shift = (None, None) if norm is None else (_dense_rows(vector) for vector in norm)
     gate = None if gate is None else _dense_rows(gate)
-    if impl == "cuda":
-        forward = _linear_cuda if torch.compiler.is_compiling() else cuda.forward
-        y = forward(rows, weight, bias, scale, shift, residual, gate, gelu, eps, overlap)
-        return y.view(*x.shape[:-1], weight.shape[0])
-    # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only; it has
-    # counters of its own, for the compiler does not take an optional argument that is written.
-    forward, counters = (_linear_triton, None) if torch.compiler.is_compiling() else (triton.forward, counters)
-    y = forward(rows, weight, bias, scale, shift, residual, gate, gelu, eps, counters, overlap)
+    # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
+    forward = _linear_cuda if torch.compiler.is_compiling() else cuda.forward
+    y = forward(rows, weight, bias, scale, shift, residual, gate, gelu, eps, overlap)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -137,24 +123,11 @@ def _dense_rows(vector: Tensor) -> Tensor:
     return vector if vector.stride(-1) == 1 else vector.contiguous()
 
 
-def _too_large(given: list[Tensor]) -> str | None:
-    span = max(sum((n - 1) * abs(s) for n, s in zip(t.shape, t.stride(), strict=True)) for t in given)
-    return None if span < 2**31 else f"a tensor that spans {span} numbers exceeds 32-bit offsets"
-
-
 def _cublas(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     if gelu and bias is not None:
         # NOTE: on CUDA this is the tanh form; on a CPU it would be the other one.
         return torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
     return reference.forward(x, weight, bias, gelu=gelu)
-
-
-_linear_triton = torch.library.custom_op("hmar_kernels::linear_triton", triton.forward, mutates_args=())
-
-
-@_linear_triton.register_fake
-def _(x, weight, bias, scale, shift, residual, gate, gelu, eps, counters, overlap):
-    return x.new_empty(*x.shape[:2], weight.shape[0], dtype=weight.dtype if residual is None else residual.dtype)
 
 
 _linear_cuda = torch.library.custom_op("hmar_kernels::linear_cuda", cuda.forward, mutates_args=())

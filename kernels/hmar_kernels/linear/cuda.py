@@ -8,22 +8,32 @@ from torch import Tensor
 from .. import extension
 
 DTYPES = (torch.float16, torch.bfloat16)
-# Rows up to -> rows of the weight a block: with more rows of x, which every block reads whole, wider blocks.
-FEATURES = {8: 16, 16: 16, 32: 32}
-MAX_ROWS, STEP, MAX_NORMED = 32, 32, 8192
+ROWS = (8, 16)  # of the kernels, at most
+MAX_ROWS, STEP, MAX_NORMED = max(ROWS), 32, 8192
 
 
 def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
     """Why the kernels cannot run on these tensors; None when they can. vectors: bias, scale, shift and gate."""
-    if x.device.type != "cuda":
-        return f"it needs a CUDA device, got {x.device.type}"
-    return refusal(x, weight, *vectors, residual=residual) or extension.unavailable(x.device)
+    return unavailable_on(x.device, weight.dtype, x.shape[-1]) or refusal(x, weight, *vectors, residual=residual)
+
+
+def unavailable_on(device: torch.device, dtype: torch.dtype, num_inputs: int) -> str | None:
+    """Why the kernels cannot run on a device with weights of this dtype and rows of so many numbers."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, got {device.type}"
+    return refusal_of_weights(dtype, num_inputs) or extension.unavailable(device)
+
+
+def refusal_of_weights(dtype: torch.dtype, num_inputs: int) -> str | None:
+    if dtype not in DTYPES:
+        return f"its weights are float16 or bfloat16, not {dtype}"
+    return f"K is a multiple of {STEP}, got {num_inputs}" if num_inputs % STEP else None
 
 
 def refusal(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
     """Why the kernels do not take such tensors, wherever they are."""
-    if weight.dtype not in DTYPES:
-        return f"its weights are float16 or bfloat16, not {weight.dtype}"
+    if (reason := refusal_of_weights(weight.dtype, x.shape[-1])) is not None:
+        return reason
     for tensor in (x, residual):
         if tensor is not None and tensor.dtype not in (weight.dtype, torch.float32):
             return f"x and residual are float32 or {weight.dtype} as the weight, not {tensor.dtype}"
@@ -33,8 +43,8 @@ def refusal(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor
     rows, K = x.shape[:-1].numel(), x.shape[-1]
     if rows > MAX_ROWS:
         return f"it has few rows, at most {MAX_ROWS}, got {rows}"
-    if K % STEP or (K > MAX_NORMED and any(tensor is not None for tensor in vectors[1:3])):
-        return f"K is a multiple of {STEP}, with a norm at most {MAX_NORMED}, got {K}"
+    if K > MAX_NORMED and any(tensor is not None for tensor in vectors[1:3]):
+        return f"K is at most {MAX_NORMED} with a norm, got {K}"
     return None
 
 
@@ -80,7 +90,6 @@ def forward(
         )
         x = h
     y = torch.empty(batch, length, N, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
-    kernel_rows = next(most for most in FEATURES if rows <= most)
     extension.module.linear_rows(
         x=x.data_ptr(),
         weight=weight.data_ptr(),
@@ -95,7 +104,7 @@ def forward(
         image_rows=length,
         float_residual=residual is not None and residual.dtype == torch.float32,
         gelu=gelu,
-        shape=(kernel_rows, FEATURES[kernel_rows]),
+        kernel_rows=next(most for most in ROWS if rows <= most),
         **common,
     )
     return y

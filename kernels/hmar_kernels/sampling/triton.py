@@ -5,8 +5,10 @@
 Grid: one program a token. It reads the row (both halves of it with guidance) once and keeps it in registers, as a tile
 [V / 4, 4] of which a row takes its four words from one call of the generator. Nothing is sorted: the k-th likeliest
 logit and the threshold of top-p are found by bisection over float bits, which order as the floats do, and over the
-values in turn, so that usually 14 and at most 96 counts or sums over the row give the exact value. Weights are summed
-as int64 (reference.py tells why), the rest is float32.
+values in turn, so that usually 14 and at most 96 turns give the exact value. All warps wait for each other at every
+reduction over the row, so each tells as much as it can: three counts in one number are two turns, bounds of the row
+tell whether it is finite, and what lies above the threshold of top-p is known from the search. Weights are summed as
+int64 (reference.py tells why), the rest is float32.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ ONE_MASS: tl.constexpr = tl.constexpr(float(2**MASS_BITS))
 BITS: tl.constexpr = tl.constexpr(SHARE_BITS)
 LOW_BITS: tl.constexpr = tl.constexpr(2**SHARE_BITS - 1)
 ABOVE_ALL: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+INFINITE_KEY: tl.constexpr = tl.constexpr(0x7F800000)  # of infinity; that of its negative is -INFINITE_KEY - 1
+COUNT_BITS: tl.constexpr = tl.constexpr(21)  # of a count of codes, of which three fit into 64 bits
+COUNT_MASK: tl.constexpr = tl.constexpr(2**21 - 1)
 SNAPPING_TURN: tl.constexpr = tl.constexpr(8)  # about the binary logarithm of the codes that hold most of the mass
 
 
@@ -55,7 +60,7 @@ def _middle(low, high, turn):
     """A key between low and high, not either: half of their values in even turns, of their bits in odd ones.
 
     The halved values are those of a range without most of the keys, which lie around 0; the halved bits bound the turns
-    where values are of very different sizes.
+    where values are of very different sizes. Where no key is between, the lower one.
     """
     value = 0.5 * _value(low) + 0.5 * _value(high)
     bits = value.to(tl.int32, bitcast=True)
@@ -70,19 +75,31 @@ def _kth_key(keys, valid, low, top, k):
     low, high = low.to(tl.int64), top.to(tl.int64) + 1
     turn = 0
     while high - low > 1:
+        # Two turns at once: the second has one of two thresholds, as the first one ends
         middle = _middle(low, high, turn)
-        count = tl.sum((valid & (keys >= middle.to(tl.int32))).to(tl.int32))
+        lower, upper = _middle(low, middle, turn + 1), _middle(middle, high, turn + 1)
+        reached = (keys >= lower.to(tl.int32)).to(tl.int64)
+        reached += (keys >= middle.to(tl.int32)).to(tl.int64) << COUNT_BITS
+        reached += (keys >= upper.to(tl.int32)).to(tl.int64) << (2 * COUNT_BITS)
+        counts = tl.sum(tl.where(valid, reached, 0))
+        of_lower, of_middle = counts & COUNT_MASK, (counts >> COUNT_BITS) & COUNT_MASK
+        of_upper = counts >> (2 * COUNT_BITS)
+        high = tl.where(of_lower < k, lower, tl.where(of_middle < k, middle, tl.where(of_upper < k, upper, high)))
+        low = tl.where(of_upper >= k, upper, tl.where(of_middle >= k, middle, tl.where(of_lower >= k, lower, low)))
         # With exactly k the set is found, whatever the value of the k-th key.
-        high = tl.where(count == k, middle + 1, tl.where(count > k, high, middle))
-        low = tl.where(count >= k, middle, low)
-        turn += 1
+        high = tl.where((of_lower == k) | (of_middle == k) | (of_upper == k), low + 1, high)
+        turn += 2
     return low.to(tl.int32)
 
 
 @triton.jit
-def _share_key(keys, masses, low, top, wanted):
-    """The largest threshold of which the keys that reach it have a mass of at least `wanted`."""
+def _share_key(keys, masses, low, top, total, wanted):
+    """The largest threshold of which the keys that reach it have a mass of at least `wanted`.
+
+    Also that mass, and the mass of the keys above it. Those that reach `low` have a mass of `total`.
+    """
     low, high = low.to(tl.int64), top.to(tl.int64) + 1
+    reached, above = total, total - total
     turn = 0
     while high - low > 1:
         middle = _middle(low, high, turn)
@@ -90,11 +107,13 @@ def _share_key(keys, masses, low, top, wanted):
         if snaps:
             # NOTE: with few keys left between the bounds, the largest of them is soon the one that is looked for.
             middle = tl.max(tl.where(keys < high.to(tl.int32), keys, low.to(tl.int32))).to(tl.int64)
-        enough = tl.sum(tl.where(keys >= middle.to(tl.int32), masses, 0)) >= wanted
+        mass = tl.sum(tl.where(keys >= middle.to(tl.int32), masses, 0))
+        enough = mass >= wanted
+        reached, above = tl.where(enough, mass, reached), tl.where(enough, above, mass)
         high = tl.where(enough, tl.where(snaps, middle + 1, high), middle)
         low = tl.where(enough, middle, low)
         turn += 1
-    return low.to(tl.int32)
+    return low.to(tl.int32), reached, above
 
 
 @triton.jit
@@ -152,35 +171,35 @@ def _sample_kernel(
         x = (1.0 + strength) * x - strength * u
     if not GREEDY:
         x = x * inverse_temperature
-    bad = tl.sum((valid & ~(tl.abs(x) < float("inf"))).to(tl.int32)) > 0
     # NOTE: adding 0 makes -0 to 0, which float comparison takes for equal and the order of bits does not.
-    x = tl.where(bad, 0.0, x) + 0.0
-    largest = tl.max(tl.where(valid, x, float("-inf")))
-    weights = tl.where(valid, tl.exp(x - largest), 0.0)
+    x += 0.0
+    bits = x.to(tl.int32, bitcast=True)
+    keys = bits ^ ((bits >> 31) & ABOVE_ALL)
+    low = tl.min(tl.where(valid, keys, ABOVE_ALL))
+    top = tl.max(tl.where(valid, keys, -ABOVE_ALL - 1))
+    # Keys of NaN are beyond those of the infinities
+    bad = (top >= INFINITE_KEY) | (low <= -INFINITE_KEY - 1)
+    x, keys = tl.where(bad, 0.0, x), tl.where(bad, 0, keys)
+    low, top = tl.where(bad, 0, low), tl.where(bad, 0, top)
+    weights = tl.where(valid, tl.exp(x - _value(top)), 0.0)
 
     # truncation
-    if not GREEDY:
-        bits = x.to(tl.int32, bitcast=True)
-        keys = bits ^ ((bits >> 31) & ABOVE_ALL)
-        if TOP_K or TOP_P:
-            low = tl.min(tl.where(valid, keys, ABOVE_ALL))
-            top = tl.max(tl.where(valid, keys, -ABOVE_ALL - 1))
-        if TOP_K:
-            low = _kth_key(keys, valid, low, top, top_k)
-            weights = tl.where(keys >= low, weights, 0.0)
-        if TOP_P:
-            masses = (weights * ONE_MASS).to(tl.int64)
-            total = tl.sum(masses)
-            wanted = (total >> BITS) * wanted_share + (((total & LOW_BITS) * wanted_share + LOW_BITS) >> BITS)
-            threshold = _share_key(keys, masses, low, top, wanted)
-            tied = valid & (keys == threshold)
-            above = tl.sum(tl.where(keys > threshold, masses, 0))
-            mass = tl.max(tl.where(tied, masses, 0))
-            num_wanted = (wanted - above + mass - 1) // mass
-            first = 0
-            if tl.sum(tied.to(tl.int32)) > num_wanted:
-                first = _tie_start(tied, codes, first, num_codes, num_wanted)
-            weights = tl.where((keys > threshold) | (tied & (codes >= first)), weights, 0.0)
+    if TOP_K:
+        low = _kth_key(keys, valid, low, top, top_k)
+        weights = tl.where(keys >= low, weights, 0.0)
+    masses = (weights * ONE_MASS).to(tl.int64)
+    total = tl.sum(masses)
+    if TOP_P:
+        wanted = (total >> BITS) * wanted_share + (((total & LOW_BITS) * wanted_share + LOW_BITS) >> BITS)
+        threshold, reached, above = _share_key(keys, masses, low, top, total, wanted)
+        tied = valid & (keys == threshold)
+        mass = tl.max(tl.where(tied, masses, 0))
+        num_wanted = (wanted - above + mass - 1) // mass
+        first = 0
+        if (reached - above) // mass > num_wanted:
+            first = _tie_start(tied, codes, first, num_codes, num_wanted)
+        weights = tl.where((keys > threshold) | (tied & (codes >= first)), weights, 0.0)
+        total = tl.minimum(reached, above + num_wanted * mass)
 
     # draw
     if GREEDY:
@@ -192,12 +211,14 @@ def _sample_kernel(
         )
         noise = _exponential(seed, position.to(tl.int32), step, groups)
         scores = tl.where(valid, tl.div_rn(weights, noise), -1.0)
-    code = tl.min(tl.where(scores == tl.max(scores), codes, num_codes))
-    total = tl.sum((weights * ONE_MASS).to(tl.int64)).to(tl.float32) * (1.0 / ONE_MASS)
+    # The largest score, and of equal ones that of the lowest code: bits of floats from 0 on order as they do
+    ranked = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (ABOVE_ALL - codes)
+    code = ABOVE_ALL - (tl.max(ranked) & 0xFFFFFFFF).to(tl.int32)
     weight = tl.sum(tl.where(codes == code, weights, 0.0))
+    kept = total.to(tl.float32) * (1.0 / ONE_MASS)
 
     tl.store(codes_ptr + row, tl.where(bad, 0, code).to(tl.int64))
-    tl.store(confidence_ptr + row, tl.where(bad, float("nan"), tl.div_rn(weight, total)))
+    tl.store(confidence_ptr + row, tl.where(bad, float("nan"), tl.div_rn(weight, kept)))
     tl.store(nonfinite_ptr + row, bad)
 
 

@@ -1,11 +1,10 @@
-"""Find the fastest tiles for products of few rows: `python -m bench.tune_linear` on the GPU to tune for.
+"""Products of few rows: `python -m bench.linear` on a CUDA GPU.
 
-For every number of rows and every layer of a block, each candidate is checked against the float64 reference, then timed
-in a CUDA graph of calls one after another, each with a weight of its own, so many that no cache holds them; beside them
-"cublas", the operators that larger products take, and "cuda", whose tile follows from the rows. Then whole blocks, as
-the engine runs them, by its choices: what the thresholds of the engine are set by. Printed is the time of one call, and
-of one block. A new row of `hmar_kernels/linear/triton.py` is written by hand from it. `--candidates 0` times the table
-as it is; most of a run with candidates is their compilation.
+For every number of rows and every layer of a block, "cuda", the kernels for few rows of `hmar_kernels.linear`, beside
+"cublas", the operators that larger products take: checked against the float64 reference, then timed in a CUDA graph of
+calls one after another, each with a weight of its own, so many that no cache holds them. Then whole blocks, as the
+engine runs them, by its choices: what `FEW_ROWS` of the engine is set by. Printed is the time of one call, and of one
+block; results are one JSON file of kind "linear".
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,15 +24,14 @@ from hmar.config import ModelConfig
 from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock
 from hmar.model import Block, Residual
 from hmar_kernels import SpanMask, linear
-from hmar_kernels.linear import triton as kernels
+from hmar_kernels.linear.cuda import MAX_ROWS
 
 from .environment import environment
-from .options import integers, names
+from .options import add_device, add_record, find_device, integers, names
 from .results import rounded
 from .subject import ERRORS, release
-from .tune_operators import attributes
 
-ROWS = (2, 9, 16, 18, 32, 50, 128)
+ROWS = (2, 8, 9, 16)
 # N and K in widths, and what surrounds the product
 LAYERS = {
     "qkv": (3, 1, {"norm"}),
@@ -43,31 +40,12 @@ LAYERS = {
     "fc2": (1, 4, {"bias", "residual", "gate"}),
 }
 WEIGHT_BYTES = 256 << 20  # of all copies of a weight together: several times the L2 cache
-SHARED_BYTES = 227 << 10
 REPLAYS, ROUNDS = 5, 7
 BLOCKS = 16  # that are timed together
 
 
-def precision(device: torch.device) -> torch.dtype:
-    # NOTE: Triton's interpreter cannot multiply bfloat16.
-    return torch.bfloat16 if device.type == "cuda" else torch.float16
-
-
-def tiles(K: int) -> Iterator[kernels.Tile]:
-    """Candidates whose tiles fit into shared memory."""
-    block_k = 1 << (K - 1).bit_length()
-    whole = [(min(block_k, 1024), 8, splits, 1, 8) for splits in (1, 2, 4, 8) if block_k <= 1024 * splits]
-    looped = [(k, 4, splits, stages, 4) for k in (256, 512) for splits in (1, 4) for stages in (3, 4)]
-    for block_n, (k, groups, splits, stages, warps) in itertools.product(
-        (16, 32, 64), whole + (looped if block_k > 1024 else [])
-    ):
-        k = min(k, max(16 * groups, block_k // splits))
-        if 2 * stages * k * (kernels.ROWS + block_n) <= SHARED_BYTES:
-            yield kernels.Tile(block_n, k, groups, splits, stages, warps)
-
-
 def arguments_of(layer: str, rows: int, width: int, device: torch.device) -> dict:
-    (N, K, given), low = LAYERS[layer], precision(device)
+    (N, K, given), low = LAYERS[layer], torch.bfloat16
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int, dtype: torch.dtype = low) -> Tensor:
@@ -89,7 +67,7 @@ def weights_of(layer: str, width: int, device: torch.device) -> list[Tensor]:
     N, K, _ = LAYERS[layer]
     copies = max(1, WEIGHT_BYTES // (2 * N * K * width**2)) if device.type == "cuda" else 1
     weight = torch.randn(N * width, K * width, device=device) / math.sqrt(K * width)
-    return [weight.to(precision(device), copy=True) for _ in range(copies)]
+    return [weight.to(torch.bfloat16, copy=True) for _ in range(copies)]
 
 
 def check(actual: Tensor, weight: Tensor, arguments: dict) -> None:
@@ -130,34 +108,20 @@ def microseconds(run: Callable[[], object], device: torch.device) -> float:
     return sorted(samples)[ROUNDS // 2]
 
 
-def try_layer(layer: str, rows: int, width: int, device: torch.device, few: int | None) -> Iterator[dict]:
-    """Microseconds of a call: the table's tile, cuBLAS, then the candidates (`few` of them)."""
+def try_layer(layer: str, rows: int, width: int, device: torch.device) -> Iterator[dict]:
+    """Microseconds of a call by each implementation."""
     weights, arguments = weights_of(layer, width, device), arguments_of(layer, rows, width, device)
-    N, K = weights[0].shape
-    counters = torch.zeros(4 * N, dtype=torch.int32, device=device)
-    options = {"impl": "triton", "overlap": True, "counters": counters}
-    chosen = kernels.select_tile(N, K)
-    candidates: list[tuple[str, dict, kernels.Tile | None]] = [("table " + str(tuple(chosen)), options, None)]
-    if device.type == "cuda":
-        candidates.append(("cublas", {"impl": "cublas"}, None))
-        candidates.append(("cuda", {"impl": "cuda", "overlap": True}, None))
-    candidates += [(str(tuple(tile)), options, tile) for tile in itertools.islice(tiles(K), few)]
-    for name, how, tile in candidates:
-        change = nullcontext()
-        if tile is not None:
-            change = attributes(kernels, TILES={kernels.WIDE: tile}, BLOCKS=1 << 30)
-        row = {"layer": layer, "rows": rows, "tile": name, "us": None, "reason": None}
-        with change:
-            try:
-                check(linear(weight=weights[0], **arguments, **how), weights[0], arguments)
+    for impl in ("cublas", "cuda") if device.type == "cuda" else ("reference",):
 
-                def run(how=how):
-                    for weight in weights:
-                        linear(weight=weight, **arguments, **how)
+        def call(weight, impl=impl):
+            return linear(weight=weight, **arguments, impl=impl, overlap=impl == "cuda")
 
-                row["us"] = microseconds(run, device) / len(weights)
-            except ERRORS as error:
-                row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        row = {"layer": layer, "rows": rows, "by": impl, "us": None, "reason": None}
+        try:
+            check(call(weights[0]), weights[0], arguments)
+            row["us"] = microseconds(lambda call=call: [call(weight) for weight in weights], device) / len(weights)
+        except ERRORS as error:
+            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         yield row
 
 
@@ -171,15 +135,17 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
         block.attention.bound_H = block.attention.logit_bound()
         for module in block.modules():
             if isinstance(module, torch.nn.Linear):
-                module.to(precision(device))
-        vectors = tuple(0.1 * torch.randn(6, 1, 1, width, device=device).to(precision(device)))
+                module.to(torch.bfloat16)
+        vectors = tuple(0.1 * torch.randn(6, 1, 1, width, device=device).bfloat16())
         block.modulation.forward = lambda cond, vectors=vectors: vectors
     x = torch.randn(1, rows, width, device=device)
-    counters = torch.zeros(4 * width, dtype=torch.int32, device=device)
-    for products, attention, overlap in itertools.product(PRODUCTS, ATTENTIONS, (False, True)):
+    on_gpu = device.type == "cuda"
+    for products, attention, overlap in itertools.product(
+        PRODUCTS if on_gpu else ("cublas",), ATTENTIONS if on_gpu else ("separate",), (False, True)
+    ):
         if products == "cublas" and attention == "separate" and overlap:
             continue
-        choices = Choices(products, attention, overlap, counters)
+        choices = Choices(MAX_ROWS if products == "cuda" else 0, attention, overlap)
         fused = [FusedBlock(block, choices) for block in blocks]
 
         def run(fused=fused):
@@ -187,9 +153,9 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
             for block in fused:
                 stream = block(stream, cond, mask)
 
-        row = {"layer": "block", "rows": rows, "tile": f"{products} {attention}{' overlap' * overlap}"}
+        row = {"layer": "block", "rows": rows, "by": f"{products} {attention}{' overlap' * overlap}"}
         try:
-            with torch.autocast(device.type, precision(device), cache_enabled=False):
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
                 row |= {"us": microseconds(run, device) / BLOCKS, "reason": None}
         except ERRORS as error:
             row |= {"us": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -198,32 +164,29 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune_linear", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries the tool, interpreted")
+    parser = argparse.ArgumentParser(prog="python -m bench.linear", description=__doc__.splitlines()[0])
+    add_device(parser)
     parser.add_argument("--rows", type=integers, metavar="N,N", default=list(ROWS), help=f"default: {ROWS}")
     parser.add_argument("--layers", type=names, metavar="A,B", help=f"default: {','.join(LAYERS)},block")
     parser.add_argument("--width", type=int, default=1024, help="of the model (default 1024, d16)")
-    parser.add_argument("--candidates", type=int, metavar="N", help="the first N only; 0 times the table as it is")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON of all figures")
+    add_record(parser)
     options = parser.parse_args(arguments)
-    device, results = torch.device(options.device), []
+    device, results = find_device(parser, options), []
     layers = options.layers or [*LAYERS, "block"]
     if unknown := set(layers) - {*LAYERS, "block"}:
         parser.error(f"unknown layers {', '.join(sorted(unknown))}: known are {', '.join(LAYERS)}, block")
+    if max(options.rows) > MAX_ROWS:
+        parser.error(f"--rows {max(options.rows)}: the kernels for few rows take at most {MAX_ROWS}")
     # NOTE: whole blocks first, so that a run that is cut short has them.
     for layer, rows in itertools.product(sorted(layers, key=lambda layer: layer != "block"), options.rows):
-        found = (
-            try_blocks(rows, options.width, device)
-            if layer == "block"
-            else try_layer(layer, rows, options.width, device, options.candidates)
-        )
+        found = (try_blocks if layer == "block" else partial(try_layer, layer))(rows, options.width, device)
         for row in sorted(found, key=lambda row: math.inf if row["us"] is None else row["us"]):
             us = row["reason"] or f"{row['us']:8.2f} us"
-            print(f"{row['rows']:>4} rows {row['layer']:<6} {row['tile']:<52} {us}", flush=True)
-            results.append(rounded(row))
+            print(f"{row['rows']:>4} rows {row['layer']:<6} {row['by']:<24} {us}", flush=True)
+            results.append(rounded({"width": options.width} | row))
         release(device)
         if options.output:
-            content = {"kind": "linear_tiles", "environment": environment(device, None), "results": results}
+            content = {"kind": "linear", "environment": environment(device, options.commit), "results": results}
             options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
