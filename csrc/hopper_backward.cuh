@@ -70,12 +70,11 @@ __device__ __forceinline__ void count_up(int32_t* counter) {
   }
 }
 
-// Float32 sums: [slot][panel of 64 columns][Lq][64]. A row's columns are in the order in which a lane of a product's
-// accumulator holds them: of 16 columns 16 m on, four of lane t together,
-//   chunk m, 4 t + i:  column 16 m + 2 t + i for i < 2, else 16 m + 8 + 2 t + i - 2;
-// and neighbouring rows have neighbouring chunks exchanged, so that they lie in other banks of shared memory.
+// Float32 sums: [slot][panel of 64 columns][Lq][64]. Eight columns of a row are a chunk, as a product's accumulator has
+// them, two in each of four lanes; chunk c lies where chunk c ^ (row % 8) would, so that neighbouring rows are in other
+// banks of shared memory.
 constexpr int kSumsRowBytes = kPanelColumns * 4;
-__device__ __forceinline__ int sums_chunk(int query, int chunk) { return chunk ^ (query & 1); }
+__device__ __forceinline__ int sums_chunk(int query, int chunk) { return chunk ^ (query & 7); }
 
 template <class Tile>
 __device__ __forceinline__ float* sums_of(const HopperBackwardParams& params, int batch_head, int panel) {
@@ -166,9 +165,8 @@ static_assert(kChunkQueries == 32, "a lane each");
 template <class Tile>
 __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk) {
   constexpr int kRowsOfStep = 32 / kLanesOfSums;
-  const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums, position = lane % kLanesOfSums;
-  static_assert(kChunkQueries % 2 == 0 && kRowsOfStep == 2, "a lane's rows are all even or all odd");
-  const int column = sums_chunk(first_row, position / 4) * 16 + position % 4 * 2;
+  static_assert(kChunkQueries % 8 == 0);
+  const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums;
   const int num_rows = chunk.num_rows(params.work);
   const float scale = params.work.scale;
 #pragma unroll 1
@@ -176,12 +174,13 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
     const float4* from = reinterpret_cast<const float4*>(sums_of<Tile>(params, chunk.batch_head, panel)) +
                          (static_cast<int64_t>(chunk.query_begin) * kLanesOfSums + lane);
     uint16_t* to = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, chunk.query_begin + first_row) +
-                   (panel * kPanelColumns + column);
+                   panel * kPanelColumns;
 #pragma unroll 1
     for (int row = first_row; row < num_rows; row += kRowsOfStep) {
       const float4 sum = __ldcg(from);
-      *reinterpret_cast<uint32_t*>(to) = pack<Tile::kType>(sum.x * scale, sum.y * scale);
-      *reinterpret_cast<uint32_t*>(to + 8) = pack<Tile::kType>(sum.z * scale, sum.w * scale);
+      const int column = (4 * lane ^ 8 * row) % kPanelColumns;  // sums_chunk, and a half of it
+      *reinterpret_cast<uint2*>(to + column) =
+          uint2{pack<Tile::kType>(sum.x * scale, sum.y * scale), pack<Tile::kType>(sum.z * scale, sum.w * scale)};
       from += 32;
       to += kRowsOfStep * params.dq_strides.row;
     }
@@ -302,23 +301,24 @@ __device__ __forceinline__ void issue_dq(float (&dq)[kPanelColumns / 2], const t
   wgmma_commit();
 }
 
-// Adds dq of 64 queries and 64 columns to the sums, of which the first num_rows exist. `sums`: of the first query's columns.
-// Every warp sends its own 16 rows, through its own part of `staging`, which the copy engine reads until the next call.
-__device__ __forceinline__ void add_sums(const float (&dq)[kPanelColumns / 2], uint8_t* staging, float* sums, int first_query,
-                                         int num_rows) {
+// Adds dq of 64 queries and 64 columns to the sums in two steps, through `staging`, which the copy engine reads until the
+// next call. Every warp sends its own 16 rows through its own part.
+__device__ __forceinline__ void stage_sums(const float (&dq)[kPanelColumns / 2], uint8_t* staging, int first_query) {
   const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
   if (lane == 0) bulk_wait_read();
   __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + lane / 4 + 8 * half;
-    const uint32_t at = shared_address(staging + row * kSumsRowBytes) + sums_chunk(first_query + row, 0) * 64 + lane % 4 * 16;
+    const uint32_t at = shared_address(staging + row * kSumsRowBytes) + sums_chunk(first_query + row, 0) * 32 + lane % 4 * 8;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float* d = dq + 8 * m + 2 * half;
-      store_shared(at ^ (m * 64), d[0], d[1], d[4], d[5]);
-    }
+    for (int n = 0; n < 8; ++n) store_shared(at ^ (n * 32), dq[4 * n + 2 * half], dq[4 * n + 2 * half + 1]);
   }
+}
+
+// The second step, for which dq is no longer needed. `sums`: of the first query's columns; the first num_rows queries exist.
+__device__ __forceinline__ void send_sums(uint8_t* staging, float* sums, int num_rows) {
+  const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
   fence_async_proxy();
   __syncwarp();
   if (lane == 0) {
@@ -350,7 +350,8 @@ __device__ __forceinline__ void compute_dq_sums(const HopperBackwardParams& para
       wgmma_wait<0>();
       release(shared.ds_empty[exchange.stage]);
       const int query = block * Tile::kBlockN;
-      add_sums(dq, shared.dq[0], sums + query * kPanelColumns, column_begin, num_rows - query);
+      stage_sums(dq, shared.dq[0], column_begin);
+      send_sums(shared.dq[0], sums + query * kPanelColumns, num_rows - query);
     }
     if (threadIdx.x % 32 == 0) bulk_wait();
     release(shared.rows_done[rows.stage]);
@@ -365,7 +366,7 @@ struct BackwardRows : DkdvRows<Tile> {
 
 template <class Tile>
 struct BackwardLoop {
-  static constexpr int kLogits = BackwardRows<Tile>::kLogits, kHeadDim = Tile::kHeadDim;
+  static constexpr int kLogits = BackwardRows<Tile>::kLogits, kSteps = BackwardRows<Tile>::kSteps, kHeadDim = Tile::kHeadDim;
   static constexpr DType kType = Tile::kType;
 
   const HopperWork& work;
@@ -375,6 +376,7 @@ struct BackwardLoop {
   RingPosition<Tile::kStages>& ring;
   RingPosition<Tile::kExchanges>& exchange;
   const float scale_log2;
+  const uint32_t origin;  // of shared memory, in chunks of 16 bytes
 
   __device__ __forceinline__ const float4* statistics() const {
     return reinterpret_cast<const float4*>(shared.statistics[ring.stage]) + threadIdx.x % 4;
@@ -417,10 +419,12 @@ struct BackwardLoop {
     release(shared.ds_full[exchange.stage]);
     exchange.advance();
   }
-  __device__ __forceinline__ void add_dq(const float (&dq)[kPanelColumns / 2], float* sums, int block) const {
+  __device__ __forceinline__ void stage_dq(const float (&dq)[kPanelColumns / 2]) const {
+    stage_sums(dq, shared.dq[group], job.column_begin);
+  }
+  __device__ __forceinline__ void send_dq(float* sums, int block) const {
     const int query = block * Tile::kBlockN;
-    add_sums(dq, shared.dq[group], sums + query * kPanelColumns, job.column_begin,
-             work.num_queries - job.column_begin - query);
+    send_sums(shared.dq[group], sums + query * kPanelColumns, work.num_queries - job.column_begin - query);
   }
 
   // In the order they are issued: s(0), dp(0), then for each block b: dv(b), s(b + 1), dk(b), dp(b + 1).
@@ -454,13 +458,82 @@ struct BackwardLoop {
     }
   }
 
+  // From here on products at head dim 128, where descriptors are made anew each time: there are no registers to keep them.
+  static constexpr uint32_t kPanelChunks = Tile::kBlockPanelBytes / 16, kTileChunks = Tile::kPanels * kPanelChunks;
+  static constexpr uint32_t kV = Tile::kGroups * kTileChunks, kQ = 2 * kV, kDOut = kQ + Tile::kStages * kTileChunks;
+  static constexpr uint32_t kDs = kDOut + Tile::kStages * kTileChunks;  // chunks from `origin` on, as Shared has its tiles
+  static_assert(Tile::kDqGroup || (Tile::kGroupPanelBytes == Tile::kBlockPanelBytes && Tile::kRowStages == 1));
+  static constexpr uint32_t kStepChunks = 16 * kPanelRowBytes / 16;  // of 16 rows
+
+  // The group's keys (from `tile` on) times a block's queries.
+  __device__ __forceinline__ void issue_with_keys(float (&d)[kLogits], uint32_t tile, uint32_t block_tile) const {
+    const uint32_t a = opaque(origin + group * kTileChunks) + tile + kRowDescriptor;
+    const uint32_t b = opaque(origin) + block_tile + kRowDescriptor;
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const uint32_t at = step / 4 * kPanelChunks + step % 4 * 2;
+      wgmma<kType, false>(d, descriptor_at(a + at), descriptor_at(b + at), step > 0);
+    }
+    wgmma_commit();
+  }
+  // d += a b, a in registers.
+  __device__ __forceinline__ void issue_with_block(float (&d)[kHeadDim / 2], const uint32_t (&a)[kSteps][4],
+                                                   uint32_t block_tile) const {
+    const uint32_t b = opaque(origin) + block_tile + kColumnDescriptor<Tile::kBlockPanelBytes>;
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) wgmma<kType, true>(d, a[step], descriptor_at(b + step * kStepChunks), true);
+    wgmma_commit();
+  }
+  // dq of a block and 64 of its columns: ds k.
+  __device__ __forceinline__ void issue_dq(float (&dq)[kPanelColumns / 2], int exchange_stage) const {
+    const uint32_t a = opaque(origin) + kDs + exchange_stage * Tile::kGroups * kPanelChunks + kRowDescriptor;
+    const uint32_t b = opaque(origin + group * kPanelChunks) + kColumnDescriptor<Tile::kGroupPanelBytes>;
+    wgmma_fence();
+#pragma unroll
+    for (int keys = 0; keys < Tile::kGroups; ++keys) {
+#pragma unroll
+      for (int step = 0; step < kGroupRows / 16; ++step) {
+        wgmma<kType, true>(dq, descriptor_at(a + keys * kPanelChunks + step * 2),
+                           descriptor_at(b + keys * kTileChunks + step * kStepChunks), keys + step > 0);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // lse of a block's queries, two neighbours each; those up to kLseAhead are loaded while the logits are under way, for
+  // the others there are no registers then.
+  static constexpr int kPairs = kLogits / 4, kLseAhead = kPairs * 3 / 4;
+  __device__ __forceinline__ void load_lse(float2 (&lse)[kPairs], int begin, int end) const {
+    const uint32_t from = shared_address(shared.statistics[ring.stage]) + threadIdx.x % 4 * 16;
+#pragma unroll
+    for (int n = begin; n < end; ++n) {
+      asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(lse[n].x) : "r"(from + 64 * n) : "memory");
+      asm volatile("ld.shared.f32 %0, [%1 + 8];\n" : "=f"(lse[n].y) : "r"(from + 64 * n) : "memory");
+    }
+  }
+  __device__ __forceinline__ void exponentiate(BackwardRows<Tile>& rows, float2 (&lse)[kPairs]) const {
+    load_lse(lse, kLseAhead, kPairs);
+#pragma unroll
+    for (int i = 0; i < kLogits; ++i) {
+      rows.s[i] = exp2_approx(fmaf(rows.s[i], scale_log2, -(i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y)));
+    }
+    pack_operands<kType>(rows.p, rows.s);
+  }
+
   // The same with dq(b - 1) after dk(b), for which registers suffice only while there is no dp, then s(b + 1) and dp(b + 1). One
   // block late, so that the warpgroups need not keep pace. The first one is a product of whatever lies there and is not
   // added: leaving it out takes registers that there are not.
   __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows, float* sums) {
     float dq[kPanelColumns / 2];
-    issue_logits(rows.s);
-    issue_dp(rows.dp);
+    float2 lse[kPairs];
+    const auto issue_s = [&] { issue_with_keys(rows.s, 0, kQ + ring.stage * kTileChunks); };
+    const auto issue_dp = [&] { issue_with_keys(rows.dp, kV, kDOut + ring.stage * kTileChunks); };
+    barrier_wait(shared.full[ring.stage], ring.parity);
+    issue_s();
+    issue_dp();
+    load_lse(lse, 0, kLseAhead);
     wgmma_wait<1>();
     RingPosition<Tile::kExchanges> last = exchange;
     for (int block = 0;; ++block) {
@@ -468,32 +541,43 @@ struct BackwardLoop {
       const int stage = ring.stage;
       mask(rows.s, block);
       turn_wait<Tile::kGroups>(group);
-      exponentiate(rows);
+      exponentiate(rows, lse);
       turn_pass<Tile::kGroups>(group);
-      issue_columns_product<kType>(rows.dv, rows.p, shared.d_out[stage][0]);
+      issue_with_block(rows.dv, rows.p, kDOut + stage * kTileChunks);
       wgmma_wait<1>();  // dp(block)
       differentiate(rows);
+      issue_with_block(rows.dk, rows.ds, kQ + stage * kTileChunks);
       share_ds();
-      issue_columns_product<kType>(rows.dk, rows.ds, shared.q[stage][0]);
       if (block > 0) barrier_wait(shared.ds_full[last.stage], last.parity);
-      issue_dq<Tile>(dq, shared, last.stage, row_stage, group);
+      issue_dq(dq, last.stage);
       ring.advance();
+      if (block + 1 < job.num_blocks) barrier_wait(shared.full[ring.stage], ring.parity);
       wgmma_wait<0>();
-      release(shared.empty[stage]);
-      if (block > 0) release(shared.ds_empty[last.stage]);
       if (block + 1 == job.num_blocks) {
-        if (block > 0) add_dq(dq, sums, block - 1);
+        release(shared.empty[stage]);
+        if (block > 0) {
+          release(shared.ds_empty[last.stage]);
+          stage_dq(dq);
+          send_dq(sums, block - 1);
+        }
         barrier_wait(shared.ds_full[here.stage], here.parity);
-        issue_dq<Tile>(dq, shared, here.stage, row_stage, group);
+        issue_dq(dq, here.stage);
         wgmma_wait<0>();
         release(shared.ds_empty[here.stage]);
-        add_dq(dq, sums, block);
+        stage_dq(dq);
+        send_dq(sums, block);
         return;
       }
+      issue_s();  // before anything else: nothing is under way
+      release(shared.empty[stage]);
+      if (block > 0) {
+        release(shared.ds_empty[last.stage]);
+        stage_dq(dq);
+      }
       last = here;
-      issue_logits(rows.s);
-      if (block > 0) add_dq(dq, sums, block - 1);
-      issue_dp(rows.dp);
+      issue_dp();
+      if (block > 0) send_dq(sums, block - 1);
+      load_lse(lse, 0, kLseAhead);
       wgmma_wait<1>();  // s(block + 1)
     }
   }
@@ -501,8 +585,7 @@ struct BackwardLoop {
 
 template <class Tile>
 __device__ __forceinline__ void compute_backward(const HopperBackwardParams& params, typename Tile::Shared& shared) {
-  // At head dim 128 the addresses that the compiler would keep, if it knew, do not fit into the registers.
-  const int group = Tile::kDqGroup ? uniform(threadIdx.x / kGroupThreads) : threadIdx.x / kGroupThreads;
+  const int group = uniform(threadIdx.x / kGroupThreads);
   RingPosition<Tile::kRowStages> row_ring;
   RingPosition<Tile::kStages> ring;
   RingPosition<Tile::kExchanges> exchange;
@@ -517,7 +600,7 @@ __device__ __forceinline__ void compute_backward(const HopperBackwardParams& par
     set_zero(rows.dk), set_zero(rows.dv);
     if (job.num_blocks > 0) {
       BackwardLoop<Tile> loop{params.work, shared, job, group, row_ring.stage, ring, exchange,
-                              params.work.scale * kLog2E};
+                              params.work.scale * kLog2E, shared_address(&shared) >> 4};
       if constexpr (Tile::kDqGroup) {
         loop.run(rows);
       } else {

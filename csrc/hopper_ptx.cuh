@@ -153,8 +153,8 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
-__device__ __forceinline__ void store_shared(uint32_t address, float x, float y, float z, float w) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+__device__ __forceinline__ void store_shared(uint32_t address, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit numbers to shared memory, transposed: lane 8 i + j says where row j of the transposed matrix i
@@ -185,6 +185,23 @@ __device__ __forceinline__ uint64_t row_descriptor(const uint8_t* panel) {
 __device__ __forceinline__ uint64_t column_descriptor(const uint8_t* panel, int panel_bytes) {
   const uint64_t address = (shared_address(panel) & 0x3ffff) >> 4;
   return address | uint64_t(panel_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// The same from the number of a 16-byte chunk of shared memory, to which one of these is added: one addition a descriptor.
+constexpr uint32_t kRowDescriptor = 1 << 16;
+template <int kPanelBytes>
+constexpr uint32_t kColumnDescriptor = kPanelBytes >> 4 << 16;
+__device__ __forceinline__ uint64_t descriptor_at(uint32_t low) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};\n" : "=l"(descriptor) : "r"(low), "n"(1024 >> 4 | 1 << 30));
+  return descriptor;
+}
+
+// A number of which the compiler knows nothing, so that it does not keep what is computed from it in registers across a loop.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  uint32_t y;
+  asm volatile("mov.b32 %0, %1;\n" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // A descriptor so many bytes further on.
