@@ -29,6 +29,7 @@ struct HopperForwardTile {
   static constexpr bool kTurns = kOverlap == Overlap::kInTurn;
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
   static constexpr int kRowStages = 2;
+  static constexpr bool kQueriesStay = kHeadDim == 64 && kGroups == 3;  // in registers, where these suffice
   // Whether offsets are looked at again only when sums run over, for which the way back takes registers; else every block.
   static constexpr bool kWatchesSums = Registers<kGroups, kBlocksPerSM>::kCompute >= 128;
 
@@ -238,7 +239,17 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
                                        const uint8_t* q, RingPosition<Tile::kStages>& ring) {
   float s[Tile::kBlockN / 2];
   uint32_t p[Tile::kBlockN / 16][4];
+  uint32_t queries[Tile::kHeadDim / 16][4];
   float factor[2];
+  if constexpr (Tile::kQueriesStay) load_operands(queries, q);
+  const auto issue_logits = [&] {
+    barrier_wait(shared.k_full[ring.stage], ring.parity);
+    if constexpr (Tile::kQueriesStay) {
+      issue_rows_product<Tile::kType>(s, queries, shared.k[ring.stage][0]);
+    } else {
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+    }
+  };
   const auto exponentiate = [&](int block) {
     rows.template advance<kBounded>(s, factor, q, shared.k[ring.stage][0], job.column_begin + block * Tile::kBlockN,
                                     job.masked(block));
@@ -253,8 +264,7 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
   };
   if constexpr (Tile::kOverlap == Overlap::kNone) {
     for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
-      barrier_wait(shared.k_full[ring.stage], ring.parity);
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+      issue_logits();
       wgmma_wait<0>();
       exponentiate(block);
       if constexpr (!kBounded) rows.rescale(factor);
@@ -267,8 +277,7 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
   } else {
     if (job.block_begin >= job.block_end) return;
     take_turn();
-    barrier_wait(shared.k_full[ring.stage], ring.parity);
-    issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+    issue_logits();
     pass_turn();
     wgmma_wait<0>();
     exponentiate(job.block_begin);  // the accumulator is zero: nothing to rescale
@@ -277,8 +286,7 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
     ring.advance();
     for (int block = job.block_begin + 1; block < job.block_end; ++block, last = ring, ring.advance()) {
       take_turn();
-      barrier_wait(shared.k_full[ring.stage], ring.parity);
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+      issue_logits();
       barrier_wait(shared.v_full[last.stage], last.parity);
       issue_columns_product<Tile::kType>(rows.o, p, shared.v[last.stage][0]);
       pass_turn();
