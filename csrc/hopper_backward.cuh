@@ -52,12 +52,7 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
 // Returns once a counter in global memory has come to `count`; what was written before it was counted is visible then.
 __device__ __forceinline__ void wait_for_count(const int32_t* counter, int count) {
   if (threadIdx.x % 32 == 0) {
-    int32_t seen;
-    for (;;) {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(seen) : "l"(counter) : "memory");
-      if (seen >= count) break;
-      __nanosleep(500);
-    }
+    while (load_acquire(counter) < count) __nanosleep(500);
   }
   __syncwarp();
 }
@@ -65,9 +60,7 @@ __device__ __forceinline__ void wait_for_count(const int32_t* counter, int count
 // Counts what all lanes of the warp wrote, and what they saw written.
 __device__ __forceinline__ void count_up(int32_t* counter) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
-  }
+  if (threadIdx.x % 32 == 0) count_release(counter);
 }
 
 // Float32 sums: [slot][panel of 64 columns][Lq][64]. Eight columns of a row are a chunk, as a product's accumulator has
@@ -504,13 +497,13 @@ struct BackwardLoop {
 
   // lse of a block's queries, two neighbours each; those up to kLseAhead are loaded while the logits are under way, for
   // the others there are no registers then.
-  static constexpr int kPairs = kLogits / 4, kLseAhead = kPairs * 3 / 4;
+  static constexpr int kPairs = kLogits / 4, kLseAhead = kPairs * 5 / 8;
   __device__ __forceinline__ void load_lse(float2 (&lse)[kPairs], int begin, int end) const {
     const uint32_t from = shared_address(shared.statistics[ring.stage]) + threadIdx.x % 4 * 16;
 #pragma unroll
     for (int n = begin; n < end; ++n) {
-      asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(lse[n].x) : "r"(from + 64 * n) : "memory");
-      asm volatile("ld.shared.f32 %0, [%1 + 8];\n" : "=f"(lse[n].y) : "r"(from + 64 * n) : "memory");
+      lse[n].x = load_shared(from + 64 * n);
+      lse[n].y = load_shared<8>(from + 64 * n);
     }
   }
   __device__ __forceinline__ void exponentiate(BackwardRows<Tile>& rows, float2 (&lse)[kPairs]) const {

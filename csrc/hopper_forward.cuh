@@ -166,14 +166,14 @@ struct ForwardRows {
         ldmatrix_x4(a, (q_lane ^ (bytes + 32)) + panel * Tile::kGroupPanelBytes);
         mma_m16n8k16<Tile::kType>(logits, a, b[2], b[3]);
         // The compiler and the assembler shall not load all before anything is multiplied: for that there are no registers.
-        asm volatile("" : "+f"(logits[0]), "+f"(logits[1]), "+f"(logits[2]), "+f"(logits[3]));
+        for (float& logit : logits) pin(logit);
         __threadfence_block();
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         float& x = s[4 * n + c];
         x = marked[c / 2] ? logits[c] : x;
-        asm volatile("" : "+f"(x));
+        pin(x);
       }
     }
   }

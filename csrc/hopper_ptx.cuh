@@ -14,9 +14,6 @@
 
 namespace hmar {
 
-constexpr int kPanelColumns = 64;
-constexpr int kPanelRowBytes = 128;
-
 // The registers of each thread from here on; called by all warps of a warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
@@ -25,6 +22,27 @@ __device__ __forceinline__ void take_registers() {
 template <int kRegisters>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
+}
+
+// A number of which the compiler shall not move what is computed with it to another place.
+__device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)); }
+
+// Named barriers of a block (from 1 on; 0 is __syncthreads): of so many threads, of which some wait and others only arrive.
+__device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Counters in global memory: what was written before one was counted is visible once it has been read.
+__device__ __forceinline__ int32_t load_acquire(const int32_t* counter) {
+  int32_t count;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(count) : "l"(counter) : "memory");
+  return count;
+}
+__device__ __forceinline__ void count_release(int32_t* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }
 
 // --- mbarriers -----------------------------------------------------------------------------------------------------
@@ -72,21 +90,6 @@ __device__ __forceinline__ void barrier_wait(Barrier& barrier, uint32_t parity) 
 __device__ __forceinline__ void fence_async_proxy_global() { asm volatile("fence.proxy.async.global;\n" ::: "memory"); }
 // The same for shared memory, where wgmma reads that way too.
 __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
-
-// The place of a ring of kStages buffers that a loop has come to.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  __device__ __forceinline__ int last_stage() const { return stage == 0 ? kStages - 1 : stage - 1; }
-};
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
 
@@ -153,6 +156,13 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
+// kByte: added to the address, by the instruction.
+template <int kByte = 0>
+__device__ __forceinline__ float load_shared(uint32_t address) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1 + %2];\n" : "=f"(x) : "r"(address), "n"(kByte) : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_shared(uint32_t address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
@@ -174,23 +184,7 @@ __device__ __forceinline__ void store_matrices(uint8_t* row, const uint32_t (&a)
 
 // --- wgmma ---------------------------------------------------------------------------------------------------------
 
-// Descriptor of panels that are read along their rows (the summed dimension runs along the 64 columns): `K-major`.
-__device__ __forceinline__ uint64_t row_descriptor(const uint8_t* panel) {
-  const uint64_t address = (shared_address(panel) & 0x3ffff) >> 4;
-  return address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
-// Descriptor of panels that are read along their columns (the summed dimension runs down the rows): `MN-major`.
-// `panel_bytes` from one panel of 64 columns to the next.
-__device__ __forceinline__ uint64_t column_descriptor(const uint8_t* panel, int panel_bytes) {
-  const uint64_t address = (shared_address(panel) & 0x3ffff) >> 4;
-  return address | uint64_t(panel_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
-}
-
-// The same from the number of a 16-byte chunk of shared memory, to which one of these is added: one addition a descriptor.
-constexpr uint32_t kRowDescriptor = 1 << 16;
-template <int kPanelBytes>
-constexpr uint32_t kColumnDescriptor = kPanelBytes >> 4 << 16;
+// The descriptor whose lower half this is; the same upper half as all (hopper_tile.cuh).
 __device__ __forceinline__ uint64_t descriptor_at(uint32_t low) {
   uint64_t descriptor;
   asm("mov.b64 %0, {%1, %2};\n" : "=l"(descriptor) : "r"(low), "n"(1024 >> 4 | 1 << 30));
@@ -203,9 +197,6 @@ __device__ __forceinline__ uint32_t opaque(uint32_t x) {
   asm volatile("mov.b32 %0, %1;\n" : "=r"(y) : "r"(x));
   return y;
 }
-
-// A descriptor so many bytes further on.
-__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory"); }

@@ -10,9 +10,47 @@
 
 namespace hmar {
 
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
 constexpr int kGroupRows = 64;
 constexpr int kGroupThreads = 128;
 constexpr float kLog2E = 1.44269504088896341f;
+
+// The place of a ring of kStages buffers that a loop has come to.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+  __device__ __forceinline__ int last_stage() const { return stage == 0 ? kStages - 1 : stage - 1; }
+};
+
+// Descriptor of panels that are read along their rows (the summed dimension runs along the 64 columns): `K-major`.
+__device__ __forceinline__ uint64_t row_descriptor(const uint8_t* panel) {
+  const uint64_t address = (shared_address(panel) & 0x3ffff) >> 4;
+  return address | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// Descriptor of panels that are read along their columns (the summed dimension runs down the rows): `MN-major`.
+// `panel_bytes` from one panel of 64 columns to the next.
+__device__ __forceinline__ uint64_t column_descriptor(const uint8_t* panel, int panel_bytes) {
+  const uint64_t address = (shared_address(panel) & 0x3ffff) >> 4;
+  return address | uint64_t(panel_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+// The same from the number of a 16-byte chunk of shared memory, to which one of these is added: one addition a descriptor.
+constexpr uint32_t kRowDescriptor = 1 << 16;
+template <int kPanelBytes>
+constexpr uint32_t kColumnDescriptor = kPanelBytes >> 4 << 16;
+
+// A descriptor so many bytes further on.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 // How the 65536 registers of an SM are shared: each thread's at the launch, then of the fetching and the computing ones.
 template <int kGroups, int kBlocksPerSM>
@@ -130,19 +168,19 @@ __device__ __forceinline__ void release(Barrier& barrier) {
 
 // A barrier among the threads of one warpgroup.
 __device__ __forceinline__ void group_sync(int group) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
+  named_barrier_sync(group + 1, kGroupThreads);
 }
 
 // Warpgroups in turn: `turn_wait` returns once the one before has passed its turn on. The last one starts by passing to
 // the first.
 template <int kGroups>
 __device__ __forceinline__ void turn_wait(int group) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(1 + kGroups + group), "n"(2 * kGroupThreads) : "memory");
+  named_barrier_sync(1 + kGroups + group, 2 * kGroupThreads);
 }
 template <int kGroups>
 __device__ __forceinline__ void turn_pass(int group) {
   const int next = group + 1 == kGroups ? 0 : group + 1;
-  asm volatile("bar.arrive %0, %1;\n" ::"r"(1 + kGroups + next), "n"(2 * kGroupThreads) : "memory");
+  named_barrier_arrive(1 + kGroups + next, 2 * kGroupThreads);
 }
 
 // Address of 16-byte chunk `chunk` of row `row` in a swizzled panel.

@@ -85,9 +85,10 @@ def library(tmp_path_factory):
     if compiler is None:
         pytest.skip("no g++ or clang++ on PATH")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    sources = [ROOT / "csrc" / name for name in ("hopper_conv.cuh", "hopper_conv.h", "hopper_params.h", "params.h")]
-    # This hopper_tile.cuh in the place of csrc/hopper_tile.cuh.
-    for source in sources + [ROOT / "tests/cuda_on_cpu" / name for name in ("hopper_tile.cuh", "hopper_conv.cpp")]:
+    names = ("hopper_conv.cuh", "hopper_conv.h", "hopper_tile.cuh", "hopper_params.h", "params.h")
+    # This hopper_ptx.cuh in the place of csrc/hopper_ptx.cuh.
+    emulation = [ROOT / "tests/cuda_on_cpu" / name for name in ("hopper_ptx.cuh", "hopper_conv.cpp")]
+    for source in [ROOT / "csrc" / name for name in names] + emulation:
         shutil.copy(source, folder)
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", folder / "conv.so", folder / "hopper_conv.cpp"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -10,51 +10,12 @@ using namespace hmar;
 
 namespace {
 
-void enter() {
-  running->kernel();
-  this_thread().done = true;
-  swapcontext(&this_thread().context, &running->scheduler);
-}
-
-// One block; each thread runs as far as it can before the next one.
-void run_block(Block& block, int num_threads, bool last_thread_first) {
-  running = &block;
-  std::memset(shared_memory, 0xff, SHARED_BYTES);  // NaN in every format
-  block.threads = std::vector<Thread>(num_threads);
-  block.warps = std::vector<Warp>(num_threads / WARP_SIZE);
-  block.barriers.clear();
-  for (Thread& thread : block.threads) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
-    makecontext(&thread.context, enter, 0);
-  }
-  for (bool alive = true; alive;) {
-    alive = false;
-    bool moved = false;
-    for (int i = 0; i < num_threads; ++i) {
-      threadIdx.x = last_thread_first ? num_threads - 1 - i : i;
-      Thread& thread = this_thread();
-      if (thread.done) continue;
-      alive = true;
-      if (thread.ready && !thread.ready()) continue;
-      thread.ready = nullptr;
-      swapcontext(&block.scheduler, &thread.context);
-      if (!block.failure.empty()) return;
-      moved = true;
-    }
-    if (alive && !moved) {
-      block.failure = "threads wait for each other";
-      return;
-    }
-  }
-}
-
 MapContent content(const void* data, const MapGeometry& geometry) {
   MapContent map{static_cast<const uint8_t*>(data), geometry.rank, {}, {}, {}};
   std::memcpy(map.sizes, geometry.sizes, sizeof(map.sizes));
   std::memcpy(map.strides, geometry.strides, sizeof(map.strides));
   std::memcpy(map.box, geometry.box, sizeof(map.box));
+  map.row_bytes = 64;
   return map;
 }
 

@@ -1,0 +1,67 @@
+// Runs the Hopper attention kernels of csrc, as they stand, on the CPU; test_hopper_source.py loads this through ctypes, and
+// writes what it wants: tiles.inc, types by name, and kernels.inc, KERNEL(name, template, tile, params) of each.
+#include <cstring>
+
+#include "hopper_backward.cuh"
+#include "hopper_backward_dkdv.cuh"
+#include "hopper_backward_dq.cuh"
+#include "hopper_forward.cuh"
+
+using namespace hmar;
+
+namespace {
+
+struct Kernel {
+  const char* name;
+  int num_threads;
+  size_t shared_bytes;
+  void (*run)(const void* params);
+};
+
+#include "tiles.inc"
+
+#define KERNEL(NAME, TEMPLATE, TILE, PARAMS)                              \
+  {NAME, TILE::kNumThreads, sizeof(TILE::Shared), [](const void* params) { \
+     TEMPLATE<TILE>(*static_cast<const PARAMS*>(params));                  \
+   }},
+const Kernel KERNELS[] = {
+#include "kernels.inc"
+};
+
+const Kernel* find(const char* name) {
+  for (const Kernel& kernel : KERNELS) {
+    if (!std::strcmp(kernel.name, name)) return &kernel;
+  }
+  return nullptr;
+}
+
+std::deque<MapContent> maps;
+
+}  // namespace
+
+// 0 where there is no such kernel.
+extern "C" int num_threads_of(const char* name) { return find(name) ? find(name)->num_threads : 0; }
+
+extern "C" void describe(uint64_t* tensor_map, const void* data, int rank, const uint64_t* sizes, const uint64_t* strides,
+                         const uint32_t* box) {
+  MapContent map{static_cast<const uint8_t*>(data), rank, {}, {}, {}, 128};
+  std::copy(sizes, sizes + rank, map.sizes);
+  std::copy(strides, strides + rank - 1, map.strides);
+  std::copy(box, box + rank, map.box);
+  maps.push_back(map);
+  *tensor_map = reinterpret_cast<uint64_t>(&maps.back());
+}
+
+// Null, or what went wrong.
+extern "C" const char* run_on_cpu(const char* name, const void* params, int num_blocks, bool last_thread_first) {
+  static Block block;
+  const Kernel& kernel = *find(name);
+  block.failure = kernel.shared_bytes > SHARED_BYTES ? "more shared memory than there is" : "";
+  block.kernel = [&] { kernel.run(params); };
+  gridDim.x = unsigned(num_blocks);
+  for (blockIdx.x = 0; blockIdx.x < gridDim.x && block.failure.empty(); ++blockIdx.x) {
+    run_block(block, kernel.num_threads, last_thread_first);
+  }
+  maps.clear();
+  return block.failure.empty() ? nullptr : block.failure.c_str();
+}

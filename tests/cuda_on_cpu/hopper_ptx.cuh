@@ -1,0 +1,550 @@
+// Takes the place of csrc/hopper_ptx.cuh, and of what it includes, when a Hopper kernel of csrc is compiled for the CPU: every
+// thread of a block is a coroutine. The operands of wgmma, the swizzle of the copy engine and what it leaves outside of a
+// tensor are written down a second time, element by element as in the PTX ISA. A copy lands when it is issued, while products
+// and bulk additions read shared memory as late as their thread lets them: a buffer given back too early shows in the result.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "hopper_params.h"
+
+#define __global__
+#define __device__
+#define __shared__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+
+struct Index {
+  unsigned x;
+};
+struct uint2 {
+  uint32_t x, y;
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+struct float4 {
+  float x, y, z, w;
+};
+inline Index threadIdx, blockIdx, gridDim;
+using std::min;
+
+inline int atomicAdd(int32_t* address, int number) {
+  const int before = *address;
+  *address += number;
+  return before;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+template <class T>
+void __stcg(T* address, const T& value) {
+  *address = value;
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+
+namespace hmar {
+
+constexpr int WARP_SIZE = 32, WARPGROUP_SIZE = 128, SHARED_BYTES = 227 * 1024;
+alignas(1024) inline uint8_t shared_memory[SHARED_BYTES];
+
+struct Product {
+  DType type;
+  float* d;
+  int columns;
+  bool a_in_registers, b_by_columns;
+  float a_values[2][16];  // of this thread's rows, as they were when it was issued
+  uint64_t a, b;
+  bool accumulate;
+};
+struct Addition {
+  float* to;
+  const uint8_t* from;
+  int bytes;
+};
+
+struct Thread {
+  ucontext_t context;
+  std::vector<uint8_t> stack = std::vector<uint8_t>(64 * 1024);
+  std::function<bool()> ready;  // empty when it can run
+  bool done = false, asleep = false;
+  std::vector<Product> open;
+  std::deque<std::vector<Product>> groups;
+  std::vector<Addition> additions;
+};
+
+struct Meeting {
+  int arrived = 0;
+  long generation = 0;
+};
+
+struct Warp {
+  Meeting meeting;
+  uint32_t registers[WARP_SIZE][8];
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::map<int, Meeting> barriers;
+  ucontext_t scheduler;
+  std::string failure;
+  std::function<void()> kernel;
+};
+inline Block* running;
+
+inline Thread& this_thread() { return running->threads[threadIdx.x]; }
+inline Warp& this_warp() { return running->warps[threadIdx.x / WARP_SIZE]; }
+
+// Lets others run until `ready`.
+inline void wait_until(std::function<bool()> ready) {
+  if (ready()) return;
+  Thread& thread = this_thread();
+  thread.ready = std::move(ready);
+  swapcontext(&thread.context, &running->scheduler);
+}
+[[noreturn]] inline void fail(const std::string& why) {
+  running->failure = why;
+  for (;;) swapcontext(&this_thread().context, &running->scheduler);
+}
+
+inline void arrive(Meeting& meeting, int expected) {
+  if (++meeting.arrived == expected) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+  }
+}
+inline void meet(Meeting& meeting, int expected) {
+  const long generation = meeting.generation;
+  arrive(meeting, expected);
+  wait_until([&meeting, generation] { return meeting.generation != generation; });
+}
+
+// Lets others run first.
+inline void __nanosleep(int) {
+  Thread& thread = this_thread();
+  thread.asleep = true;
+  swapcontext(&thread.context, &running->scheduler);
+}
+
+inline void __syncwarp() { meet(this_warp().meeting, WARP_SIZE); }
+inline void __syncthreads() { meet(running->barriers[0], int(running->threads.size())); }
+
+inline void named_barrier_sync(int barrier, int threads) { meet(running->barriers[barrier], threads); }
+inline void named_barrier_arrive(int barrier, int threads) { arrive(running->barriers[barrier], threads); }
+
+// What `words` of the warp's lanes give to this one, who all come here.
+template <class Choose>
+auto exchanged(const uint32_t* words, int count, Choose choose) {
+  Warp& warp = this_warp();
+  std::copy(words, words + count, warp.registers[threadIdx.x % WARP_SIZE]);
+  __syncwarp();
+  const auto chosen = choose(warp.registers);
+  __syncwarp();
+  return chosen;
+}
+template <class T>
+T value_of_lane(T x, int lane) {
+  static_assert(sizeof(T) == 4);
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  word = exchanged(&word, 1, [&](auto& registers) { return registers[lane][0]; });
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+template <class T>
+T __shfl_sync(uint32_t, T x, int lane) {
+  return value_of_lane(x, lane % WARP_SIZE);
+}
+template <class T>
+T __shfl_xor_sync(uint32_t, T x, int lanes) {
+  return value_of_lane(x, (threadIdx.x % WARP_SIZE) ^ lanes);
+}
+inline uint32_t __ballot_sync(uint32_t, bool x) {
+  const uint32_t word = x;
+  return exchanged(&word, 1, [](auto& registers) {
+    uint32_t lanes = 0;
+    for (int lane = 0; lane < WARP_SIZE; ++lane) lanes |= registers[lane][0] << lane;
+    return lanes;
+  });
+}
+inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
+
+template <int kRegisters>
+void take_registers() {}
+template <int kRegisters>
+void give_registers() {}
+
+inline void pin(float&) {}
+inline uint32_t opaque(uint32_t x) { return x; }
+inline int32_t load_acquire(const int32_t* counter) { return *counter; }
+inline void count_release(int32_t* counter) { ++*counter; }
+inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+
+inline uint32_t shared_address(const void* pointer) {
+  const auto offset = static_cast<const uint8_t*>(pointer) - shared_memory;
+  if (offset < 0 || offset >= SHARED_BYTES) fail("an address outside of shared memory");
+  return uint32_t(offset);
+}
+
+// --- mbarriers -----------------------------------------------------------------------------------------------------
+
+struct Barrier {
+  int arrivals, pending, bytes;
+  uint32_t phase;
+};
+
+inline void complete(Barrier& barrier) {
+  if (barrier.pending == 0 && barrier.bytes == 0) {
+    ++barrier.phase;
+    barrier.pending = barrier.arrivals;
+  }
+}
+inline void barrier_init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline void barrier_arrive(Barrier& barrier) {
+  if (barrier.pending == 0) fail("more arrivals than a barrier expects");
+  --barrier.pending;
+  complete(barrier);
+}
+inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
+  barrier.bytes += bytes;
+  barrier_arrive(barrier);
+}
+inline void barrier_wait(Barrier& barrier, uint32_t parity) {
+  wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; });
+}
+inline void fence_barrier_init() {}
+inline void fence_async_proxy() {}
+inline void fence_async_proxy_global() {}
+inline void barrier_arrive_after_cp_async(Barrier& barrier) { barrier_arrive(barrier); }
+
+// --- copy engine ---------------------------------------------------------------------------------------------------
+
+// What opaque[0] of a tensor map points to.
+struct MapContent {
+  const uint8_t* data;
+  int rank;
+  uint64_t sizes[4], strides[3];
+  uint32_t box[4];
+  int row_bytes;  // of the swizzle: 64 or 128
+};
+
+// Of an address in rows of 64 or 128 bytes: chunks of 16 bytes change places, in a pattern of 512 or 1024 bytes.
+inline uint32_t swizzled(uint32_t address, int row_bytes) {
+  return address ^ ((address >> 7 & (row_bytes == 64 ? 3 : 7)) << 4);
+}
+
+inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
+  const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
+  if (int(begin.size()) != content.rank) fail("coordinates of another rank than the tensor map's");
+  const uint32_t start = shared_address(dst);
+  if (start % 1024) fail("a box that is not aligned in shared memory");
+  int num_elements = 1;
+  for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
+  for (int index = 0; index < num_elements; ++index) {
+    int rest = index;
+    bool inside = true;
+    uint64_t offset = 0;
+    for (int i = 0; i < content.rank; ++i) {
+      const int64_t at = begin[i] + rest % int(content.box[i]);
+      rest /= int(content.box[i]);
+      inside &= at >= 0 && at < int64_t(content.sizes[i]);
+      offset += at * (i == 0 ? 2 : content.strides[i - 1]);
+    }
+    uint16_t number = 0;
+    if (inside) std::memcpy(&number, content.data + offset, 2);
+    const uint32_t address = start + 2 * index;
+    if (address + 2 > SHARED_BYTES) fail("a box beyond shared memory");
+    std::memcpy(shared_memory + swizzled(address, content.row_bytes), &number, 2);
+  }
+  barrier.bytes -= 2 * num_elements;
+  complete(barrier);
+}
+template <class... Coordinates>
+void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates... coordinates) {
+  copy_box(dst, map, barrier, {coordinates...});
+}
+
+inline void copy(uint32_t dst, const void* src, int bytes, bool valid) {
+  std::memset(shared_memory + dst, 0, bytes);
+  if (valid) std::memcpy(shared_memory + dst, src, bytes);
+}
+inline void cp_async_8(uint32_t dst, const void* src, bool valid) { copy(dst, src, 8, valid); }
+inline void cp_async_4(uint32_t dst, const void* src, bool valid) { copy(dst, src, 4, valid); }
+
+inline void bulk_add(float* dst, const uint8_t* src, int bytes) { this_thread().additions.push_back({dst, src, bytes}); }
+inline void bulk_commit() {}
+inline void bulk_wait_read() {
+  for (const Addition& addition : this_thread().additions) {
+    for (int i = 0; i < addition.bytes / 4; ++i) addition.to[i] += reinterpret_cast<const float*>(addition.from)[i];
+  }
+  this_thread().additions.clear();
+}
+inline void bulk_wait() { bulk_wait_read(); }
+
+template <int kByte = 0>
+float load_shared(uint32_t address) {
+  float x;
+  std::memcpy(&x, shared_memory + address + kByte, 4);
+  return x;
+}
+inline void store_shared(uint32_t address, float x, float y) {
+  const float two[] = {x, y};
+  std::memcpy(shared_memory + address, two, 8);
+}
+
+// --- numbers -------------------------------------------------------------------------------------------------------
+
+template <DType kType>
+float widened(uint16_t bits) {
+  if constexpr (kType == DType::kFloat16) {
+    _Float16 x;
+    std::memcpy(&x, &bits, 2);
+    return float(x);
+  } else {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  }
+}
+template <DType kType>
+uint16_t rounded(float x) {
+  uint16_t bits;
+  if constexpr (kType == DType::kFloat16) {
+    const auto half = _Float16(x);
+    std::memcpy(&bits, &half, 2);
+  } else {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    bits = std::isnan(x) ? 0x7fff : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+  }
+  return bits;
+}
+template <DType kType>
+uint32_t pack(float low, float high) {
+  return rounded<kType>(low) | uint32_t(rounded<kType>(high)) << 16;
+}
+template <DType kType>
+void unpack(uint32_t packed, float& low, float& high) {
+  low = widened<kType>(uint16_t(packed)), high = widened<kType>(uint16_t(packed >> 16));
+}
+
+// ldmatrix: lane 8 i + j says where row j of matrix i is, of which a lane gets numbers 2 t and 2 t + 1 of row g.
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
+  if (address % 16 || address >= SHARED_BYTES) fail("a row of ldmatrix that is not aligned, or not in shared memory");
+  const int lane = threadIdx.x % WARP_SIZE;
+  const auto rows = exchanged(&address, 1, [&](auto& registers) {
+    return std::vector<uint32_t>{registers[lane / 4][0], registers[8 + lane / 4][0], registers[16 + lane / 4][0],
+                                 registers[24 + lane / 4][0]};
+  });
+  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], shared_memory + rows[i] + lane % 4 * 4, 4);
+}
+
+// stmatrix, transposed: what a lane holds of matrix i are numbers 2 t and 2 t + 1 of a column of what is stored.
+inline void store_transposed(uint8_t* row, const uint32_t (&a)[4]) {
+  const int lane = threadIdx.x % WARP_SIZE;
+  const auto chunk = exchanged(a, 4, [&](auto& registers) {
+    std::vector<uint16_t> numbers(8);
+    for (int i = 0; i < 8; ++i) numbers[i] = uint16_t(registers[4 * i + lane % 8 / 2][lane / 8] >> 16 * (lane % 2));
+    return numbers;
+  });
+  if (shared_address(row) % 16) fail("a row of stmatrix that is not aligned");
+  std::memcpy(row, chunk.data(), 16);
+  __syncwarp();
+}
+
+// A 16 x kDepth operand's two rows of this lane, and its two columns of a kDepth x 8 one, of all lanes' registers.
+template <DType kType, int kDepth>
+void multiply_registers(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+  constexpr int kWords = kDepth / 8;
+  const int lane = threadIdx.x % WARP_SIZE;
+  uint32_t words[3 * kWords];
+  std::copy(a, a + 2 * kWords, words);
+  std::copy(b, b + kWords, words + 2 * kWords);
+  const auto sums = exchanged(words, 3 * kWords, [&](auto& registers) {
+    std::vector<float> sums(c, c + 4);
+    for (int k = 0; k < kDepth; ++k) {
+      const int t = k % 8 / 2, high = k % 2;
+      const auto number = [&](int row_lane, int word) { return widened<kType>(uint16_t(registers[row_lane + t][word] >> 16 * high)); };
+      for (int i = 0; i < 4; ++i) {
+        const int column = lane % 4 * 2 + i % 2;
+        sums[i] += number(lane / 4 * 4, k / 8 * 2 + i / 2) * number(column * 4, 2 * kWords + k / 8);
+      }
+    }
+    return sums;
+  });
+  std::copy(sums.begin(), sums.end(), c);
+}
+template <DType kType>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[] = {b0, b1};
+  multiply_registers<kType, 16>(c, a, b);
+}
+template <DType kType>
+void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  const uint32_t a[] = {a0, a1};
+  multiply_registers<kType, 8>(c, a, &b);
+}
+
+// stmatrix: a lane holds numbers 2 t and 2 t + 1 of row g of each matrix; lane 8 i + j says where row j of matrix i goes.
+inline void store_matrices(uint8_t* row, const uint32_t (&a)[4]) {
+  const int lane = threadIdx.x % WARP_SIZE;
+  std::memcpy(this_warp().registers[lane], a, sizeof(a));
+  __syncwarp();
+  uint32_t chunk[4];
+  for (int t = 0; t < 4; ++t) chunk[t] = this_warp().registers[4 * (lane % 8) + t][lane / 8];
+  if (shared_address(row) % 16) fail("a row of stmatrix that is not aligned");
+  std::memcpy(row, chunk, sizeof(chunk));
+  __syncwarp();
+}
+
+// --- wgmma ---------------------------------------------------------------------------------------------------------
+
+inline uint64_t descriptor_at(uint32_t low) { return low | uint64_t(1024 >> 4 | 1 << 30) << 32; }
+
+// Number k of row r of an operand in swizzled rows of 64 or 128 bytes: K-major, or by columns, where row k of panel r / 64 holds
+// 64 numbers of different r.
+template <DType kType>
+float element(uint64_t descriptor, int r, int k, bool by_columns = false) {
+  const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
+  const int layout = int(descriptor >> 62), row_bytes = layout == 2 ? 64 : 128;
+  if (layout != 1 && layout != 2) fail("an operand that is not in swizzled rows of 64 or 128 bytes");
+  uint32_t address = field(0);
+  if (by_columns) {
+    if (layout != 1) fail("an operand by columns that is not in rows of 128 bytes");
+    address += r / 64 * field(16) + k / 8 * field(32) + k % 8 * row_bytes + r % 64 * 2;
+  } else {
+    address += r / 8 * field(32) + r % 8 * row_bytes + k * 2;
+  }
+  address = swizzled(address, row_bytes);
+  if (address + 2 > SHARED_BYTES) fail("an operand beyond shared memory");
+  uint16_t bits;
+  std::memcpy(&bits, shared_memory + address, 2);
+  return widened<kType>(bits);
+}
+
+// This thread's part of a product: rows 16 w + g and 16 w + g + 8, columns 8 n + 2 t and 8 n + 2 t + 1.
+template <DType kType>
+void multiply(const Product& product) {
+  const int lane = threadIdx.x % WARP_SIZE, first_row = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE * 16 + lane / 4;
+  float a[2][16], b[16];
+  for (int half = 0; half < 2; ++half) {
+    for (int k = 0; k < 16; ++k) {
+      a[half][k] = product.a_in_registers ? product.a_values[half][k] : element<kType>(product.a, first_row + 8 * half, k);
+    }
+  }
+  for (int n = 0; n < product.columns / 8; ++n) {
+    for (int c = 0; c < 2; ++c) {
+      for (int k = 0; k < 16; ++k) b[k] = element<kType>(product.b, 8 * n + lane % 4 * 2 + c, k, product.b_by_columns);
+      for (int half = 0; half < 2; ++half) {
+        float& d = product.d[4 * n + 2 * half + c];
+        float sum = product.accumulate ? d : 0.0f;
+        for (int k = 0; k < 16; ++k) sum += a[half][k] * b[k];
+        d = sum;
+      }
+    }
+  }
+}
+
+inline void wgmma_fence() {}
+template <DType kType, bool kColumns, int kRegisters>
+void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
+  this_thread().open.push_back({kType, d, 2 * kRegisters, false, kColumns, {}, a, b, accumulate});
+}
+template <DType kType, bool kColumns, int kRegisters>
+void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  Product product{kType, d, 2 * kRegisters, true, kColumns, {}, 0, b, accumulate};
+  const int first = threadIdx.x % WARP_SIZE / 4 * 4;
+  exchanged(a, 4, [&](auto& registers) {
+    for (int i = 0; i < 32; ++i) {
+      const int half = i / 16, k = i % 16;
+      product.a_values[half][k] = widened<kType>(uint16_t(registers[first + k % 8 / 2][k / 8 * 2 + half] >> 16 * (k % 2)));
+    }
+    return 0;
+  });
+  this_thread().open.push_back(product);
+}
+inline void wgmma_commit() {
+  this_thread().groups.push_back(std::move(this_thread().open));
+  this_thread().open.clear();
+}
+template <int kPending>
+void wgmma_wait() {
+  auto& groups = this_thread().groups;
+  while (groups.size() > kPending) {
+    for (const Product& product : groups.front()) {
+      if (product.type == DType::kFloat16) {
+        multiply<DType::kFloat16>(product);
+      } else {
+        multiply<DType::kBFloat16>(product);
+      }
+    }
+    groups.pop_front();
+  }
+}
+
+// --- blocks --------------------------------------------------------------------------------------------------------
+
+inline void enter() {
+  running->kernel();
+  this_thread().done = true;
+  swapcontext(&this_thread().context, &running->scheduler);
+}
+
+// One block of running->kernel; each thread runs as far as it can before the next one.
+inline void run_block(Block& block, int num_threads, bool last_thread_first) {
+  running = &block;
+  std::memset(shared_memory, 0xff, SHARED_BYTES);  // NaN in every format
+  block.threads = std::vector<Thread>(num_threads);
+  block.warps = std::vector<Warp>(num_threads / WARP_SIZE);
+  block.barriers.clear();
+  for (Thread& thread : block.threads) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    makecontext(&thread.context, enter, 0);
+  }
+  int still = 0;  // rounds in which nobody did anything but to look and sleep again
+  for (bool alive = true; alive;) {
+    alive = false;
+    bool moved = false;
+    for (int i = 0; i < num_threads; ++i) {
+      threadIdx.x = last_thread_first ? num_threads - 1 - i : i;
+      Thread& thread = this_thread();
+      if (thread.done) continue;
+      alive = true;
+      if (thread.ready && !thread.ready()) continue;
+      thread.ready = nullptr;
+      const bool slept = std::exchange(thread.asleep, false);
+      swapcontext(&block.scheduler, &thread.context);
+      if (!block.failure.empty()) return;
+      moved |= !(slept && thread.asleep);
+    }
+    still = moved ? 0 : still + 1;
+    if (alive && still > 1) {
+      block.failure = "threads wait for each other";
+      return;
+    }
+  }
+}
+
+}  // namespace hmar

@@ -1,0 +1,194 @@
+"""The Hopper attention kernels' own source on the CPU: every kernel of the tile table, against the reference.
+
+cuda_on_cpu/hopper_ptx.cuh takes the place of the instructions: jobs, rings, descriptors, swizzles, operands in registers, masks,
+the heads of the one-pass backward and the launch's parameters are those of csrc and of hopper_launch.py. What it takes for
+granted of wgmma and the copy engine, and time, is for the tests on a GPU (test_attention_gpu.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from attention_cases import assert_within_limits, draw_inputs, oracles, small_masks
+from hmar_kernels import SpanMask
+from hmar_kernels.attention import hopper, hopper_launch
+from hmar_kernels.attention.plan import key_jobs, query_jobs
+
+ROOT = Path(__file__).parents[1]
+TABLE = hopper.table()
+KERNELS = [(kind, tile) for kind, tiles in TABLE.items() for tile in tiles]
+LOG2E = math.log2(math.e)
+NUM_SMS = 2
+
+
+def name_of(kind, tile, bfloat16):
+    return "_".join(map(str, (kind, *tile, "bf16" if bfloat16 else "fp16")))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no g++ or clang++ on PATH")
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    for source in (*(ROOT / "csrc").glob("hopper_*.cuh"), ROOT / "csrc/hopper_params.h", ROOT / "csrc/params.h"):
+        shutil.copy(source, folder)
+    for source in ("hopper_ptx.cuh", "hopper_attention.cpp"):  # the first in the place of csrc/hopper_ptx.cuh
+        shutil.copy(ROOT / "tests/cuda_on_cpu" / source, folder)
+    lines = []
+    for number, (kind, tile) in enumerate(KERNELS):
+        of = hopper_launch.PASSES[kind]
+        for bfloat16 in (False, True):
+            fields = dict(zip(hopper_launch.TILE_FIELDS, tile, strict=True))
+            cpp = of.tile.format(dtype=hopper_launch.DTYPES[bfloat16], **fields)
+            alias, name = f"Tile{number}{'hb'[bfloat16]}", name_of(kind, tile, bfloat16)
+            (folder / "tiles.inc").open("a").write(f"using {alias} = {cpp};\n")
+            lines.append(f'KERNEL("{name}", {of.kernel}, {alias}, {of.params.__name__})\n')
+    (folder / "kernels.inc").write_text("".join(lines))
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-fPIC",
+        "-o",
+        folder / "a.so",
+        folder / "hopper_attention.cpp",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = ctypes.CDLL(str(folder / "a.so"))
+    loaded.run_on_cpu.restype = ctypes.c_char_p
+    return loaded
+
+
+class Driver:
+    """hopper_launch.CudaDriver, whose functions are names of kernels."""
+
+    def __init__(self, library, last_thread_first):
+        self.library, self.last_thread_first = library, last_thread_first
+
+    def num_sms(self, device):
+        return NUM_SMS
+
+    def current_device(self, device):
+        return contextlib.nullcontext()
+
+    def describe(self, tensor_map, bfloat16, data, sizes, strides, box):
+        rank, array = len(sizes), ctypes.c_uint64 * len(sizes)
+        self.library.describe(
+            *(ctypes.c_void_p(tensor_map), ctypes.c_void_p(data), rank, array(*sizes)),
+            *((ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box)),
+        )
+
+    def set_zero(self, address, num_bytes, stream):
+        ctypes.memset(address, 0, num_bytes)
+
+    def launch(self, function, blocks, threads, shared_bytes, stream, params):
+        failure = self.library.run_on_cpu(function, ctypes.c_void_p(params), blocks, self.last_thread_first)
+        assert failure is None, failure.decode()
+
+
+class Kernels(hopper_launch.HopperKernels):
+    def __init__(self, library, last_thread_first=False):
+        super().__init__(**TABLE)
+        self.__dict__["_cuda"] = Driver(library, last_thread_first)
+
+    def _kernel(self, kind, tile, bfloat16, device):
+        name = name_of(kind, tile, bfloat16).encode()
+        return None, name, hopper_launch.LaunchNumbers(0, self._cuda.library.num_threads_of(name), 0), NUM_SMS
+
+
+@pytest.fixture
+def on_cpu(library, monkeypatch):
+    """hopper.forward and hopper.backward on CPU tensors."""
+    stream = SimpleNamespace(cuda_stream=0)
+    properties = SimpleNamespace(multi_processor_count=NUM_SMS)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    monkeypatch.setattr(hopper, "_kernels", Kernels(library))
+    monkeypatch.setattr(hopper, "_queues", {})
+    return monkeypatch
+
+
+def forward(mask, tile, q, k, v, scale, logit_bound=math.inf):
+    jobs = query_jobs(mask, tile[1], tile[2], "cpu").jobs
+    number = TABLE["forward"].index(tile)
+    return hopper.forward(q, k, v, *mask.intervals("cpu"), jobs, number, scale, logit_bound)
+
+
+def backward(mask, tiles, q, k, v, out, lse, d_out, d_lse, scale):
+    """tiles: of dq and dkdv, or of backward."""
+    make = {"dq": query_jobs, "dkdv": key_jobs, "backward": key_jobs}
+    jobs = [make[kind](mask, tile[1], tile[2], "cpu").jobs for kind, tile in tiles.items()]
+    numbers = [TABLE[kind].index(tile) for kind, tile in tiles.items()]
+    # What the kernels are given is of log2 units.
+    lse, d_lse = torch.where(lse == -math.inf, math.inf, lse * LOG2E).contiguous(), d_lse / LOG2E
+    jobs = [None, *jobs] if len(jobs) == 1 else jobs
+    return hopper.backward(d_out, d_lse, q, k, v, out, lse, *mask.intervals("cpu"), *jobs, numbers, scale)
+
+
+MASKS = {name: mask for name, mask in small_masks().items() if name in ("random_intervals", "blind_queries", "window2")}
+MASKS["pyramid"] = SpanMask.block_diagonal([1, 9, 81, 144])
+MASKS["causal pyramid"] = SpanMask.block_causal([1, 36, 64, 130])
+SCALE = 0.2
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def ids(tile):
+    return "-".join(map(str, tile)) if isinstance(tile, tuple) else None
+
+
+def draw(mask, head_dim, dtype):
+    q, k, v, d_out, d_lse = draw_inputs(mask, 1, 2, head_dim, dtype, "cpu", packed=mask.num_queries == mask.num_keys)
+    return q, k, v, d_out, d_lse * (mask.key_end > mask.key_start)
+
+
+def check(mask, dtype, head_dim, outputs, tiles):
+    """outputs: of the forward, or None for those of the reference. tiles: of a backward."""
+    inputs = q, k, v, d_out, d_lse = draw(mask, head_dim, dtype)
+    expected, eager = oracles(inputs, mask, SCALE)
+    out, lse = expected[0].to(dtype), expected[1].float()
+    if outputs is not None:
+        out, lse = outputs(q, k, v)[0], hopper.natural_lse(outputs(q, k, v)[1])
+    gradients = [x.to(dtype) for x in expected[2:]]
+    if tiles is not None:
+        gradients = backward(mask, tiles, q, k, v, out, lse, d_out, d_lse, SCALE)
+    assert_within_limits((out, lse, *gradients), expected, eager, mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bound", [math.inf, 60.0])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("tile", TABLE["forward"], ids=ids)
+def test_forward(tile, name, bound, dtype, on_cpu):
+    mask = MASKS[name]
+    check(mask, DTYPES[dtype], tile[0], lambda q, k, v: forward(mask, tile, q, k, v, SCALE, bound), None)
+
+
+TWO_PASSES = [{"dq": dq, "dkdv": dkdv} for dq in TABLE["dq"] for dkdv in TABLE["dkdv"] if dq[0] == dkdv[0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("tiles", TWO_PASSES, ids=lambda tiles: "-".join(map(str, tiles["dkdv"])))
+def test_two_passes(tiles, name, dtype, on_cpu):
+    check(MASKS[name], DTYPES[dtype], tiles["dq"][0], None, tiles)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("tile", TABLE["backward"], ids=ids)
+def test_one_pass(tile, name, slots, on_cpu):
+    on_cpu.setattr(hopper, "num_slots", lambda *_: slots)
+    check(MASKS[name], torch.bfloat16, tile[0], None, {"backward": tile})
