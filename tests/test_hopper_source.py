@@ -1,8 +1,8 @@
 """The Hopper attention kernels' own source on the CPU: every kernel of the tile table, against the reference.
 
-cuda_on_cpu/hopper_ptx.cuh takes the place of the instructions: jobs, rings, descriptors, swizzles, operands in registers, masks,
-the heads of the one-pass backward and the launch's parameters are those of csrc and of hopper_launch.py. What it takes for
-granted of wgmma and the copy engine, and time, is for the tests on a GPU (test_attention_gpu.py).
+cuda_on_cpu/hopper_ptx.cuh takes the place of the instructions: jobs, rings, descriptors, swizzles, operands in
+registers, masks, the heads of the one-pass backward and the launch's parameters are those of csrc and hopper_launch.py.
+What it takes for granted of wgmma and the copy engine, and time, is for the tests on a GPU (test_attention_gpu.py).
 """
 
 from __future__ import annotations
