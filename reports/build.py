@@ -6,10 +6,11 @@ each file:
 
 * "attention" (`pytest bench`): time, memory and roofline of the main batch, speed and memory against resolution, batch
   and density. Head dims beside 64 have plots of their own, named <file>_<what>_d128.png;
-* "training" (`python -m bench.training`): time and memory of a step;
-* "generation" (`python -m bench.generation`): images a second and memory against the batch.
+* "generation" (`python -m bench.generation`): images a second and memory against the batch;
+* "operators" (`python -m bench.operators`): time of the fused operators beside torch.compile and eager torch;
+* "training" (`python -m bench.training`): time and memory of a step.
 
-Read next: attention.py, training.py, generation.py, over results.py, markdown.py and style.py.
+Read next: attention.py, generation.py, operators.py, training.py, over results.py, markdown.py and style.py.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reports import attention, generation, training
+from reports import attention, generation, operators, training
 
 HERE = Path(__file__).resolve().parent
+KINDS = (attention, generation, operators, training)
 
 
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     """Write all tables and plots; returns their paths."""
     tables.mkdir(parents=True, exist_ok=True)
     plots.mkdir(parents=True, exist_ok=True)
-    written = [path for kind in (attention, generation, training) for path in kind.build(data, tables, plots)]
+    written = [path for kind in KINDS for path in kind.build(data, tables, plots)]
     if not written:
         raise ValueError(f"no results in {data}; `pytest bench --benchmark-only` on a GPU writes those of attention")
     return written

@@ -10,12 +10,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
-from bench import shapes
+import hmar.model
+from bench import operator_rivals, shapes
 from bench.attention_results import describe
-from reports import attention, attention_data, attention_plots, build, training
+from hmar.config import PRESETS
+from hmar_kernels import triton_device
+from reports import attention, attention_data, attention_plots, build, operators, training
 from reports.attention_data import DIRECTIONS
 from reports.markdown import number
 from reports.style import LOOKS
@@ -460,3 +464,135 @@ def test_training_data_of_another_version_is_refused(with_steps):
     file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(ValueError, match="is of version 9; this script reads versions 1 and 2 and 3"):
         training.load(with_steps)
+
+
+# Milliseconds of forward + backward, of which a quarter is the forward; None stands for what ran out of memory.
+OPERATOR_TIMES = {
+    ("modulated_norm", 256): {"eager": 8.0, "compiled": 3.0, "triton": 2.0},
+    ("qk_norm", 256): {"compiled": 3.0, "triton": 2.0},
+    ("qk_norm", 512): {"compiled": 3.0, "triton": 4.0},
+    ("linear_cross_entropy", 256): {"triton": 5.0, "eager": None, "chunked": 4.0},
+    ("gelu_linear", 256): {"triton": 5.0, "compiled": 4.0},
+}
+
+
+def operators_file(times=None, **more):
+    rows = []
+    for (operator, resolution), of_impl in (times or OPERATOR_TIMES).items():
+        for impl, both in of_impl.items():
+            for direction, share in (("forward", 0.25), ("backward", 0.75), ("forward_backward", 1.0)):
+                ms = both and share * both
+                rows.append(
+                    {"operator": operator, "resolution": resolution, "depth": 16 if resolution == 256 else 24}
+                    | {"batch": 8, "bytes": share * 1e9, "flops": 0, "impl": impl, "direction": direction}
+                    | {"status": "ok" if ms else "out of memory", "reason": None if ms else "OutOfMemoryError: no room"}
+                    | {"ms": ms, "p10_ms": ms and 0.9 * ms, "p90_ms": ms and 1.1 * ms}
+                    | {"extra_bytes": ms and int(1e8 * ms)}
+                )
+    head = {name: content()[name] for name in ("environment", "ceilings")}
+    return {"kind": "operators", "version": 1, "complete": True, **head, "results": rows} | more
+
+
+@pytest.fixture
+def with_operators(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "operators_test.json").write_text(json.dumps(operators_file()))
+    return data
+
+
+def test_operators_have_a_table_in_reading_order(with_operators, tmp_path):
+    written = build.build(with_operators, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["operators.csv", "operators.md", "operators_test_operators.png"]
+    assert imread(written[-1]).std() > 0.05
+    found = pd.read_csv(written[0])
+    assert list(found.columns) == operators.COLUMNS and len(found) == 3 * 12
+    both = found[found.direction == "forward_backward"].set_index(["operator", "resolution", "impl"])
+    assert list(both.index[:3]) == [("modulated_norm", 256, name) for name in ("triton", "compiled", "eager")]
+    assert both.index[-1] == ("qk_norm", 512, "compiled")
+    norm = both.loc["modulated_norm"]
+    assert list(norm.ms) == [2.0, 3.0, 8.0] and list(norm.times_compiler) == [1.5, 1.0, 0.375]
+    assert list(norm.extra_mb) == [200.0, 300.0, 800.0]
+    assert both.loc["linear_cross_entropy"].times_compiler.isna().all()
+    assert both.loc[("linear_cross_entropy", 256, "eager")][["ms", "extra_mb"]].isna().all()
+
+
+def test_the_page_of_operators_says_what_is_faster_and_what_the_model_uses(with_operators):
+    (source,) = operators.load(with_operators)
+    page = operators.markdown([source])
+    lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("* `") and "step" in line}
+    assert lines.keys() == {"modulated_norm", "qk_norm", "linear_cross_entropy", "gelu_linear"}
+    faster = "Ours measured faster: 1.50 times as fast as torch.compile (forward + backward), with 0.67 times"
+    assert "a training step does not call it" in lines["modulated_norm"] and faster in lines["modulated_norm"]
+    assert "the model uses ours (calls in a step: 16 at d16 and 24 at d24)" in lines["qk_norm"]
+    slower = "**torch.compile measured faster at 512 px, d24, batch 8**: ours is 0.75 to 1.50 times as fast"
+    assert slower in lines["qk_norm"]
+    assert "model uses ours" in lines["gelu_linear"] and "Another" not in lines["gelu_linear"]
+    assert "**torch.compile measured faster**: ours is 0.80 times as fast" in lines["gelu_linear"]
+    assert "Which is faster is not known" in lines["linear_cross_entropy"]
+    # one direction, the other, both, spread, ratio, floor: 1 GB at 2000 GB/s, its share, memory
+    cells = ["0.500", "1.50", "2.00", "1.80 to 2.20", "1.50", "0.500", "25 %", "50", "200"]
+    assert ["`qk_norm`", "16", "ours: Triton", *cells] in table_rows(page)
+    assert "* `linear_cross_entropy`, eager: out of memory. OutOfMemoryError: no room" in page
+    assert "cut short" not in page and "nan" not in page.lower()
+
+
+def test_a_faster_implementation_that_is_neither_is_told(with_operators):
+    times = {("linear_cross_entropy", 256): {"triton": 5.0, "compiled": 6.0, "chunked": 4.0, "newcomer": 9.0}}
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(times)))
+    (source,) = operators.load(with_operators)
+    page = operators.markdown([source])
+    assert "Ours measured faster: 1.20 times" in page
+    assert "Another implementation is faster than both in some shape" in page
+    assert list(source.rows["impl"].unique()) == ["triton", "compiled", "chunked", "newcomer"]
+
+
+def test_what_a_run_of_operators_did_not_come_to_is_told(with_operators):
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(complete=False)))
+    (source,) = operators.load(with_operators)
+    page = operators.markdown([source])
+    missing = "no rows of `residual_modulated_norm`, `residual_norm_linear`"
+    assert f"The run was cut short: {missing}; none of torch.compile beside `linear_cross_entropy`." in page
+
+
+def test_bars_of_operators_are_the_measurements(with_operators):
+    (source,) = operators.load(with_operators)
+    found = panels(operators.draw(source))
+    assert list(found) == ["modulated_norm", "gelu_linear", "qk_norm", "linear_cross_entropy"]
+    bars = [(bar.get_x() // 1, bar.get_height()) for bar in found["qk_norm"].patches]
+    assert bars == [(-1, 2.0), (-1, 0.5), (0, 3.0), (0, 0.75), (0, 4.0), (0, 1.0), (1, 3.0), (1, 0.75)]
+    texts = [text.get_text() for text in found["linear_cross_entropy"].texts]
+    assert sorted(texts) == ["4.00", "5.00", "not measured", "not measured", "out of memory"]
+    plt.close("all")
+
+
+def test_operators_of_another_version_are_refused(with_operators):
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(version=2)))
+    with pytest.raises(ValueError, match="is of version 2; this script reads version 1"):
+        operators.load(with_operators)
+
+
+def test_the_calls_of_a_step_are_those_of_the_model(monkeypatch):
+    """Of each operator as many as the report says, none with a named implementation, and "auto" is ours on a GPU."""
+    calls = dict.fromkeys(operators.CALLS, 0)
+
+    def counted(name, operator):
+        def call(*inputs, **options):
+            assert "impl" not in options
+            calls[name] += 1
+            return operator(*inputs, **options)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(hmar.model, name, counted(name, getattr(hmar.model, name)))
+    _, config = PRESETS["tiny"]
+    model = hmar.model.NextScaleTransformer(config)
+    length, batch = config.pyramid.length, 2
+    inputs = torch.randn(batch, length - config.pyramid.sizes[0], config.code_dim)
+    targets = hmar.model.Targets(torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, length))
+    model(torch.zeros(batch, dtype=torch.long), inputs, targets=targets)
+    assert calls == {name: operators.calls_in_step(name, config.depth) for name in operators.CALLS}
+    assert set(operators.CALLS) == set(operator_rivals.NAMES)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert triton_device.choose(torch.device("cuda"), torch.bfloat16, torch.float32)[0] == operators.OURS
