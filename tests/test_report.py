@@ -17,9 +17,10 @@ from matplotlib.image import imread
 import hmar.model
 from bench import operator_rivals, shapes
 from bench.attention_results import describe
+from bench.loss_curve import compare
 from hmar.config import PRESETS
 from hmar_kernels import triton_device
-from reports import attention, attention_data, attention_plots, build, operators, training
+from reports import attention, attention_data, attention_plots, build, loss_curve, operators, scaling, training
 from reports.attention_data import DIRECTIONS
 from reports.markdown import number
 from reports.style import LOOKS
@@ -596,3 +597,166 @@ def test_the_calls_of_a_step_are_those_of_the_model(monkeypatch):
     assert set(operators.CALLS) == set(operator_rivals.NAMES)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert triton_device.choose(torch.device("cuda"), torch.bfloat16, torch.float32)[0] == operators.OURS
+
+
+# Losses by seed; windows of two steps, of which the last one has one.
+PLAIN = [[4.0, 3.0, 2.5, 2.5, 1.0], [4.2, 3.2, 2.3, 2.5, 1.4]]
+ENGINE = [[4.0, 3.1, 2.5, 2.5, 1.0], [4.2, 3.3, 2.3, 2.5, 1.1]]
+
+
+def curve_file(engine=ENGINE, **more):
+    settings = {"stage": "next-scale", "preset": "d16-256", "depth": 8, "batch": 32, "steps": 5, "window": 2}
+    settings |= {"seeds": 2, "lr": 3e-4, "precision": "auto", "residual_precision": "auto", "compile": "blocks"}
+    verdict = compare(engine, PLAIN, settings["window"])
+    curves = {"engine": engine, "plain": PLAIN}
+    head = {"kind": "loss_curve", "version": 1, "environment": content()["environment"]}
+    return {**head, "settings": settings, **verdict, "curves": curves} | more
+
+
+@pytest.fixture
+def with_curves(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "loss_curve_test.json").write_text(json.dumps(curve_file()))
+    return data
+
+
+def test_learning_curves_have_a_table_of_their_windows(with_curves, tmp_path):
+    written = build.build(with_curves, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["loss_curve.csv", "loss_curve.md", "loss_curve_test.png"]
+    assert imread(written[-1]).std() > 0.05
+    found = pd.read_csv(written[0])
+    assert list(found.columns) == loss_curve.COLUMNS
+    assert list(zip(found.first_step, found.last_step, strict=True)) == [(1, 2), (3, 4), (5, 5)]
+    assert list(found.plain) == pytest.approx([3.6, 2.45, 1.2])
+    assert list(found.engine) == pytest.approx([3.65, 2.45, 1.05])
+    assert list(found.deviation) == pytest.approx([0.05, 0.0, 0.15])
+    assert list(found.spread) == pytest.approx([0.2 / 2**0.5, 0.1 / 2**0.5, 0.4 / 2**0.5], rel=1e-5)
+    assert list(found.ratio) == pytest.approx([0.353553, 0.0, 0.530330], rel=1e-5)
+
+
+def test_the_page_of_learning_curves_has_the_verdict(with_curves):
+    def page(**more):
+        (with_curves / "loss_curve_test.json").write_text(json.dumps(curve_file(**more)))
+        return loss_curve.markdown(loss_curve.load(with_curves))
+
+    passed = page()
+    assert "## HMAR stage 1, sizes of d16-256, 8 blocks: NVIDIA Test 9000" in passed
+    verdict = "The engine's curve of 5 steps equals that of the plain loop within the spread of seeds"
+    assert f"{verdict}: the largest deviation in a window is 0.530 of the spread (steps 5 to 5)" in passed
+    assert ["5 to 5", "1.0500", "1.2000", "0.150", "0.283", "0.530"] in table_rows(passed)
+    failed = page(engine=[[4.4, 3.4, 2.5, 2.5, 1.0], [4.6, 3.6, 2.3, 2.5, 1.4]])
+    assert "**does not equal** that of the plain loop" in failed and "is 2.83 of the spread (steps 1 to 2)" in failed
+    assert "not finite" not in failed
+    flat = page(largest_ratio=0.1, passed=False)
+    assert "**does not equal**" in flat and "But some curve is not finite or does not fall." in flat
+    assert "is inf of the spread" in page(spread=[0.0, 0.1, 0.1], largest_ratio=float("inf"), passed=False)
+
+
+def test_lines_of_learning_curves_are_the_losses(with_curves):
+    (source,) = loss_curve.load(with_curves)
+    above, below = loss_curve.draw(source).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [*PLAIN, *ENGINE]
+    assert list(above.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
+    spread, deviation = (line.get_xydata() for line in below.lines)
+    assert list(spread[:, 0]) == list(deviation[:, 0]) == [1.5, 3.5, 5.0]
+    assert list(deviation[:, 1]) == pytest.approx([0.05, 0.0, 0.15]) and below.get_yscale() == "log"
+    low, high = below.get_ylim()
+    assert low < 0.05 and high > 0.283
+    plt.close("all")
+
+
+def test_learning_curves_of_another_version_are_refused(with_curves):
+    (with_curves / "loss_curve_test.json").write_text(json.dumps(curve_file(version=2)))
+    with pytest.raises(ValueError, match="is of version 2; this script reads version 1"):
+        loss_curve.load(with_curves)
+
+
+def scaling_file(runs, commit="0123456789abcdef", **more):
+    """runs: (processes, way, batch of all processes, tokens a second, times one process)."""
+    results = [
+        {"processes": processes, "parallel": way, "batch": batch, "loss": 8.0, "tokens_per_second": tokens}
+        | {"images_per_second": tokens / 680, "mfu": 0.25, "peak_memory_gb": 12.5, "speedup": times}
+        for processes, way, batch, tokens, times in runs
+    ]
+    settings = {"stage": "next-scale", "preset": "d16-256", "batch": [32, 96], "global_batch": False, "steps": 80}
+    settings |= {"workers": 2, "compile": "blocks"}
+    environment = content(gpu="NVIDIA H200", commit=commit)["environment"]
+    head = {"kind": "scaling", "version": 1, "environment": environment, "settings": settings}
+    return {**head, "results": results} | more
+
+
+SCALING = [
+    (1, "ddp", 96, 340000.0, 1.0),
+    (2, "fsdp", 192, 510000.0, 1.5),
+    (2, "ddp", 192, 663000.0, 1.95),
+    (2, "ddp", 64, 540000.0, 1.8),
+    (1, "ddp", 32, 300000.0, 1.0),
+]
+
+
+@pytest.fixture
+def with_scaling(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "scaling_test.json").write_text(json.dumps(scaling_file(SCALING)))
+    return data
+
+
+def test_runs_on_several_gpus_are_grouped_by_the_batch_of_one(with_scaling, tmp_path):
+    written = build.build(with_scaling, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["scaling.csv", "scaling.md"]
+    found = pd.read_csv(written[0])
+    assert list(found.columns) == scaling.COLUMNS
+    rows = found[["batch_per_gpu", "processes", "parallel", "tokens_per_s", "times_one_process"]]
+    assert list(rows.itertuples(index=False, name=None)) == [
+        (32, 1, "-", 300000, 1.0),
+        (32, 2, "ddp", 540000, 1.8),
+        (96, 1, "-", 340000, 1.0),
+        (96, 2, "ddp", 663000, 1.95),
+        (96, 2, "fsdp", 510000, 1.5),
+    ]
+    ours = "| HMAR stage 1, d16-256 |"
+    page = written[1].read_text()
+    assert f"{ours} 32 | 1 | - | 300000 | 441 | 1.000 | 25 % | 12.5 |" in page
+    assert f"{ours} 96 | 2 | ddp | 663000 | 975 | 1.950 (1.9) | 25 % | 12.5 |" in page
+    assert "not equally fast" not in page
+
+
+def test_runs_with_one_batch_in_all_stay_together(with_scaling):
+    file = scaling_file([(1, "ddp", 64, 3e5, 1.0), (4, "ddp", 64, 9e5, 3.0), (2, "ddp", 64, 5e5, 1.7)])
+    file["settings"]["global_batch"] = True
+    (with_scaling / "scaling_test.json").write_text(json.dumps(file))
+    (source,) = scaling.load(with_scaling)
+    rows = source.rows[["processes", "batch_per_gpu"]]
+    assert list(rows.itertuples(index=False, name=None)) == [(1, 64), (2, 32), (4, 16)]
+    assert "the same batch in all" in scaling.markdown([source])
+
+
+def test_files_of_several_commits_are_told_apart(with_scaling):
+    earlier = scaling_file([(1, "ddp", 32, 250000.0, 1.0)], commit="aaaabbbbccccdddd", note="before this and that")
+    (with_scaling / "scaling_earlier.json").write_text(json.dumps(earlier))
+    sources = scaling.load(with_scaling)
+    page = scaling.markdown(sources)
+    assert "## NVIDIA H200, commit aaaabbbbcc: before this and that" in page
+    assert "## NVIDIA H200, commit 0123456789\n" in page
+    told = "HMAR stage 1, d16-256, batch 32 on NVIDIA H200 has 250000 at aaaabbbbcc and 300000 at 0123456789 tokens/s"
+    assert told in page and "batch 96 on" not in page
+    table = pd.read_csv(io.StringIO(scaling.csv(sources)))
+    assert list(table.commit.value_counts().sort_index()) == [5, 1]
+
+
+def test_processes_on_a_cpu_have_no_target_and_no_mfu(with_scaling):
+    file = scaling_file([(1, "ddp", 8, 3e3, 1.0), (2, "ddp", 16, 5e3, 1.7)])
+    file["environment"] |= {"gpu": "cpu", "triton": None, "cuda": None, "driver": None}
+    for row in file["results"]:
+        row["mfu"] = None
+    (with_scaling / "scaling_test.json").write_text(json.dumps(file))
+    page = scaling.markdown(scaling.load(with_scaling))
+    assert "| HMAR stage 1, d16-256 | 8 | 2 | ddp | 5000 | 7.35 | 1.700 | - | 12.5 |" in page
+
+
+def test_scaling_of_another_version_is_refused(with_scaling):
+    (with_scaling / "scaling_test.json").write_text(json.dumps(scaling_file(SCALING, version=2)))
+    with pytest.raises(ValueError, match="is of version 2; this script reads version 1"):
+        scaling.load(with_scaling)
