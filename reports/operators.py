@@ -56,6 +56,15 @@ class Source:
     complete: bool
     rows: pd.DataFrame
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is anything to draw."""
+        return bool(self.rows["ms"].notna().any())
+
+    @property
+    def plot(self) -> str:
+        return f"{self.path.stem}_operators.png"
+
 
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     """Write tables and plots of the operators, if there are data; returns their paths."""
@@ -65,10 +74,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     written = [tables / "operators.csv", tables / "operators.md"]
     written[0].write_text(csv(sources))
     written[1].write_text(markdown(sources))
-    for source in sources:
-        if source.rows["ms"].notna().any():
-            written.append(save(draw(source), plots / f"{source.path.stem}_operators.png"))
-    return written
+    return written + [save(draw(source), plots / source.plot) for source in sources if source.measured]
 
 
 def load(folder: Path) -> list[Source]:
@@ -131,6 +137,8 @@ def markdown(sources: list[Source]) -> str:
         if not source.complete:
             parts.append(_gaps(source))
         parts.append("\n".join(verdict(name, rows) for name, rows in _by_operator(source.rows)))
+        if source.measured:
+            parts.append(f"![Time of every operator](../plots/{source.plot})")
         for shape, rows in source.rows.groupby(SHAPE, sort=False):
             parts.append(f"### {_shape_label(shape)}")
             parts += [_shape_table(rows), _notes(rows)]

@@ -567,6 +567,14 @@ def test_bars_of_operators_are_the_measurements(with_operators):
     plt.close("all")
 
 
+def test_operators_that_all_failed_have_no_plot(with_operators, tmp_path):
+    times = {("qk_norm", 256): {"triton": None, "compiled": None}}
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(times)))
+    written = build.build(with_operators, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["operators.csv", "operators.md"]
+    assert "not known" in written[1].read_text() and ".png" not in written[1].read_text()
+
+
 def test_operators_of_another_version_are_refused(with_operators):
     (with_operators / "operators_test.json").write_text(json.dumps(operators_file(version=2)))
     with pytest.raises(ValueError, match="is of version 2; this script reads version 1"):
