@@ -687,7 +687,7 @@ def scaling_file(runs, commit="0123456789abcdef", **more):
         | {"images_per_second": tokens / 680, "mfu": 0.25, "peak_memory_gb": 12.5, "speedup": times}
         for processes, way, batch, tokens, times in runs
     ]
-    settings = {"stage": "next-scale", "preset": "d16-256", "batch": [32, 96], "global_batch": False, "steps": 80}
+    settings = {"stage": "next-scale", "preset": "d16-256", "batch": [32, 48], "global_batch": False, "steps": 80}
     settings |= {"workers": 2, "compile": "blocks"}
     environment = content(gpu="NVIDIA H200", commit=commit)["environment"]
     head = {"kind": "scaling", "version": 1, "environment": environment, "settings": settings}
@@ -695,9 +695,9 @@ def scaling_file(runs, commit="0123456789abcdef", **more):
 
 
 SCALING = [
-    (1, "ddp", 96, 340000.0, 1.0),
-    (2, "fsdp", 192, 510000.0, 1.5),
-    (2, "ddp", 192, 663000.0, 1.95),
+    (1, "ddp", 48, 340000.0, 1.0),
+    (2, "fsdp", 96, 510000.0, 1.5),
+    (2, "ddp", 96, 663000.0, 1.95),
     (2, "ddp", 64, 540000.0, 1.8),
     (1, "ddp", 32, 300000.0, 1.0),
 ]
@@ -720,14 +720,14 @@ def test_runs_on_several_gpus_are_grouped_by_the_batch_of_one(with_scaling, tmp_
     assert list(rows.itertuples(index=False, name=None)) == [
         (32, 1, "-", 300000, 1.0),
         (32, 2, "ddp", 540000, 1.8),
-        (96, 1, "-", 340000, 1.0),
-        (96, 2, "ddp", 663000, 1.95),
-        (96, 2, "fsdp", 510000, 1.5),
+        (48, 1, "-", 340000, 1.0),
+        (48, 2, "ddp", 663000, 1.95),
+        (48, 2, "fsdp", 510000, 1.5),
     ]
     ours = "| HMAR stage 1, d16-256 |"
     page = written[1].read_text()
     assert f"{ours} 32 | 1 | - | 300000 | 441 | 1.000 | 25 % | 12.5 |" in page
-    assert f"{ours} 96 | 2 | ddp | 663000 | 975 | 1.950 (1.9) | 25 % | 12.5 |" in page
+    assert f"{ours} 48 | 2 | ddp | 663000 | 975 | 1.950 (1.9) | 25 % | 12.5 |" in page
     assert "not equally fast" not in page
 
 
@@ -749,7 +749,7 @@ def test_files_of_several_commits_are_told_apart(with_scaling):
     assert "## NVIDIA H200, commit aaaabbbbcc: before this and that" in page
     assert "## NVIDIA H200, commit 0123456789\n" in page
     told = "HMAR stage 1, d16-256, batch 32 on NVIDIA H200 has 250000 at aaaabbbbcc and 300000 at 0123456789 tokens/s"
-    assert told in page and "batch 96 on" not in page
+    assert told in page and "batch 48 on" not in page
     table = pd.read_csv(io.StringIO(scaling.csv(sources)))
     assert list(table.commit.value_counts().sort_index()) == [5, 1]
 
