@@ -1,15 +1,19 @@
 """Tables and plots of the benchmarks: `make report`, or `python reports/build.py`.
 
 A pure function of reports/data/*.json: no measuring, no GPU, and nothing of this project outside of this folder is
-imported. For each kind of data file there are tables/<kind>.csv and tables/<kind>.md, and plots/<file>_<what>.png for
-each file:
+imported. For each kind of data file there are tables/<kind>.csv and tables/<kind>.md, and for each file plots, named
+plots/<file>_<what>.png:
 
 * "attention" (`pytest bench`): time, memory and roofline of the main batch, speed and memory against resolution, batch
   and density. Head dims beside 64 have plots of their own, named <file>_<what>_d128.png;
-* "training" (`python -m bench.training`): time and memory of a step;
-* "generation" (`python -m bench.generation`): images a second and memory against the batch.
+* "generation" (`python -m bench.generation`): images a second and memory against the batch;
+* "loss_curve" (`python -m bench.loss_curve`): losses of the engine and of a plain loop, and how far they are apart
+  beside the spread of seeds (plots/<file>.png);
+* "operators" (`python -m bench.operators`): time of the fused operators beside torch.compile and eager torch;
+* "scaling" (`python -m bench.scaling`): speed and memory on several GPUs beside one (no plot);
+* "training" (`python -m bench.training`): time and memory of a step.
 
-Read next: attention.py, training.py, generation.py, over results.py, markdown.py and style.py.
+Read next: the module named like the kind, over results.py, markdown.py and style.py.
 """
 
 from __future__ import annotations
@@ -21,16 +25,17 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reports import attention, generation, training
+from reports import attention, generation, loss_curve, operators, scaling, training
 
 HERE = Path(__file__).resolve().parent
+KINDS = (attention, generation, loss_curve, operators, scaling, training)
 
 
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     """Write all tables and plots; returns their paths."""
     tables.mkdir(parents=True, exist_ok=True)
     plots.mkdir(parents=True, exist_ok=True)
-    written = [path for kind in (attention, generation, training) for path in kind.build(data, tables, plots)]
+    written = [path for kind in KINDS for path in kind.build(data, tables, plots)]
     if not written:
         raise ValueError(f"no results in {data}; `pytest bench --benchmark-only` on a GPU writes those of attention")
     return written

@@ -15,8 +15,8 @@ def number(value: float | None) -> str:
     """Three significant digits, never in powers of ten."""
     if value is None or math.isnan(value):
         return DASH
-    if value == 0:
-        return "0"
+    if value == 0 or math.isinf(value):
+        return f"{value:g}"
     return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 

@@ -55,7 +55,7 @@ def plain_log_axis(axis, low: float, high: float) -> None:
     ticks = [m * 10.0**e for e in exponents for m in ((1,) if few else (1, 2, 5)) if low <= m * 10.0**e <= high]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.9f}".rstrip("0").rstrip(".")))
 
 
 def save(figure: Figure, path: Path) -> Path:

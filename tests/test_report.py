@@ -10,12 +10,17 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 from matplotlib.collections import PathCollection
 from matplotlib.image import imread
 
-from bench import shapes
+import hmar.model
+from bench import operator_rivals, shapes
 from bench.attention_results import describe
-from reports import attention, attention_data, attention_plots, build, training
+from bench.loss_curve import compare
+from hmar.config import PRESETS
+from hmar_kernels import triton_device
+from reports import attention, attention_data, attention_plots, build, loss_curve, operators, scaling, training
 from reports.attention_data import DIRECTIONS
 from reports.markdown import number
 from reports.style import LOOKS
@@ -460,3 +465,306 @@ def test_training_data_of_another_version_is_refused(with_steps):
     file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(ValueError, match="is of version 9; this script reads versions 1 and 2 and 3"):
         training.load(with_steps)
+
+
+# Milliseconds of forward + backward, of which a quarter is the forward; None stands for what ran out of memory.
+OPERATOR_TIMES = {
+    ("modulated_norm", 256): {"eager": 8.0, "compiled": 3.0, "triton": 2.0},
+    ("qk_norm", 256): {"compiled": 3.0, "triton": 2.0},
+    ("qk_norm", 512): {"compiled": 3.0, "triton": 4.0},
+    ("linear_cross_entropy", 256): {"triton": 5.0, "eager": None, "chunked": 4.0},
+    ("gelu_linear", 256): {"triton": 5.0, "compiled": 4.0},
+}
+
+
+def operators_file(times=None, **more):
+    rows = []
+    for (operator, resolution), of_impl in (times or OPERATOR_TIMES).items():
+        for impl, both in of_impl.items():
+            for direction, share in (("forward", 0.25), ("backward", 0.75), ("forward_backward", 1.0)):
+                ms = both and share * both
+                rows.append(
+                    {"operator": operator, "resolution": resolution, "depth": 16 if resolution == 256 else 24}
+                    | {"batch": 8, "bytes": share * 1e9, "flops": 0, "impl": impl, "direction": direction}
+                    | {"status": "ok" if ms else "out of memory", "reason": None if ms else "OutOfMemoryError: no room"}
+                    | {"ms": ms, "p10_ms": ms and 0.9 * ms, "p90_ms": ms and 1.1 * ms}
+                    | {"extra_bytes": ms and int(1e8 * ms)}
+                )
+    head = {name: content()[name] for name in ("environment", "ceilings")}
+    return {"kind": "operators", "version": 1, "complete": True, **head, "results": rows} | more
+
+
+@pytest.fixture
+def with_operators(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "operators_test.json").write_text(json.dumps(operators_file()))
+    return data
+
+
+def test_operators_have_a_table_in_reading_order(with_operators, tmp_path):
+    written = build.build(with_operators, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["operators.csv", "operators.md", "operators_test_operators.png"]
+    assert imread(written[-1]).std() > 0.05
+    found = pd.read_csv(written[0])
+    assert list(found.columns) == operators.COLUMNS and len(found) == 3 * 12
+    both = found[found.direction == "forward_backward"].set_index(["operator", "resolution", "impl"])
+    assert list(both.index[:3]) == [("modulated_norm", 256, name) for name in ("triton", "compiled", "eager")]
+    assert both.index[-1] == ("qk_norm", 512, "compiled")
+    norm = both.loc["modulated_norm"]
+    assert list(norm.ms) == [2.0, 3.0, 8.0] and list(norm.times_compiler) == [1.5, 1.0, 0.375]
+    assert list(norm.extra_mb) == [200.0, 300.0, 800.0]
+    assert both.loc["linear_cross_entropy"].times_compiler.isna().all()
+    assert both.loc[("linear_cross_entropy", 256, "eager")][["ms", "extra_mb"]].isna().all()
+
+
+def test_the_page_of_operators_says_what_is_faster_and_what_the_model_uses(with_operators):
+    (source,) = operators.load(with_operators)
+    page = operators.markdown([source])
+    lines = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("* `") and "step" in line}
+    assert lines.keys() == {"modulated_norm", "qk_norm", "linear_cross_entropy", "gelu_linear"}
+    faster = "Ours measured faster: 1.50 times as fast as torch.compile (forward + backward), with 0.67 times"
+    assert "a training step does not call it" in lines["modulated_norm"] and faster in lines["modulated_norm"]
+    assert "the model uses ours (calls in a step: 16 at d16 and 24 at d24)" in lines["qk_norm"]
+    slower = "**torch.compile measured faster at 512 px, d24, batch 8**: ours is 0.75 to 1.50 times as fast"
+    assert slower in lines["qk_norm"]
+    assert "model uses ours" in lines["gelu_linear"] and "Another" not in lines["gelu_linear"]
+    assert "**torch.compile measured faster**: ours is 0.80 times as fast" in lines["gelu_linear"]
+    assert "Which is faster is not known" in lines["linear_cross_entropy"]
+    # one direction, the other, both, spread, ratio, floor: 1 GB at 2000 GB/s, its share, memory
+    cells = ["0.500", "1.50", "2.00", "1.80 to 2.20", "1.50", "0.500", "25 %", "50", "200"]
+    assert ["`qk_norm`", "16", "ours: Triton", *cells] in table_rows(page)
+    assert "* `linear_cross_entropy`, eager: out of memory. OutOfMemoryError: no room" in page
+    assert "cut short" not in page and "nan" not in page.lower()
+
+
+def test_a_faster_implementation_that_is_neither_is_told(with_operators):
+    times = {("linear_cross_entropy", 256): {"triton": 5.0, "compiled": 6.0, "chunked": 4.0, "newcomer": 9.0}}
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(times)))
+    (source,) = operators.load(with_operators)
+    page = operators.markdown([source])
+    assert "Ours measured faster: 1.20 times" in page
+    assert "Another implementation is faster than both in some shape" in page
+    assert list(source.rows["impl"].unique()) == ["triton", "compiled", "chunked", "newcomer"]
+
+
+def test_what_a_run_of_operators_did_not_come_to_is_told(with_operators):
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(complete=False)))
+    (source,) = operators.load(with_operators)
+    page = operators.markdown([source])
+    missing = "no rows of `residual_modulated_norm`, `residual_norm_linear`"
+    assert f"The run was cut short: {missing}; none of torch.compile beside `linear_cross_entropy`." in page
+
+
+def test_bars_of_operators_are_the_measurements(with_operators):
+    (source,) = operators.load(with_operators)
+    found = panels(operators.draw(source))
+    assert list(found) == ["modulated_norm", "gelu_linear", "qk_norm", "linear_cross_entropy"]
+    bars = [(bar.get_x() // 1, bar.get_height()) for bar in found["qk_norm"].patches]
+    assert bars == [(-1, 2.0), (-1, 0.5), (0, 3.0), (0, 0.75), (0, 4.0), (0, 1.0), (1, 3.0), (1, 0.75)]
+    texts = [text.get_text() for text in found["linear_cross_entropy"].texts]
+    assert sorted(texts) == ["4.00", "5.00", "not measured", "not measured", "out of memory"]
+    plt.close("all")
+
+
+def test_operators_that_all_failed_have_no_plot(with_operators, tmp_path):
+    times = {("qk_norm", 256): {"triton": None, "compiled": None}}
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(times)))
+    written = build.build(with_operators, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["operators.csv", "operators.md"]
+    assert "not known" in written[1].read_text() and ".png" not in written[1].read_text()
+
+
+def test_operators_of_another_version_are_refused(with_operators):
+    (with_operators / "operators_test.json").write_text(json.dumps(operators_file(version=2)))
+    with pytest.raises(ValueError, match="is of version 2; this script reads version 1"):
+        operators.load(with_operators)
+
+
+def test_the_calls_of_a_step_are_those_of_the_model(monkeypatch):
+    """Of each operator as many as the report says, none with a named implementation, and "auto" is ours on a GPU."""
+    calls = dict.fromkeys(operators.CALLS, 0)
+
+    def counted(name, operator):
+        def call(*inputs, **options):
+            assert "impl" not in options
+            calls[name] += 1
+            return operator(*inputs, **options)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(hmar.model, name, counted(name, getattr(hmar.model, name)))
+    _, config = PRESETS["tiny"]
+    model = hmar.model.NextScaleTransformer(config)
+    length, batch = config.pyramid.length, 2
+    inputs = torch.randn(batch, length - config.pyramid.sizes[0], config.code_dim)
+    targets = hmar.model.Targets(torch.zeros(batch, length, dtype=torch.long), torch.ones(batch, length))
+    model(torch.zeros(batch, dtype=torch.long), inputs, targets=targets)
+    assert calls == {name: operators.calls_in_step(name, config.depth) for name in operators.CALLS}
+    assert set(operators.CALLS) == set(operator_rivals.NAMES)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert triton_device.choose(torch.device("cuda"), torch.bfloat16, torch.float32)[0] == operators.OURS
+
+
+# Losses by seed; windows of two steps, of which the last one has one.
+PLAIN = [[4.0, 3.0, 2.5, 2.5, 1.0], [4.2, 3.2, 2.3, 2.5, 1.4]]
+ENGINE = [[4.0, 3.1, 2.5, 2.5, 1.0], [4.2, 3.3, 2.3, 2.5, 1.1]]
+
+
+def curve_file(engine=ENGINE, **more):
+    settings = {"stage": "next-scale", "preset": "d16-256", "depth": 8, "batch": 32, "steps": 5, "window": 2}
+    settings |= {"seeds": 2, "lr": 3e-4, "precision": "auto", "residual_precision": "auto", "compile": "blocks"}
+    verdict = compare(engine, PLAIN, settings["window"])
+    curves = {"engine": engine, "plain": PLAIN}
+    head = {"kind": "loss_curve", "version": 1, "environment": content()["environment"]}
+    return {**head, "settings": settings, **verdict, "curves": curves} | more
+
+
+@pytest.fixture
+def with_curves(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "loss_curve_test.json").write_text(json.dumps(curve_file()))
+    return data
+
+
+def test_learning_curves_have_a_table_of_their_windows(with_curves, tmp_path):
+    written = build.build(with_curves, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["loss_curve.csv", "loss_curve.md", "loss_curve_test.png"]
+    assert imread(written[-1]).std() > 0.05
+    found = pd.read_csv(written[0])
+    assert list(found.columns) == loss_curve.COLUMNS
+    assert list(zip(found.first_step, found.last_step, strict=True)) == [(1, 2), (3, 4), (5, 5)]
+    assert list(found.plain) == pytest.approx([3.6, 2.45, 1.2])
+    assert list(found.engine) == pytest.approx([3.65, 2.45, 1.05])
+    assert list(found.deviation) == pytest.approx([0.05, 0.0, 0.15])
+    assert list(found.spread) == pytest.approx([0.2 / 2**0.5, 0.1 / 2**0.5, 0.4 / 2**0.5], rel=1e-5)
+    assert list(found.ratio) == pytest.approx([0.353553, 0.0, 0.530330], rel=1e-5)
+
+
+def test_the_page_of_learning_curves_has_the_verdict(with_curves):
+    def page(**more):
+        (with_curves / "loss_curve_test.json").write_text(json.dumps(curve_file(**more)))
+        return loss_curve.markdown(loss_curve.load(with_curves))
+
+    passed = page()
+    assert "## HMAR stage 1, sizes of d16-256, 8 blocks: NVIDIA Test 9000" in passed
+    verdict = "The engine's curve of 5 steps equals that of the plain loop within the spread of seeds"
+    assert f"{verdict}: the largest deviation in a window is 0.530 of the spread (steps 5 to 5)" in passed
+    assert ["5 to 5", "1.0500", "1.2000", "0.150", "0.283", "0.530"] in table_rows(passed)
+    failed = page(engine=[[4.4, 3.4, 2.5, 2.5, 1.0], [4.6, 3.6, 2.3, 2.5, 1.4]])
+    assert "**does not equal** that of the plain loop" in failed and "is 2.83 of the spread (steps 1 to 2)" in failed
+    assert "not finite" not in failed
+    flat = page(largest_ratio=0.1, passed=False)
+    assert "**does not equal**" in flat and "But some curve is not finite or does not fall." in flat
+    assert "is inf of the spread" in page(spread=[0.0, 0.1, 0.1], largest_ratio=float("inf"), passed=False)
+
+
+def test_lines_of_learning_curves_are_the_losses(with_curves):
+    (source,) = loss_curve.load(with_curves)
+    above, below = loss_curve.draw(source).axes
+    assert [list(line.get_ydata()) for line in above.lines] == [*PLAIN, *ENGINE]
+    assert list(above.lines[0].get_xdata()) == [1, 2, 3, 4, 5]
+    spread, deviation = (line.get_xydata() for line in below.lines)
+    assert list(spread[:, 0]) == list(deviation[:, 0]) == [1.5, 3.5, 5.0]
+    assert list(deviation[:, 1]) == pytest.approx([0.05, 0.0, 0.15]) and below.get_yscale() == "log"
+    low, high = below.get_ylim()
+    assert low < 0.05 and high > 0.283
+    plt.close("all")
+
+
+def test_learning_curves_of_another_version_are_refused(with_curves):
+    (with_curves / "loss_curve_test.json").write_text(json.dumps(curve_file(version=2)))
+    with pytest.raises(ValueError, match="is of version 2; this script reads version 1"):
+        loss_curve.load(with_curves)
+
+
+def scaling_file(runs, commit="0123456789abcdef", **more):
+    """runs: (processes, way, batch of all processes, tokens a second, times one process)."""
+    results = [
+        {"processes": processes, "parallel": way, "batch": batch, "loss": 8.0, "tokens_per_second": tokens}
+        | {"images_per_second": tokens / 680, "mfu": 0.25, "peak_memory_gb": 12.5, "speedup": times}
+        for processes, way, batch, tokens, times in runs
+    ]
+    settings = {"stage": "next-scale", "preset": "d16-256", "batch": [32, 48], "global_batch": False, "steps": 80}
+    settings |= {"workers": 2, "compile": "blocks"}
+    environment = content(gpu="NVIDIA H200", commit=commit)["environment"]
+    head = {"kind": "scaling", "version": 1, "environment": environment, "settings": settings}
+    return {**head, "results": results} | more
+
+
+SCALING = [
+    (1, "ddp", 48, 340000.0, 1.0),
+    (2, "fsdp", 96, 510000.0, 1.5),
+    (2, "ddp", 96, 663000.0, 1.95),
+    (2, "ddp", 64, 540000.0, 1.8),
+    (1, "ddp", 32, 300000.0, 1.0),
+]
+
+
+@pytest.fixture
+def with_scaling(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "scaling_test.json").write_text(json.dumps(scaling_file(SCALING)))
+    return data
+
+
+def test_runs_on_several_gpus_are_grouped_by_the_batch_of_one(with_scaling, tmp_path):
+    written = build.build(with_scaling, tmp_path / "tables", tmp_path / "plots")
+    assert [path.name for path in written] == ["scaling.csv", "scaling.md"]
+    found = pd.read_csv(written[0])
+    assert list(found.columns) == scaling.COLUMNS
+    rows = found[["batch_per_gpu", "processes", "parallel", "tokens_per_s", "times_one_process"]]
+    assert list(rows.itertuples(index=False, name=None)) == [
+        (32, 1, "-", 300000, 1.0),
+        (32, 2, "ddp", 540000, 1.8),
+        (48, 1, "-", 340000, 1.0),
+        (48, 2, "ddp", 663000, 1.95),
+        (48, 2, "fsdp", 510000, 1.5),
+    ]
+    ours = "| HMAR stage 1, d16-256 |"
+    page = written[1].read_text()
+    assert f"{ours} 32 | 1 | - | 300000 | 441 | 1.000 | 25 % | 12.5 |" in page
+    assert f"{ours} 48 | 2 | ddp | 663000 | 975 | 1.950 (1.9) | 25 % | 12.5 |" in page
+    assert "not equally fast" not in page
+
+
+def test_runs_with_one_batch_in_all_stay_together(with_scaling):
+    file = scaling_file([(1, "ddp", 64, 3e5, 1.0), (4, "ddp", 64, 9e5, 3.0), (2, "ddp", 64, 5e5, 1.7)])
+    file["settings"]["global_batch"] = True
+    (with_scaling / "scaling_test.json").write_text(json.dumps(file))
+    (source,) = scaling.load(with_scaling)
+    rows = source.rows[["processes", "batch_per_gpu"]]
+    assert list(rows.itertuples(index=False, name=None)) == [(1, 64), (2, 32), (4, 16)]
+    assert "the same batch in all" in scaling.markdown([source])
+
+
+def test_files_of_several_commits_are_told_apart(with_scaling):
+    earlier = scaling_file([(1, "ddp", 32, 250000.0, 1.0)], commit="aaaabbbbccccdddd", note="before this and that")
+    (with_scaling / "scaling_earlier.json").write_text(json.dumps(earlier))
+    sources = scaling.load(with_scaling)
+    page = scaling.markdown(sources)
+    assert "## NVIDIA H200, commit aaaabbbbcc: before this and that" in page
+    assert "## NVIDIA H200, commit 0123456789\n" in page
+    told = "HMAR stage 1, d16-256, batch 32 on NVIDIA H200 has 250000 at aaaabbbbcc and 300000 at 0123456789 tokens/s"
+    assert told in page and "batch 48 on" not in page
+    table = pd.read_csv(io.StringIO(scaling.csv(sources)))
+    assert list(table.commit.value_counts().sort_index()) == [5, 1]
+
+
+def test_processes_on_a_cpu_have_no_target_and_no_mfu(with_scaling):
+    file = scaling_file([(1, "ddp", 8, 3e3, 1.0), (2, "ddp", 16, 5e3, 1.7)])
+    file["environment"] |= {"gpu": "cpu", "triton": None, "cuda": None, "driver": None}
+    for row in file["results"]:
+        row["mfu"] = None
+    (with_scaling / "scaling_test.json").write_text(json.dumps(file))
+    page = scaling.markdown(scaling.load(with_scaling))
+    assert "| HMAR stage 1, d16-256 | 8 | 2 | ddp | 5000 | 7.35 | 1.700 | - | 12.5 |" in page
+
+
+def test_scaling_of_another_version_is_refused(with_scaling):
+    (with_scaling / "scaling_test.json").write_text(json.dumps(scaling_file(SCALING, version=2)))
+    with pytest.raises(ValueError, match="is of version 2; this script reads version 1"):
+        scaling.load(with_scaling)
