@@ -128,9 +128,10 @@ __device__ __forceinline__ void release(Barrier& barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// A barrier among the threads of one warpgroup.
+// A barrier among the threads of one warpgroup, or of several from this one on.
+template <int kThreads = kGroupThreads>
 __device__ __forceinline__ void group_sync(int group) {
-  asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(kGroupThreads) : "memory");
+  asm volatile("bar.sync %0, %1;\n" ::"r"(group + 1), "n"(kThreads) : "memory");
 }
 
 // Warpgroups in turn: `turn_wait` returns once the one before has passed its turn on. The last one starts by passing to

@@ -1,5 +1,5 @@
-// Takes the place of csrc/hopper_tile.cuh, and of what it includes, when csrc/hopper_conv.cuh is compiled for the CPU: every
-// thread of a block is a coroutine. The operands of wgmma, the swizzle of the copy engine and what it leaves outside of a
+// Takes the place of csrc/hopper_tile.cuh, and of what it includes, when csrc/hopper_conv.cuh and linear_rows.cuh are compiled for the
+// CPU: every thread of a block is a coroutine, and the blocks of a cluster take turns. The operands of wgmma, the swizzle of the copy engine and what it leaves outside of a
 // tensor are written down a second time, element by element as in the PTX ISA. A copy lands when it is issued, and a product
 // reads shared memory as late as its thread lets it: a buffer given back too early shows in the result.
 #pragma once
@@ -28,8 +28,14 @@
 struct Index {
   unsigned x;
 };
+struct uint2 {
+  uint32_t x, y;
+};
 struct uint4 {
   uint32_t x, y, z, w;
+};
+struct float4 {
+  float x, y, z, w;
 };
 inline Index threadIdx, blockIdx, gridDim;
 
@@ -40,6 +46,8 @@ alignas(1024) inline uint8_t shared_memory[SHARED_BYTES];
 
 constexpr int kGroupRows = 64;
 constexpr int kGroupThreads = 128;
+constexpr int kPanelColumns = 64;
+constexpr int kPanelRowBytes = 128;
 
 struct Product {
   DType type;
@@ -54,6 +62,7 @@ struct Thread {
   std::vector<uint8_t> stack = std::vector<uint8_t>(64 * 1024);
   std::function<bool()> ready;  // empty when it can run
   bool done = false;
+  bool waited = false;  // for the kernel before
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
 };
@@ -68,14 +77,23 @@ struct Warp {
   uint32_t registers[WARP_SIZE][4];
 };
 
+// Of a cluster of blocks, one after the other.
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::map<int, Meeting> barriers;
+  std::vector<uint8_t> shared_memory;  // while another block runs
+  long launches = 0;    // of the kernels that depend on this one
+  long late_boxes = 0;  // that could have been asked for before the wait, or that come after such a launch
+};
+struct Cluster {
+  std::vector<Block> blocks;
+  Meeting barrier;
   ucontext_t scheduler;
   std::string failure;
   std::function<void()> kernel;
 };
+inline Cluster* cluster;
 inline Block* running;
 
 inline Thread& this_thread() { return running->threads[threadIdx.x]; }
@@ -86,11 +104,11 @@ inline void wait_until(std::function<bool()> ready) {
   if (ready()) return;
   Thread& thread = this_thread();
   thread.ready = std::move(ready);
-  swapcontext(&thread.context, &running->scheduler);
+  swapcontext(&thread.context, &cluster->scheduler);
 }
 [[noreturn]] inline void fail(const std::string& why) {
-  running->failure = why;
-  for (;;) swapcontext(&this_thread().context, &running->scheduler);
+  cluster->failure = why;
+  for (;;) swapcontext(&this_thread().context, &cluster->scheduler);
 }
 
 inline void arrive(Meeting& meeting, int expected) {
@@ -108,7 +126,14 @@ inline void meet(Meeting& meeting, int expected) {
 inline void __syncwarp() { meet(this_warp().meeting, WARP_SIZE); }
 inline void __syncthreads() { meet(running->barriers[0], int(running->threads.size())); }
 
-inline void group_sync(int group) { meet(running->barriers[group + 1], kGroupThreads); }
+template <int kThreads = kGroupThreads>
+void group_sync(int group) {
+  meet(running->barriers[group + 1], kThreads);
+}
+
+inline int cluster_rank() { return int(running - cluster->blocks.data()); }
+inline int cluster_size() { return int(cluster->blocks.size()); }
+inline void cluster_sync() { meet(cluster->barrier, int(cluster->blocks.size() * running->threads.size())); }
 
 inline float __shfl_xor_sync(uint32_t, float x, int lanes) {
   const int lane = threadIdx.x % WARP_SIZE;
@@ -140,6 +165,17 @@ inline uint32_t shared_address(const void* pointer) {
   if (offset < 0 || offset >= SHARED_BYTES) fail("an address outside of shared memory");
   return uint32_t(offset);
 }
+
+inline float load_cluster(const float* address, int rank) {
+  const uint32_t offset = shared_address(address);
+  const Block& block = cluster->blocks[rank];
+  float x;
+  std::memcpy(&x, &block == running ? shared_memory + offset : block.shared_memory.data() + offset, sizeof(x));
+  return x;
+}
+
+inline void launch_dependents() { ++running->launches; }
+inline void wait_for_previous() { this_thread().waited = true; }
 
 // --- mbarriers -----------------------------------------------------------------------------------------------------
 
@@ -198,16 +234,25 @@ struct MapContent {
   int rank;
   uint64_t sizes[4], strides[3];
   uint32_t box[4];
+  bool of_previous;  // written by the kernel before
 };
 
-// Of an address in rows of 64 bytes: chunks of 16 bytes change places, in a pattern of 512 bytes.
-inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 3) << 4); }
+// Of an address in rows of 64 or 128 bytes: chunks of 16 bytes change places, in a pattern of 512 or 1024 bytes.
+inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
+  return address ^ ((address >> 7 & (row_bytes / 16 - 1)) << 4);
+}
+
+inline void prefetch_map(const TensorMap&) {}
 
 inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
   const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
   if (int(begin.size()) != content.rank) fail("coordinates of another rank than the tensor map's");
   const uint32_t start = shared_address(dst);
   if (start % 1024) fail("a box that is not aligned in shared memory");
+  if (content.of_previous && !this_thread().waited) fail("a box of what the kernel before writes, without a wait for it");
+  const uint32_t row_bytes = 2 * content.box[0];
+  if (row_bytes != 64 && row_bytes != 128) fail("a box of neither of the two swizzles");
+  running->late_boxes += !content.of_previous && (this_thread().waited || running->launches > 0);
   int num_elements = 1;
   for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
   for (int index = 0; index < num_elements; ++index) {
@@ -224,7 +269,7 @@ inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::
     if (inside) std::memcpy(&number, content.data + offset, 2);
     const uint32_t address = start + 2 * index;
     if (address + 2 > SHARED_BYTES) fail("a box beyond shared memory");
-    std::memcpy(shared_memory + swizzled(address), &number, 2);
+    std::memcpy(shared_memory + swizzled(address, row_bytes), &number, 2);
   }
   barrier.bytes -= 2 * num_elements;
   complete(barrier);
@@ -271,6 +316,9 @@ void unpack(uint32_t packed, float& low, float& high) {
   low = widened<kType>(uint16_t(packed)), high = widened<kType>(uint16_t(packed >> 16));
 }
 
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
+
 // stmatrix: a lane holds numbers 2 t and 2 t + 1 of row g of each matrix; lane 8 i + j says where row j of matrix i goes.
 inline void store_matrices(uint8_t* row, const uint32_t (&a)[4]) {
   const int lane = threadIdx.x % WARP_SIZE;
@@ -287,12 +335,19 @@ inline void store_matrices(uint8_t* row, const uint32_t (&a)[4]) {
 
 inline uint64_t advanced(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
-// Number k of row r of a K-major operand in swizzled rows of 64 bytes.
+// Of panels: rows of 128 bytes, groups of eight one after the other.
+inline uint64_t row_descriptor(const uint8_t* panel) {
+  return uint64_t(shared_address(panel) >> 4) | uint64_t{64} << 32 | uint64_t{1} << 62;
+}
+
+// Number k of row r of a K-major operand in swizzled rows of 64 or 128 bytes.
 template <DType kType>
 float element(uint64_t descriptor, int r, int k) {
   const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3fff) << 4; };
-  if (descriptor >> 62 != 2) fail("an operand that is not in swizzled rows of 64 bytes");
-  const uint32_t address = swizzled(field(0) + r / 8 * field(32) + r % 8 * 64 + k * 2);
+  const uint64_t mode = descriptor >> 62;
+  if (mode != 1 && mode != 2) fail("an operand in rows of neither of the two swizzles");
+  const uint32_t row_bytes = mode == 1 ? 128 : 64;
+  const uint32_t address = swizzled(field(0) + r / 8 * field(32) + r % 8 * row_bytes + k * 2, row_bytes);
   if (address + 2 > SHARED_BYTES) fail("an operand beyond shared memory");
   uint16_t bits;
   std::memcpy(&bits, shared_memory + address, 2);
@@ -342,6 +397,75 @@ void wgmma_wait() {
       }
     }
     groups.pop_front();
+  }
+}
+
+// --- scheduler -----------------------------------------------------------------------------------------------------
+
+inline void enter() {
+  cluster->kernel();
+  this_thread().done = true;
+  swapcontext(&this_thread().context, &cluster->scheduler);
+}
+
+// A block as far as it comes: whether it came any further. Each thread runs as far as it can before the next one.
+inline bool advance_block(bool last_thread_first) {
+  const int num_threads = int(running->threads.size());
+  bool any = false;
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int i = 0; i < num_threads; ++i) {
+      threadIdx.x = last_thread_first ? num_threads - 1 - i : i;
+      Thread& thread = this_thread();
+      if (thread.done || (thread.ready && !thread.ready())) continue;
+      thread.ready = nullptr;
+      swapcontext(&cluster->scheduler, &thread.context);
+      if (!cluster->failure.empty()) return true;
+      any = moved = true;
+    }
+  }
+  return any;
+}
+
+// One cluster, whose first block has this index.
+inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes,
+                        bool last_thread_first) {
+  cluster = &run;
+  run.barrier = {};
+  run.blocks.resize(num_blocks);
+  for (Block& block : run.blocks) {
+    block.shared_memory.assign(shared_bytes, 0xff);  // NaN in every format
+    block.warps = std::vector<Warp>(num_threads / WARP_SIZE);
+    block.barriers.clear();
+    block.threads.resize(num_threads);
+    block.launches = block.late_boxes = 0;
+    for (Thread& thread : block.threads) {
+      thread.ready = nullptr;
+      thread.done = thread.waited = false;
+      thread.open.clear();
+      thread.groups.clear();
+      getcontext(&thread.context);
+      thread.context.uc_stack.ss_sp = thread.stack.data();
+      thread.context.uc_stack.ss_size = thread.stack.size();
+      makecontext(&thread.context, enter, 0);
+    }
+  }
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int i = 0; i < num_blocks; ++i) {
+      const int rank = last_thread_first ? num_blocks - 1 - i : i;
+      running = &run.blocks[rank];
+      blockIdx.x = unsigned(first_block + rank);
+      std::memcpy(shared_memory, running->shared_memory.data(), shared_bytes);
+      moved |= advance_block(last_thread_first);
+      std::memcpy(running->shared_memory.data(), shared_memory, shared_bytes);
+      if (!run.failure.empty()) return;
+    }
+  }
+  for (const Block& block : run.blocks) {
+    for (const Thread& thread : block.threads) {
+      if (!thread.done) run.failure = "threads wait for each other";
+    }
   }
 }
 
