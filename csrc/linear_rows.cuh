@@ -37,7 +37,7 @@ struct LinearRowsTile {
   static constexpr int kStages = (kRingBytes - kXStages * kXBytes) / kWeightBytes;
 
   static constexpr int kRowStep = kComputeThreads / kFeatures;  // rows that a block writes at once
-  static constexpr int kHeld = kRows < 16 ? kRows / kRowStep : 8;  // numbers of the residual on their way during the products
+  static constexpr int kAtOnce = 4;                             // outputs of a thread whose parts are read together
   static constexpr int kSumsRow = kFeatures + 4;  // so that the lanes of a warp write to 32 banks
 
   struct Shared {
@@ -110,6 +110,7 @@ __device__ __forceinline__ void multiply_rows(typename Tile::Shared& shared, Chu
                                               float (&d)[Tile::kRows / 2]) {
   RingPosition<Tile::kStages> weights;
   RingPosition<Tile::kXStages> rows;
+#pragma unroll 1
   for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
     barrier_wait(shared.weight_full[weights.stage], weights.parity);
     barrier_wait(shared.x_full[rows.stage], rows.parity);
@@ -144,35 +145,46 @@ __device__ __forceinline__ void store_sums(typename Tile::Shared& shared, int gr
   }
 }
 
-// What is added to and multiplied with outputs of a thread, rows apart by some step.
+// Adds up what the blocks of the cluster have of this one's rows, and writes the outputs of one feature.
 template <class Tile>
-struct Surroundings {
-  float residual[Tile::kHeld], gate[Tile::kHeld];
-
-  __device__ __forceinline__ void load(const LinearRowsParams& params, int first_row, int row_step, int feature) {
+__device__ __forceinline__ void store_outputs(const LinearRowsParams& params, const float* sums, int feature, float bias,
+                                              int rank, int splits) {
+  const int first_row = rank + splits * (threadIdx.x / Tile::kFeatures), row_step = splits * Tile::kRowStep;
+#pragma unroll 1
+  for (int begin = first_row; begin < params.num_rows; begin += Tile::kAtOnce * row_step) {
+    float parts[Tile::kAtOnce][kMaxLinearSplits], residual[Tile::kAtOnce], gate[Tile::kAtOnce];
 #pragma unroll
-    for (int i = 0; i < Tile::kHeld; ++i) {
-      const int row = first_row + i * row_step;
+    for (int i = 0; i < Tile::kAtOnce; ++i) {
+      const int row = begin + i * row_step;
+      const bool valid = row < params.num_rows;
+#pragma unroll
+      for (int from = 0; from < kMaxLinearSplits; ++from) {
+        parts[i][from] = valid && from < splits ? load_cluster(sums + row * Tile::kSumsRow, from) : 0.0f;
+      }
       residual[i] = 0.0f, gate[i] = 1.0f;
-      if (params.residual == nullptr || row >= params.num_rows || feature >= params.num_outputs) continue;
-      residual[i] = value_at<Tile::kType>(params.residual, int64_t{row} * params.num_outputs + feature,
-                                          params.float_residual);
-      gate[i] = value_at<Tile::kType>(params.gate, row / params.image_rows * params.gate_stride + feature);
+      if (valid && params.residual != nullptr) {
+        residual[i] = value_at<Tile::kType>(params.residual, int64_t{row} * params.num_outputs + feature,
+                                            params.float_residual);
+        gate[i] = value_at<Tile::kType>(params.gate, row / params.image_rows * params.gate_stride + feature);
+      }
     }
-  }
-};
-
-template <class Tile>
-__device__ __forceinline__ void store_output(const LinearRowsParams& params, int row, int feature, float y, float residual,
-                                             float gate) {
-  // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
-  if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
-  y = residual + gate * y;
-  const int64_t at = int64_t{row} * params.num_outputs + feature;
-  if (params.residual != nullptr && params.float_residual) {
-    static_cast<float*>(params.y)[at] = y;
-  } else {
-    static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<Tile::kType>(y, 0.0f));
+#pragma unroll
+    for (int i = 0; i < Tile::kAtOnce; ++i) {
+      const int row = begin + i * row_step;
+      float y = bias;
+#pragma unroll
+      for (int from = 0; from < kMaxLinearSplits; ++from) y += parts[i][from];
+      // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
+      if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
+      y = residual[i] + gate[i] * y;
+      if (row >= params.num_rows) continue;
+      const int64_t at = int64_t{row} * params.num_outputs + feature;
+      if (params.residual != nullptr && params.float_residual) {
+        static_cast<float*>(params.y)[at] = y;
+      } else {
+        static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<Tile::kType>(y, 0.0f));
+      }
+    }
   }
 }
 
@@ -195,45 +207,21 @@ __global__ void __launch_bounds__(Tile::kNumThreads, 2) linear_rows_kernel(const
     if (threadIdx.x == Tile::kComputeThreads) fetch_weights<Tile>(params, shared, chunks, first_feature);
     if (threadIdx.x == Tile::kComputeThreads + 32) fetch_x<Tile>(params, shared, chunks);
     cluster_sync();
+  } else {
+    const int group = uniform(threadIdx.x / kGroupThreads), column = threadIdx.x % Tile::kFeatures;
+    const int feature = first_feature + column;
+    const bool valid = feature < params.num_outputs;
+    const float bias = valid && params.bias != nullptr ? value_at<Tile::kType>(params.bias, feature) : 0.0f;
+    float d[Tile::kRows / 2];
+    multiply_rows<Tile>(shared, chunks, group, d);
+    group_sync<Tile::kComputeThreads>(0);
+    store_sums<Tile>(shared, group, d);
+    wait_for_previous();
     cluster_sync();
-    return;
-  }
-
-  // Products, with the bias and the first residuals on their way
-  const int group = uniform(threadIdx.x / kGroupThreads);
-  const int column = threadIdx.x % Tile::kFeatures, feature = first_feature + column;
-  const int first_row = rank + splits * (threadIdx.x / Tile::kFeatures), row_step = splits * Tile::kRowStep;
-  const float bias =
-      params.bias != nullptr && feature < params.num_outputs ? value_at<Tile::kType>(params.bias, feature) : 0.0f;
-  wait_for_previous();
-  Surroundings<Tile> around;
-  around.load(params, first_row, row_step, feature);
-  float d[Tile::kRows / 2];
-  multiply_rows<Tile>(shared, chunks, group, d);
-
-  // Sums of all blocks
-  group_sync<Tile::kComputeThreads>(0);
-  store_sums<Tile>(shared, group, d);
-  cluster_sync();
-  for (int begin = first_row; begin < params.num_rows; begin += Tile::kHeld * row_step) {
-    if (begin != first_row) around.load(params, begin, row_step, feature);
-#pragma unroll
-    for (int i = 0; i < Tile::kHeld; ++i) {
-      const int row = begin + i * row_step;
-      if (row >= params.num_rows || feature >= params.num_outputs) continue;
-      float parts[kMaxLinearSplits];
-#pragma unroll
-      for (int from = 0; from < kMaxLinearSplits; ++from) {
-        if (from < splits) parts[from] = load_cluster(shared.sums() + row * Tile::kSumsRow + column, from);
-      }
-      float y = bias;
-#pragma unroll
-      for (int from = 0; from < kMaxLinearSplits; ++from) y += from < splits ? parts[from] : 0.0f;
-      store_output<Tile>(params, row, feature, y, around.residual[i], around.gate[i]);
-    }
+    if (valid) store_outputs<Tile>(params, shared.sums() + column, feature, bias, rank, splits);
   }
   // NOTE: a block's shared memory is read by others until here.
-  cluster_sync();
+  cluster_leave();
 }
 
 // Of all threads of a block, the same for each of them.

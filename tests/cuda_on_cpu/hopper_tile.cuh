@@ -166,6 +166,7 @@ inline uint32_t shared_address(const void* pointer) {
   return uint32_t(offset);
 }
 
+inline void cluster_leave() { cluster_sync(); }
 inline float load_cluster(const float* address, int rank) {
   const uint32_t offset = shared_address(address);
   const Block& block = cluster->blocks[rank];
