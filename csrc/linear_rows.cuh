@@ -37,7 +37,7 @@ struct LinearRowsTile {
   static constexpr int kStages = (kRingBytes - kXStages * kXBytes) / kWeightBytes;
 
   static constexpr int kRowStep = kComputeThreads / kFeatures;  // rows that a block writes at once
-  static constexpr int kAtOnce = 4;                             // outputs of a thread whose parts are read together
+  static constexpr int kAtOnce = kGroups == 1 ? 4 : 2;          // outputs of a thread whose parts are read together
   static constexpr int kSumsRow = kFeatures + 4;  // so that the lanes of a warp write to 32 banks
 
   struct Shared {
@@ -62,15 +62,10 @@ struct ChunkRange {
 };
 
 template <DType kType>
-__device__ __forceinline__ float value_at(const void* numbers, int64_t i) {
+__device__ __forceinline__ float value_of(uint16_t number) {
   float value, nothing;
-  unpack<kType>(static_cast<const uint16_t*>(numbers)[i], value, nothing);
+  unpack<kType>(number, value, nothing);
   return value;
-}
-
-template <DType kType>
-__device__ __forceinline__ float value_at(const void* numbers, int64_t i, bool is_float) {
-  return is_float ? static_cast<const float*>(numbers)[i] : value_at<kType>(numbers, i);
 }
 
 // One thread.
@@ -145,45 +140,75 @@ __device__ __forceinline__ void store_sums(typename Tile::Shared& shared, int gr
   }
 }
 
-// Adds up what the blocks of the cluster have of this one's rows, and writes the outputs of one feature.
+// What surrounds outputs of a thread: kAtOnce of its feature, from a row on.
+// NOTE: as it is read, without branches, and rows beyond the last one like that: so that nothing waits for the loads before the
+// outputs do.
 template <class Tile>
-__device__ __forceinline__ void store_outputs(const LinearRowsParams& params, const float* sums, int feature, float bias,
-                                              int rank, int splits) {
-  const int first_row = rank + splits * (threadIdx.x / Tile::kFeatures), row_step = splits * Tile::kRowStep;
+struct Surroundings {
+  float wide[Tile::kAtOnce];  // the residual, in one of these two
+  uint16_t narrow[Tile::kAtOnce];
+  uint16_t gate[Tile::kAtOnce];
+
+  __device__ __forceinline__ void load(const LinearRowsParams& params, int first_row, int row_step, int feature) {
+    if (params.residual == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < Tile::kAtOnce; ++i) {
+      const int row = first_row + i * row_step < params.num_rows ? first_row + i * row_step : params.num_rows - 1;
+      const int64_t at = int64_t{row} * params.num_outputs + feature;
+      if (params.float_residual) wide[i] = static_cast<const float*>(params.residual)[at];
+      if (!params.float_residual) narrow[i] = static_cast<const uint16_t*>(params.residual)[at];
+      gate[i] = static_cast<const uint16_t*>(params.gate)[row / params.image_rows * params.gate_stride + feature];
+    }
+  }
+
+  // residual + gate y
+  __device__ __forceinline__ float around(const LinearRowsParams& params, int i, float y) const {
+    if (params.residual == nullptr) return y;
+    return (params.float_residual ? wide[i] : value_of<Tile::kType>(narrow[i])) + value_of<Tile::kType>(gate[i]) * y;
+  }
+};
+
+template <class Tile>
+__device__ __forceinline__ void store_output(const LinearRowsParams& params, int row, int feature, float y) {
+  const int64_t at = int64_t{row} * params.num_outputs + feature;
+  if (params.residual != nullptr && params.float_residual) {
+    static_cast<float*>(params.y)[at] = y;
+  } else {
+    static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<Tile::kType>(y, 0.0f));
+  }
+}
+
+// Adds up what the blocks of the cluster have of one feature, and writes its outputs from this thread's first row on. sums: of
+// the feature. surroundings: of the first rows.
+template <class Tile>
+__device__ __forceinline__ void store_outputs(const LinearRowsParams& params, const float* sums, Surroundings<Tile>& surroundings,
+                                              int first_row, int row_step, int feature, float bias, int splits) {
+  // NOTE: a block alone reads its shared memory as its own, which takes no way through the cluster's network.
+  const int others = splits == 1 ? 0 : splits;
 #pragma unroll 1
   for (int begin = first_row; begin < params.num_rows; begin += Tile::kAtOnce * row_step) {
-    float parts[Tile::kAtOnce][kMaxLinearSplits], residual[Tile::kAtOnce], gate[Tile::kAtOnce];
+    if (begin != first_row) surroundings.load(params, begin, row_step, feature);
+    float parts[Tile::kAtOnce][kMaxLinearSplits], only[Tile::kAtOnce];
 #pragma unroll
     for (int i = 0; i < Tile::kAtOnce; ++i) {
       const int row = begin + i * row_step;
       const bool valid = row < params.num_rows;
 #pragma unroll
       for (int from = 0; from < kMaxLinearSplits; ++from) {
-        parts[i][from] = valid && from < splits ? load_cluster(sums + row * Tile::kSumsRow, from) : 0.0f;
+        parts[i][from] = valid && from < others ? load_cluster(sums + row * Tile::kSumsRow, from) : 0.0f;
       }
-      residual[i] = 0.0f, gate[i] = 1.0f;
-      if (valid && params.residual != nullptr) {
-        residual[i] = value_at<Tile::kType>(params.residual, int64_t{row} * params.num_outputs + feature,
-                                            params.float_residual);
-        gate[i] = value_at<Tile::kType>(params.gate, row / params.image_rows * params.gate_stride + feature);
-      }
+      only[i] = valid && others == 0 ? sums[row * Tile::kSumsRow] : 0.0f;
     }
 #pragma unroll
     for (int i = 0; i < Tile::kAtOnce; ++i) {
       const int row = begin + i * row_step;
-      float y = bias;
+      float y = bias + only[i];
 #pragma unroll
       for (int from = 0; from < kMaxLinearSplits; ++from) y += parts[i][from];
       // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
       if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
-      y = residual[i] + gate[i] * y;
-      if (row >= params.num_rows) continue;
-      const int64_t at = int64_t{row} * params.num_outputs + feature;
-      if (params.residual != nullptr && params.float_residual) {
-        static_cast<float*>(params.y)[at] = y;
-      } else {
-        static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<Tile::kType>(y, 0.0f));
-      }
+      y = surroundings.around(params, i, y);
+      if (row < params.num_rows) store_output<Tile>(params, row, feature, y);
     }
   }
 }
@@ -210,15 +235,22 @@ __global__ void __launch_bounds__(Tile::kNumThreads, 2) linear_rows_kernel(const
   } else {
     const int group = uniform(threadIdx.x / kGroupThreads), column = threadIdx.x % Tile::kFeatures;
     const int feature = first_feature + column;
+    const int first_row = rank + splits * (threadIdx.x / Tile::kFeatures), row_step = splits * Tile::kRowStep;
     const bool valid = feature < params.num_outputs;
-    const float bias = valid && params.bias != nullptr ? value_at<Tile::kType>(params.bias, feature) : 0.0f;
+    const float bias = valid && params.bias != nullptr
+                           ? value_of<Tile::kType>(static_cast<const uint16_t*>(params.bias)[feature])
+                           : 0.0f;
     float d[Tile::kRows / 2];
     multiply_rows<Tile>(shared, chunks, group, d);
+    wait_for_previous();
+    Surroundings<Tile> surroundings;
+    if (valid) surroundings.load(params, first_row, row_step, feature);
     group_sync<Tile::kComputeThreads>(0);
     store_sums<Tile>(shared, group, d);
-    wait_for_previous();
     cluster_sync();
-    if (valid) store_outputs<Tile>(params, shared.sums() + column, feature, bias, rank, splits);
+    if (valid) {
+      store_outputs<Tile>(params, shared.sums() + column, surroundings, first_row, row_step, feature, bias, splits);
+    }
   }
   // NOTE: a block's shared memory is read by others until here.
   cluster_leave();
