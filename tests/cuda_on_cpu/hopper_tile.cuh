@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -428,6 +429,10 @@ inline bool advance_block(bool last_thread_first) {
   return any;
 }
 
+inline bool ended(const Block& block) {
+  return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
+}
+
 // One cluster, whose first block has this index.
 inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes,
                         bool last_thread_first) {
@@ -460,14 +465,12 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
       std::memcpy(shared_memory, running->shared_memory.data(), shared_bytes);
       moved |= advance_block(last_thread_first);
       std::memcpy(running->shared_memory.data(), shared_memory, shared_bytes);
+      // Of a block that has ended others read nothing.
+      if (ended(*running)) std::memset(running->shared_memory.data(), 0xff, shared_bytes);
       if (!run.failure.empty()) return;
     }
   }
-  for (const Block& block : run.blocks) {
-    for (const Thread& thread : block.threads) {
-      if (!thread.done) run.failure = "threads wait for each other";
-    }
-  }
+  if (!std::all_of(run.blocks.begin(), run.blocks.end(), ended)) run.failure = "threads wait for each other";
 }
 
 }  // namespace hmar

@@ -33,6 +33,7 @@ void run(const LinearRows& call, int splits, bool last_thread_first, Cluster& cl
   if (splits == 0) splits = linear_splits(num_tiles, params.num_chunks, 132);
   for (int block = 0; block < num_tiles * splits && cluster.failure.empty(); block += splits) {
     run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared), last_thread_first);
+    if (!cluster.failure.empty()) return;
     for (const Block& of_cluster : cluster.blocks) {
       if (of_cluster.launches != 1) cluster.failure = "the next kernel is not let start once";
       if (of_cluster.late_boxes) cluster.failure = "weights are asked for late";
