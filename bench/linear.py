@@ -31,7 +31,7 @@ from .options import add_device, add_record, find_device, integers, names
 from .results import rounded
 from .subject import ERRORS, release
 
-ROWS = (2, 8, 9, 16)
+ROWS = (2, 8, 16, 18, 32, 50, 72, 128)
 # N and K in widths, and what surrounds the product
 LAYERS = {
     "qkv": (3, 1, {"norm"}),

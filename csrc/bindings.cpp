@@ -13,6 +13,7 @@
 #ifdef HMAR_HOPPER
 #include "hopper.h"
 #include "hopper_conv.h"
+#include "linear_rows.h"
 #endif
 #include "launch.h"
 
@@ -85,34 +86,6 @@ void attention_forward(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uin
   DeviceGuard::check(hmar::launch_attention_forward(params, type_of(bfloat16), head_dim, tile_rows,
                                                     reinterpret_cast<cudaStream_t>(stream)),
                      "attention_forward");
-}
-
-void linear_rows(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t gate, uintptr_t y,
-                 int64_t gate_stride, int num_rows, int num_inputs, int num_outputs, int image_rows, bool float_residual,
-                 bool gelu, int kernel_rows, bool bfloat16, bool overlap, int device, uintptr_t stream) {
-  const hmar::LinearRowsParams params{
-      pointer<const void>(x),    pointer<const void>(weight), pointer<const void>(bias), pointer<const void>(residual),
-      pointer<const void>(gate), pointer<void>(y),            gate_stride,               num_rows,
-      num_inputs,                num_outputs,                 image_rows,                float_residual,
-      gelu,
-  };
-  const DeviceGuard guard(device);
-  DeviceGuard::check(hmar::launch_linear_rows(params, type_of(bfloat16), kernel_rows, overlap,
-                                              reinterpret_cast<cudaStream_t>(stream)),
-                     "linear_rows");
-}
-
-void norm_rows(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t h, int64_t scale_stride, int64_t shift_stride,
-               int num_rows, int num_inputs, int image_rows, float eps, bool float_x, bool bfloat16, bool overlap,
-               int device, uintptr_t stream) {
-  const hmar::NormRowsParams params{
-      pointer<const void>(x), pointer<const void>(scale), pointer<const void>(shift), pointer<void>(h), scale_stride,
-      shift_stride,           num_inputs,                 image_rows,                 eps,              float_x,
-  };
-  const DeviceGuard guard(device);
-  DeviceGuard::check(
-      hmar::launch_norm_rows(params, type_of(bfloat16), num_rows, overlap, reinterpret_cast<cudaStream_t>(stream)),
-      "norm_rows");
 }
 
 #ifdef HMAR_HOPPER
@@ -210,6 +183,41 @@ void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t w
                      "hopper_conv");
 }
 
+void linear_rows(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t gate, uintptr_t y,
+                 int64_t gate_stride, int num_rows, int num_inputs, int num_outputs, int image_rows, bool float_residual,
+                 bool gelu, int kernel_rows, bool bfloat16, bool overlap, int device, uintptr_t stream) {
+  const hmar::LinearRows call{type_of(bfloat16),
+                              pointer<const void>(x),
+                              pointer<const void>(weight),
+                              pointer<const void>(bias),
+                              pointer<const void>(residual),
+                              pointer<const void>(gate),
+                              pointer<void>(y),
+                              gate_stride,
+                              num_rows,
+                              num_inputs,
+                              num_outputs,
+                              image_rows,
+                              float_residual,
+                              gelu};
+  const DeviceGuard guard(device);
+  DeviceGuard::check(hmar::launch_linear_rows(call, kernel_rows, overlap, reinterpret_cast<cudaStream_t>(stream)),
+                     "linear_rows");
+}
+
+void norm_rows(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t h, int64_t scale_stride, int64_t shift_stride,
+               int num_rows, int num_inputs, int image_rows, float eps, bool float_x, bool bfloat16, bool overlap,
+               int device, uintptr_t stream) {
+  const hmar::NormRowsParams params{
+      pointer<const void>(x), pointer<const void>(scale), pointer<const void>(shift), pointer<void>(h), scale_stride,
+      shift_stride,           num_inputs,                 image_rows,                 eps,              float_x,
+  };
+  const DeviceGuard guard(device);
+  DeviceGuard::check(
+      hmar::launch_norm_rows(params, type_of(bfloat16), num_rows, overlap, reinterpret_cast<cudaStream_t>(stream)),
+      "norm_rows");
+}
+
 // (doubled, blocks, stages, map stages) of each kernel.
 py::list hopper_conv_tiles() {
   py::list rows;
@@ -248,6 +256,16 @@ void bind_hopper(py::module_& module) {
   module.def("hopper_backward", &hopper_backward);
   module.attr("hopper_conv_tiles") = hopper_conv_tiles();
   module.def("hopper_conv", &hopper_conv);
+  module.attr("linear_rows_kernels") = py::cast(hmar::linear_rows_kernels());
+  module.def("linear_rows", &linear_rows, py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"),
+             py::arg("residual"), py::arg("gate"), py::arg("y"), py::arg("gate_stride"), py::arg("num_rows"),
+             py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_residual"),
+             py::arg("gelu"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("overlap"), py::arg("device"),
+             py::arg("stream"), "Puts a linear layer of few rows on a stream.");
+  module.def("norm_rows", &norm_rows, py::kw_only(), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("h"),
+             py::arg("scale_stride"), py::arg("shift_stride"), py::arg("num_rows"), py::arg("num_inputs"),
+             py::arg("image_rows"), py::arg("eps"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),
+             py::arg("device"), py::arg("stream"), "Puts the norm of a few rows on a stream.");
   module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
              "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
 }
@@ -280,16 +298,6 @@ PYBIND11_MODULE(_cuda, module) {
              py::arg("batch_size"), py::arg("num_heads"), py::arg("num_queries"), py::arg("num_tiles"),
              py::arg("head_dim"), py::arg("tile_rows"), py::arg("bfloat16"), py::arg("scale"), py::arg("device"),
              py::arg("stream"), "Puts the forward kernel on a stream; raises RuntimeError when the launch fails.");
-  module.attr("linear_rows_kernels") = py::cast(hmar::linear_rows_kernels());
-  module.def("linear_rows", &linear_rows, py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"),
-             py::arg("residual"), py::arg("gate"), py::arg("y"), py::arg("gate_stride"), py::arg("num_rows"),
-             py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_residual"),
-             py::arg("gelu"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("overlap"), py::arg("device"),
-             py::arg("stream"), "Puts a linear layer of few rows on a stream.");
-  module.def("norm_rows", &norm_rows, py::kw_only(), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("h"),
-             py::arg("scale_stride"), py::arg("shift_stride"), py::arg("num_rows"), py::arg("num_inputs"),
-             py::arg("image_rows"), py::arg("eps"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),
-             py::arg("device"), py::arg("stream"), "Puts the norm of a few rows on a stream.");
 #ifdef HMAR_HOPPER
   bind_hopper(module);
 #endif

@@ -25,14 +25,7 @@ struct HopperConvShape {
   int num_images, height, width, in_channels, out_channels;
 };
 
-// What a tensor map says, from the innermost dimension on, 64 bytes wide in shared memory and swizzled. Strides in bytes, of all
-// dimensions but the first.
-struct MapGeometry {
-  int rank;
-  uint64_t sizes[4], strides[3];
-  uint32_t box[4];
-};
-
+// Boxes are 64 bytes wide in shared memory and swizzled.
 inline MapGeometry conv_x_geometry(const HopperConvShape& shape, const HopperConvKernel& kernel) {
   const auto images = uint64_t(shape.num_images), height = uint64_t(shape.height), width = uint64_t(shape.width);
   const auto channels = uint64_t(shape.in_channels);

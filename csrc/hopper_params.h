@@ -1,4 +1,4 @@
-// What the Hopper kernels are told: plain structs, filled by hopper.cu and passed by value. Next: hopper_tile.cuh.
+// What the sm_90a kernels are told: plain structs, filled by their .cu files and passed by value. Next: hopper_tile.cuh.
 #pragma once
 
 #include "params.h"
@@ -8,6 +8,13 @@ namespace hmar {
 // cuda.h's CUtensorMap, named here so that no CUDA header is needed to compile the kernels.
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
+};
+
+// What a tensor map says, from the innermost dimension on. Strides in bytes, of all dimensions but the first.
+struct MapGeometry {
+  int rank;
+  uint64_t sizes[4], strides[3];
+  uint32_t box[4];
 };
 
 // A job of a plan: what the warpgroups of a block do together. Rows are queries in the forward and dq passes, keys in the
@@ -130,6 +137,37 @@ struct HopperConvParams {
   int32_t out_channels;
   int32_t num_patch_rows, num_patch_columns, num_column_tiles;
   int32_t num_items;
+};
+
+// Of a linear layer of few rows: inputs a step, and blocks of a cluster, at most: what every GPU can place.
+constexpr int kLinearInputs = 64, kMaxLinearSplits = 8;
+
+// A linear layer of few rows (linear_rows.cuh). Numbers are of the kernel's type where nothing is said.
+struct LinearRowsParams {
+  TensorMap x;           // [num_rows, num_inputs], boxes of 64 inputs and the kernel's rows
+  TensorMap weight;      // [num_outputs, num_inputs], boxes of 64 inputs and the kernel's features
+  const void* bias;      // [num_outputs], or null
+  const void* residual;  // [num_rows, num_outputs], float32 or of the kernel's type, or null
+  const void* gate;      // [images, num_outputs], with a residual
+  void* y;               // [num_rows, num_outputs], of the residual's type where there is one
+  int64_t gate_stride;
+  int32_t num_rows, num_outputs;
+  int32_t num_chunks;  // of 64 inputs
+  int32_t image_rows;  // rows of an image
+  bool float_residual, gelu;
+};
+
+// Rows start at multiples of 16 bytes.
+struct NormRowsParams {
+  const void* x;      // [rows, num_inputs], float32 or of the kernel's type
+  const void* scale;  // [images, num_inputs]
+  const void* shift;
+  void* h;            // [rows, num_inputs]
+  int64_t scale_stride, shift_stride;
+  int32_t num_inputs;  // a multiple of 8, at most 8192
+  int32_t image_rows;
+  float eps;
+  bool float_x;
 };
 
 }  // namespace hmar

@@ -45,6 +45,11 @@ __device__ __forceinline__ void count_release(int32_t* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
 }
 
+// Programmatic dependent launch: lets the kernels start that may overlap with this one; waits until those before have ended and
+// what they wrote can be read. Nothing where a kernel was launched without.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;\n"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
+
 // --- mbarriers -----------------------------------------------------------------------------------------------------
 
 using Barrier = uint64_t;
@@ -93,6 +98,11 @@ __device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
 
+// Fetches a tensor map, so that the first load through it does not wait for it.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
 // One box of a tensor [batch, head, row, column] to `dst`; its bytes count on `barrier`. What lies outside reads as zero.
 __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int column, int row,
                                          int head, int batch) {
@@ -103,7 +113,14 @@ __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Bar
       : "memory");
 }
 
-// The same of a tensor of three dimensions, and of five: coordinates from the innermost one on.
+// The same of a tensor of two dimensions, of three, and of five: coordinates from the innermost one on.
+__device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(
+          shared_address(dst)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1)
+      : "memory");
+}
 __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(
@@ -145,6 +162,8 @@ __device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high)
   }
 }
 
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+
 // Adds `bytes` bytes of float32 numbers in shared memory to global memory, both at multiples of 16. Committed in groups, for
 // which the thread that started them waits: until the copy engine has read them, or until the sums are in global memory.
 __device__ __forceinline__ void bulk_add(float* dst, const uint8_t* src, int bytes) {
@@ -182,6 +201,39 @@ __device__ __forceinline__ void store_matrices(uint8_t* row, const uint32_t (&a)
                : "memory");
 }
 
+// --- clusters ------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+__device__ __forceinline__ int cluster_size() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(size));
+  return size;
+}
+
+// A barrier among all threads of a cluster's blocks; what they wrote before is seen by all behind it.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
+}
+
+// The same, but nothing that was written before need be seen: for the end, when others may still read this block's shared memory.
+__device__ __forceinline__ void cluster_leave() {
+  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;\n" ::: "memory");
+}
+
+// What lies at this place in the shared memory of a block of the cluster.
+__device__ __forceinline__ float load_cluster(const float* address, int rank) {
+  float x;
+  asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\nld.shared::cluster.f32 %0, [remote];\n}\n"
+               : "=f"(x)
+               : "r"(shared_address(address)), "r"(rank)
+               : "memory");
+  return x;
+}
+
 // --- wgmma ---------------------------------------------------------------------------------------------------------
 
 // The descriptor whose lower half this is; the same upper half as all (hopper_tile.cuh).
@@ -207,13 +259,18 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
-// The operands of an accumulator of 32, 48, 64 and 80 registers.
+// The operands of an accumulator of 4, 8, 16, 32, 48, 64 and 80 registers.
+#define HMAR_F4(d) "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define HMAR_F8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define HMAR_F16(d) HMAR_F8(d, 0), HMAR_F8(d, 8)
 #define HMAR_F32(d, i) HMAR_F8(d, i), HMAR_F8(d, i + 8), HMAR_F8(d, i + 16), HMAR_F8(d, i + 24)
 #define HMAR_F48(d) HMAR_F32(d, 0), HMAR_F8(d, 32), HMAR_F8(d, 40)
 #define HMAR_F64(d) HMAR_F32(d, 0), HMAR_F32(d, 32)
 #define HMAR_F80(d) HMAR_F64(d), HMAR_F8(d, 64), HMAR_F8(d, 72)
+#define HMAR_D4 "{%0, %1, %2, %3}"
+#define HMAR_D8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define HMAR_D16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define HMAR_D32                                                                                                    \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
   "%24, %25, %26, %27, %28, %29, %30, %31}"
@@ -241,8 +298,21 @@ __device__ __forceinline__ void wgmma_wait() {
 // rows. b: 16 x N in shared memory, read along its rows (a tile of N rows) or, with kColumns, down its columns (of 16 rows).
 template <DType kType, bool kColumns, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kRegisters == 32 || kRegisters == 48 || kRegisters == 64 || kRegisters == 80);
-  if constexpr (kRegisters == 80 && kType == DType::kBFloat16) {
+  static_assert(kRegisters == 4 || kRegisters == 8 || kRegisters == 16 || kRegisters == 32 || kRegisters == 48 ||
+                kRegisters == 64 || kRegisters == 80);
+  if constexpr (kRegisters == 4 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_SHARED("8", "bf16", HMAR_D4, "%4", "%5", "%6", "%7", HMAR_F4(d));
+  } else if constexpr (kRegisters == 4) {
+    HMAR_WGMMA_SHARED("8", "f16", HMAR_D4, "%4", "%5", "%6", "%7", HMAR_F4(d));
+  } else if constexpr (kRegisters == 8 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_SHARED("16", "bf16", HMAR_D8, "%8", "%9", "%10", "%11", HMAR_F8(d, 0));
+  } else if constexpr (kRegisters == 8) {
+    HMAR_WGMMA_SHARED("16", "f16", HMAR_D8, "%8", "%9", "%10", "%11", HMAR_F8(d, 0));
+  } else if constexpr (kRegisters == 16 && kType == DType::kBFloat16) {
+    HMAR_WGMMA_SHARED("32", "bf16", HMAR_D16, "%16", "%17", "%18", "%19", HMAR_F16(d));
+  } else if constexpr (kRegisters == 16) {
+    HMAR_WGMMA_SHARED("32", "f16", HMAR_D16, "%16", "%17", "%18", "%19", HMAR_F16(d));
+  } else if constexpr (kRegisters == 80 && kType == DType::kBFloat16) {
     HMAR_WGMMA_SHARED("160", "bf16", HMAR_D80, "%80", "%81", "%82", "%83", HMAR_F80(d));
   } else if constexpr (kRegisters == 80) {
     HMAR_WGMMA_SHARED("160", "f16", HMAR_D80, "%80", "%81", "%82", "%83", HMAR_F80(d));
@@ -286,6 +356,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t (&a
   }
 }
 
+#undef HMAR_F4
+#undef HMAR_F16
+#undef HMAR_D4
+#undef HMAR_D8
+#undef HMAR_D16
 #undef HMAR_F8
 #undef HMAR_F32
 #undef HMAR_F48

@@ -23,12 +23,4 @@ cudaError_t launch_attention_forward(AttentionForwardParams params, DType dtype,
 // Whether this build holds code for the current device.
 cudaError_t load_attention_forward();
 
-// Rows of x, at most, of the kernels that launch_linear_rows can run, the same for both types.
-std::vector<int> linear_rows_kernels();
-
-// kernel_rows: of a kernel, at least as many as there are. overlap: it may start before the end of the one before it (sm_90 and
-// later). cudaErrorInvalidValue where there is no such kernel.
-cudaError_t launch_linear_rows(LinearRowsParams params, DType dtype, int kernel_rows, bool overlap, cudaStream_t stream);
-cudaError_t launch_norm_rows(NormRowsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream);
-
 }  // namespace hmar

@@ -1,43 +1,55 @@
-// Instances of the kernels for few rows and their launch.
+// Instances of the kernels for few rows and their launch. Everything else is in linear_rows.cuh.
 #include "linear_rows.cuh"
 
-#include "launch.h"
+#include "linear_rows.h"
+#include "tensor_map.h"
 
 namespace hmar {
 namespace {
 
 struct Instance {
   DType dtype;
-  int rows;
+  int rows, features, num_threads, shared_bytes;
   void (*kernel)(LinearRowsParams);
-  int shared_bytes;
 };
 
-template <class Tile>
+template <DType kType, int kRows>
 constexpr Instance instance() {
-  return {Tile::kType, Tile::kRows, linear_rows_kernel<Tile>, sizeof(typename Tile::Shared)};
+  using Tile = LinearRowsTile<kType, kRows>;
+  return {kType, kRows, Tile::kFeatures, Tile::kNumThreads, sizeof(typename Tile::Shared), linear_rows_kernel<Tile>};
 }
 
+// What linear/cuda.py's ROWS name.
+constexpr auto kFloat16 = DType::kFloat16, kBFloat16 = DType::kBFloat16;
 const Instance INSTANCES[] = {
-    instance<LinearRowsTile<DType::kBFloat16, 8>>(),
-    instance<LinearRowsTile<DType::kBFloat16, 16>>(),
-    instance<LinearRowsTile<DType::kFloat16, 8>>(),
-    instance<LinearRowsTile<DType::kFloat16, 16>>(),
+    instance<kFloat16, 8>(),   instance<kFloat16, 16>(),  instance<kFloat16, 32>(),   instance<kFloat16, 64>(),
+    instance<kFloat16, 96>(),  instance<kFloat16, 128>(), instance<kBFloat16, 8>(),   instance<kBFloat16, 16>(),
+    instance<kBFloat16, 32>(), instance<kBFloat16, 64>(), instance<kBFloat16, 96>(), instance<kBFloat16, 128>(),
 };
 
+cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {
+  return encode_tensor_map(map, dtype, geometry.rank, data, geometry.sizes, geometry.strides, geometry.box,
+                           CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), Params params, unsigned num_blocks, int shared_bytes, bool overlap,
-                   cudaStream_t stream) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t launch(void (*kernel)(Params), Params params, int num_blocks, int num_threads, int cluster_blocks,
+                   int shared_bytes, bool overlap, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(num_blocks);
-  config.blockDim = dim3(kLinearThreads);
+  config.blockDim = dim3(num_threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.attrs = attributes;
+  if (overlap) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster_blocks > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {unsigned(cluster_blocks), 1, 1};
+  }
   void* arguments[] = {&params};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
 }
@@ -47,24 +59,40 @@ cudaError_t launch(void (*kernel)(Params), Params params, unsigned num_blocks, i
 std::vector<int> linear_rows_kernels() {
   std::vector<int> rows;
   for (const Instance& instance : INSTANCES) {
-    if (instance.dtype == DType::kBFloat16) rows.push_back(instance.rows);
+    if (instance.dtype == kBFloat16) rows.push_back(instance.rows);
   }
   return rows;
 }
 
-cudaError_t launch_linear_rows(LinearRowsParams params, DType dtype, int kernel_rows, bool overlap,
-                               cudaStream_t stream) {
+cudaError_t launch_linear_rows(const LinearRows& call, int kernel_rows, bool overlap, cudaStream_t stream) {
   for (const Instance& instance : INSTANCES) {
-    if (instance.dtype != dtype || instance.rows != kernel_rows) continue;
-    const unsigned num_blocks = (params.num_outputs + kFeatures - 1) / kFeatures;
-    return launch(instance.kernel, params, num_blocks, instance.shared_bytes, overlap, stream);
+    if (instance.dtype != call.dtype || instance.rows != kernel_rows) continue;
+    LinearRowsParams params = linear_rows_params(call);
+    cudaError_t error = describe(&params.x, call.dtype, call.x,
+                                 linear_geometry(call.num_rows, call.num_inputs, instance.rows));
+    if (error == cudaSuccess) {
+      error = describe(&params.weight, call.dtype, call.weight,
+                       linear_geometry(call.num_outputs, call.num_inputs, instance.features));
+    }
+    int device, num_sms;
+    if (error == cudaSuccess) error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(instance.kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, instance.shared_bytes);
+    }
+    if (error != cudaSuccess) return error;
+    const int num_tiles = divided(call.num_outputs, instance.features);
+    const int splits = linear_splits(num_tiles, params.num_chunks, num_sms);
+    return launch(instance.kernel, params, num_tiles * splits, instance.num_threads, splits, instance.shared_bytes, overlap,
+                  stream);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_norm_rows(NormRowsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream) {
-  const auto kernel = dtype == DType::kBFloat16 ? norm_rows_kernel<DType::kBFloat16> : norm_rows_kernel<DType::kFloat16>;
-  return launch(kernel, params, num_rows, 2 * kLinearWarps * sizeof(float), overlap, stream);
+  const auto kernel = dtype == kBFloat16 ? norm_rows_kernel<kBFloat16> : norm_rows_kernel<kFloat16>;
+  return launch(kernel, params, num_rows, kNormThreads, 1, 2 * kNormWarps * sizeof(float), overlap, stream);
 }
 
 }  // namespace hmar

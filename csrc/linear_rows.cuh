@@ -1,159 +1,282 @@
-// Linear layers of few rows, as generation has them for the small scales of an image: the time goes into reading the weight.
+// Linear layers of few rows for sm_90a, as generation has them at most scales of an image: the time goes into reading the weight.
 //
 //   y = gelu(x W^T + b)   or   y = residual + gate (x W^T + b);    and before it   h = LN(x) (1 + scale) + shift
 //
-// mma.m16n8k16 with weights as its 16 rows and x as its 8 columns. A sum over k does not ask for an order: a lane holds eight
-// neighbours of a row, 16 bytes, as the k of two products, for weights and x alike, so both come from global memory into
-// registers as they lie there. A block has 16 features; its warps take steps of 32 k in turn, and their sums are added
-// in their order: results are bit-equal from run to run.
+// Features are the rows of wgmma, and rows of x its columns. A block has 64 features, or 128 so that x is not read more often
+// than the weight; K is divided among the blocks of a cluster. Two warps fetch. One brings the weight, whole lines of 128 bytes,
+// as far ahead as its ring goes, and never waits for the kernel before (programmatic dependent launch): weights must not be
+// written by any kernel under way. The other brings x once that kernel has ended. Each block leaves its sums in its shared
+// memory; then every block of the cluster adds up some rows, in the order of the blocks, so that results are bit-equal from run
+// to run.
 //
-// Every kernel lets the next one start at once, and reads its part of the weight, into registers and the L2 cache, before it
-// waits for the one before (programmatic dependent launch): weights must not be written by any kernel under way.
-// Read next: linear_rows.cu.
+// NOTE: the next kernel may start when the last weights have been asked for. Earlier its ring would be full too soon, and memory
+// idle from the end of this one until the next one's x is there.
+// Read next: linear_rows.h.
 #pragma once
 
-#include "params.h"
-#include "ptx.cuh"
+#include "hopper_tile.cuh"
 
 namespace hmar {
 
-constexpr int kLinearWarps = 8, kLinearThreads = 32 * kLinearWarps;
-constexpr int kFeatures = 16;       // rows of the weight a block
-constexpr int kUnroll = 4;          // steps of a warp that are loaded at once
-constexpr int kStepK = 32;          // of four lanes, 8 each
-constexpr int kLineElements = 64;   // of the L2 cache
-constexpr int kNormVectors = 8;     // of four numbers a thread: rows of at most 8192
+constexpr int kRingBytes = 104 * 1024;  // of two blocks an SM, this kernel's and the next one's
+constexpr int kFetchThreads = 64;
+constexpr int kNormWarps = 8, kNormThreads = 32 * kNormWarps;
+constexpr int kNormVectors = 8;         // of four numbers a thread: rows of at most 8192
 
 // kRows: of x, a multiple of 8.
 template <DType kType_, int kRows_>
 struct LinearRowsTile {
   static constexpr DType kType = kType_;
   static constexpr int kRows = kRows_;
-  static_assert(kRows % 8 == 0 && kRows * kFeatures <= kLinearThreads);  // an output a thread
+  static constexpr int kGroups = kRows > 32 ? 2 : 1;
+  static constexpr int kFeatures = kGroups * kGroupRows;
+  static constexpr int kComputeThreads = kGroups * kGroupThreads, kNumThreads = kComputeThreads + kFetchThreads;
+
+  static constexpr int kWeightBytes = kFeatures * kPanelRowBytes, kXBytes = kRows * kPanelRowBytes;
+  static constexpr int kXStages = kRows <= 16 ? 8 : kRows <= 64 ? 4 : 3;
+  static constexpr int kStages = (kRingBytes - kXStages * kXBytes) / kWeightBytes;
+
+  static constexpr int kRowStep = kComputeThreads / kFeatures;  // rows that a block writes at once
+  static constexpr int kAtOnce = kGroups == 1 ? 4 : 2;          // outputs of a thread whose parts are read together
   static constexpr int kSumsRow = kFeatures + 4;  // so that the lanes of a warp write to 32 banks
+
   struct Shared {
-    float sums[kLinearWarps][kRows][kSumsRow];
+    alignas(1024) uint8_t weight[kStages][kWeightBytes];
+    alignas(1024) uint8_t x[kXStages][kXBytes];
+    Barrier weight_full[kStages], weight_empty[kStages];
+    Barrier x_full[kXStages], x_empty[kXStages];
+
+    // [kRows, kSumsRow], in the place of the rings.
+    __device__ __forceinline__ float* sums() { return reinterpret_cast<float*>(weight); }
   };
+  static_assert(kLinearInputs == kPanelColumns);
+  static_assert(4 * kRows * kSumsRow <= kStages * kWeightBytes + kXStages * kXBytes);
+};
+
+// What a block of a cluster has of the sum over K.
+struct ChunkRange {
+  int begin, end;
+
+  __device__ __forceinline__ ChunkRange(const LinearRowsParams& params, int rank, int splits)
+      : begin(params.num_chunks * rank / splits), end(params.num_chunks * (rank + 1) / splits) {}
 };
 
 template <DType kType>
-__device__ __forceinline__ float value_at(const void* numbers, int64_t i) {
-  return value_of<kType>(static_cast<const uint16_t*>(numbers)[i]);
+__device__ __forceinline__ float value_of(uint16_t number) {
+  float value, nothing;
+  unpack<kType>(number, value, nothing);
+  return value;
 }
 
-template <DType kType>
-__device__ __forceinline__ float value_at(const void* numbers, int64_t i, bool is_float) {
-  return is_float ? static_cast<const float*>(numbers)[i] : value_at<kType>(numbers, i);
+// One thread.
+template <class Tile>
+__device__ __forceinline__ void fetch_weights(const LinearRowsParams& params, typename Tile::Shared& shared,
+                                              ChunkRange chunks, int first_feature) {
+  RingPosition<Tile::kStages> ring;
+#pragma unroll 1
+  for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    barrier_wait(shared.weight_empty[ring.stage], ring.parity ^ 1);
+    barrier_arrive_expecting(shared.weight_full[ring.stage], Tile::kWeightBytes);
+    tma_load(shared.weight[ring.stage], params.weight, shared.weight_full[ring.stage], chunk * kLinearInputs,
+             first_feature);
+    ring.advance();
+  }
+  launch_dependents();
+}
+
+// One thread.
+template <class Tile>
+__device__ __forceinline__ void fetch_x(const LinearRowsParams& params, typename Tile::Shared& shared, ChunkRange chunks) {
+  RingPosition<Tile::kXStages> ring;
+  prefetch_map(params.x);
+  wait_for_previous();
+#pragma unroll 1
+  for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    barrier_wait(shared.x_empty[ring.stage], ring.parity ^ 1);
+    barrier_arrive_expecting(shared.x_full[ring.stage], Tile::kXBytes);
+    tma_load(shared.x[ring.stage], params.x, shared.x_full[ring.stage], chunk * kLinearInputs, 0);
+    ring.advance();
+  }
+}
+
+// Sums of 64 features over some chunks, by a warpgroup. The buffers are not given back for the last chunk.
+template <class Tile>
+__device__ __forceinline__ void multiply_rows(typename Tile::Shared& shared, ChunkRange chunks, int group,
+                                              float (&d)[Tile::kRows / 2]) {
+  RingPosition<Tile::kStages> weights;
+  RingPosition<Tile::kXStages> rows;
+#pragma unroll 1
+  for (int chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    barrier_wait(shared.weight_full[weights.stage], weights.parity);
+    barrier_wait(shared.x_full[rows.stage], rows.parity);
+    const uint64_t a = row_descriptor(shared.weight[weights.stage] + group * kGroupRows * kPanelRowBytes);
+    const uint64_t b = row_descriptor(shared.x[rows.stage]);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kLinearInputs / 16; ++k) {
+      wgmma<Tile::kType, false>(d, advanced(a, k * 32), advanced(b, k * 32), chunk > chunks.begin || k > 0);
+    }
+    wgmma_commit();
+    // The products of the chunk before are done: its buffers are free.
+    wgmma_wait<1>();
+    if (chunk > chunks.begin) {
+      release(shared.weight_empty[weights.last_stage()]);
+      release(shared.x_empty[rows.last_stage()]);
+    }
+    weights.advance();
+    rows.advance();
+  }
+  wgmma_wait<0>();
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(kLinearThreads, 2) linear_rows_kernel(const __grid_constant__ LinearRowsParams params) {
-  constexpr DType kType = Tile::kType;
-  constexpr int kRowTiles = Tile::kRows / 8;
-  extern __shared__ __align__(1024) uint8_t shared_memory[];
-  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
-  launch_dependents();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int first = blockIdx.x * kFeatures;
-  const int num_steps = params.num_inputs / kStepK;
-  const auto* weight = static_cast<const uint16_t*>(params.weight);
-  const auto* x = static_cast<const uint16_t*>(params.x);
-
-  uint4 w[kUnroll][2];
-  const auto load_weights = [&](int step, uint4 (&to)[2]) {
-    if (step >= num_steps) return;
+__device__ __forceinline__ void store_sums(typename Tile::Shared& shared, int group, const float (&d)[Tile::kRows / 2]) {
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  float* sums = shared.sums() + 2 * t * Tile::kSumsRow + group * kGroupRows + 16 * warp + g;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int feature = min(first + 8 * i + g, params.num_outputs - 1);
-      to[i] = load_once(weight + static_cast<int64_t>(feature) * params.num_inputs + step * kStepK + 8 * t);
-    }
-  };
+  for (int n = 0; n < Tile::kRows / 8; ++n) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) load_weights(warp + kLinearWarps * u, w[u]);
-  const int loaded = kLinearWarps * kUnroll * kStepK;
-  const int lines = max(0, params.num_inputs - loaded + kLineElements - 1) / kLineElements;
-  for (int i = threadIdx.x; i < lines * kFeatures; i += kLinearThreads) {
-    const int feature = min(first + i / lines, params.num_outputs - 1);
-    prefetch_l2(weight + static_cast<int64_t>(feature) * params.num_inputs + loaded + i % lines * kLineElements);
+    for (int i = 0; i < 4; ++i) sums[(8 * n + i % 2) * Tile::kSumsRow + i / 2 * 8] = d[4 * n + i];
   }
-  // The output of this thread
-  const int row = threadIdx.x / kFeatures, feature = first + threadIdx.x % kFeatures;
-  const bool valid = row < params.num_rows && feature < params.num_outputs;
-  const int64_t at = static_cast<int64_t>(row) * params.num_outputs + feature;
-  const float bias = valid && params.bias != nullptr ? value_at<kType>(params.bias, feature) : 0.0f;
-  wait_for_previous();
+}
 
-  // Residual and gate too are on their way in the meantime.
-  float residual = 0.0f, gate = 1.0f;
-  if (valid && params.residual != nullptr) {
-    residual = value_at<kType>(params.residual, at, params.float_residual);
-    gate = value_at<kType>(params.gate, row / params.image_rows * params.gate_stride + feature);
-  }
+// What surrounds outputs of a thread: kAtOnce of its feature, from a row on.
+// NOTE: as it is read, without branches, and rows beyond the last one like that: so that nothing waits for the loads before the
+// outputs do.
+template <class Tile>
+struct Surroundings {
+  float wide[Tile::kAtOnce];  // the residual, in one of these two
+  uint16_t narrow[Tile::kAtOnce];
+  uint16_t gate[Tile::kAtOnce];
 
-  float sums[kRowTiles][4] = {};
-  for (int begin = warp; begin < num_steps; begin += kLinearWarps * kUnroll) {
-    uint4 rows[kUnroll][kRowTiles];
+  __device__ __forceinline__ void load(const LinearRowsParams& params, int first_row, int row_step, int feature) {
+    if (params.residual == nullptr) return;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int step = begin + kLinearWarps * u;
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        rows[u][r] = uint4{0, 0, 0, 0};
-        if (8 * r + g < params.num_rows && step < num_steps) {
-          rows[u][r] = *reinterpret_cast<const uint4*>(x + static_cast<int64_t>(8 * r + g) * params.num_inputs +
-                                                       step * kStepK + 8 * t);
-        }
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int step = begin + kLinearWarps * u;
-      if (step >= num_steps) break;
-      const uint4 low = w[u][0], high = w[u][1];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        mma_m16n8k16<kType>(sums[r], {low.x, high.x, low.y, high.y}, rows[u][r].x, rows[u][r].y);
-        mma_m16n8k16<kType>(sums[r], {low.z, high.z, low.w, high.w}, rows[u][r].z, rows[u][r].w);
-      }
-      load_weights(step + kLinearWarps * kUnroll, w[u]);
+    for (int i = 0; i < Tile::kAtOnce; ++i) {
+      const int row = first_row + i * row_step < params.num_rows ? first_row + i * row_step : params.num_rows - 1;
+      const int64_t at = int64_t{row} * params.num_outputs + feature;
+      if (params.float_residual) wide[i] = static_cast<const float*>(params.residual)[at];
+      if (!params.float_residual) narrow[i] = static_cast<const uint16_t*>(params.residual)[at];
+      gate[i] = static_cast<const uint16_t*>(params.gate)[row / params.image_rows * params.gate_stride + feature];
     }
   }
 
-#pragma unroll
-  for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) shared.sums[warp][8 * r + 2 * t + i % 2][i / 2 * 8 + g] = sums[r][i];
+  // residual + gate y
+  __device__ __forceinline__ float around(const LinearRowsParams& params, int i, float y) const {
+    if (params.residual == nullptr) return y;
+    return (params.float_residual ? wide[i] : value_of<Tile::kType>(narrow[i])) + value_of<Tile::kType>(gate[i]) * y;
   }
-  __syncthreads();
-  if (!valid) return;
-  float y = bias;
-#pragma unroll
-  for (int from = 0; from < kLinearWarps; ++from) y += shared.sums[from][row][feature - first];
-  // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
-  if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
-  y = residual + gate * y;
+};
+
+template <class Tile>
+__device__ __forceinline__ void store_output(const LinearRowsParams& params, int row, int feature, float y) {
+  const int64_t at = int64_t{row} * params.num_outputs + feature;
   if (params.residual != nullptr && params.float_residual) {
     static_cast<float*>(params.y)[at] = y;
   } else {
-    static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<kType>(y, 0.0f));
+    static_cast<uint16_t*>(params.y)[at] = static_cast<uint16_t>(pack<Tile::kType>(y, 0.0f));
   }
+}
+
+// Adds up what the blocks of the cluster have of one feature, and writes its outputs from this thread's first row on. sums: of
+// the feature. surroundings: of the first rows.
+template <class Tile>
+__device__ __forceinline__ void store_outputs(const LinearRowsParams& params, const float* sums, Surroundings<Tile>& surroundings,
+                                              int first_row, int row_step, int feature, float bias, int splits) {
+  // NOTE: a block alone reads its shared memory as its own, which takes no way through the cluster's network.
+  const int others = splits == 1 ? 0 : splits;
+#pragma unroll 1
+  for (int begin = first_row; begin < params.num_rows; begin += Tile::kAtOnce * row_step) {
+    if (begin != first_row) surroundings.load(params, begin, row_step, feature);
+    float parts[Tile::kAtOnce][kMaxLinearSplits], only[Tile::kAtOnce];
+#pragma unroll
+    for (int i = 0; i < Tile::kAtOnce; ++i) {
+      const int row = begin + i * row_step;
+      const bool valid = row < params.num_rows;
+#pragma unroll
+      for (int from = 0; from < kMaxLinearSplits; ++from) {
+        parts[i][from] = valid && from < others ? load_cluster(sums + row * Tile::kSumsRow, from) : 0.0f;
+      }
+      only[i] = valid && others == 0 ? sums[row * Tile::kSumsRow] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < Tile::kAtOnce; ++i) {
+      const int row = begin + i * row_step;
+      float y = bias + only[i];
+#pragma unroll
+      for (int from = 0; from < kMaxLinearSplits; ++from) y += parts[i][from];
+      // 0.5 (1 + tanh u) = 1 / (1 + 2^(-2 u log2 e)), and 2 sqrt(2 / pi) log2 e = 2.3022082
+      if (params.gelu) y /= 1.0f + exp2_approx(-2.3022082f * (y + 0.044715f * y * y * y));
+      y = surroundings.around(params, i, y);
+      if (row < params.num_rows) store_output<Tile>(params, row, feature, y);
+    }
+  }
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kNumThreads, 2) linear_rows_kernel(const __grid_constant__ LinearRowsParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+  const int rank = cluster_rank(), splits = cluster_size();
+  const int first_feature = blockIdx.x / splits * Tile::kFeatures;
+  const ChunkRange chunks(params, rank, splits);
+  if (threadIdx.x == Tile::kComputeThreads) {
+    constexpr int kWarps = 4 * Tile::kGroups;
+    barriers_init(shared.weight_full, 1), barriers_init(shared.weight_empty, kWarps);
+    barriers_init(shared.x_full, 1), barriers_init(shared.x_empty, kWarps);
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (threadIdx.x >= Tile::kComputeThreads) {
+    if (threadIdx.x == Tile::kComputeThreads) fetch_weights<Tile>(params, shared, chunks, first_feature);
+    if (threadIdx.x == Tile::kComputeThreads + 32) fetch_x<Tile>(params, shared, chunks);
+    cluster_sync();
+  } else {
+    const int group = uniform(threadIdx.x / kGroupThreads), column = threadIdx.x % Tile::kFeatures;
+    const int feature = first_feature + column;
+    const int first_row = rank + splits * (threadIdx.x / Tile::kFeatures), row_step = splits * Tile::kRowStep;
+    const bool valid = feature < params.num_outputs;
+    const float bias = valid && params.bias != nullptr
+                           ? value_of<Tile::kType>(static_cast<const uint16_t*>(params.bias)[feature])
+                           : 0.0f;
+    float d[Tile::kRows / 2];
+    multiply_rows<Tile>(shared, chunks, group, d);
+    wait_for_previous();
+    Surroundings<Tile> surroundings;
+    if (valid) surroundings.load(params, first_row, row_step, feature);
+    group_sync<Tile::kComputeThreads>(0);
+    store_sums<Tile>(shared, group, d);
+    cluster_sync();
+    if (valid) {
+      store_outputs<Tile>(params, shared.sums() + column, surroundings, first_row, row_step, feature, bias, splits);
+    }
+  }
+  // NOTE: a block's shared memory is read by others until here.
+  cluster_leave();
 }
 
 // Of all threads of a block, the same for each of them.
 __device__ __forceinline__ float block_sum(float value, float* shared) {
 #pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffff, value, distance);
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   float total = 0.0f;
 #pragma unroll
-  for (int warp = 0; warp < kLinearWarps; ++warp) total += shared[warp];
+  for (int warp = 0; warp < kNormWarps; ++warp) total += shared[warp];
   return total;
+}
+
+template <DType kType>
+__device__ __forceinline__ void unpack_vector(uint2 numbers, float (&values)[4]) {
+  unpack<kType>(numbers.x, values[0], values[1]);
+  unpack<kType>(numbers.y, values[2], values[3]);
 }
 
 // One row of h a block.
 template <DType kType>
-__global__ void __launch_bounds__(kLinearThreads) norm_rows_kernel(const __grid_constant__ NormRowsParams params) {
+__global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const __grid_constant__ NormRowsParams params) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto* shared = reinterpret_cast<float*>(shared_memory);
   launch_dependents();
@@ -164,7 +287,7 @@ __global__ void __launch_bounds__(kLinearThreads) norm_rows_kernel(const __grid_
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kNormVectors; ++i) {
-    const int vector = i * kLinearThreads + threadIdx.x;
+    const int vector = i * kNormThreads + threadIdx.x;
 #pragma unroll
     for (int j = 0; j < 4; ++j) x[i][j] = 0.0f;
     if (vector >= num_vectors) continue;
@@ -172,7 +295,7 @@ __global__ void __launch_bounds__(kLinearThreads) norm_rows_kernel(const __grid_
       const auto numbers = reinterpret_cast<const float4*>(static_cast<const float*>(params.x) + begin)[vector];
       x[i][0] = numbers.x, x[i][1] = numbers.y, x[i][2] = numbers.z, x[i][3] = numbers.w;
     } else {
-      unpack<kType>(x[i], reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(params.x) + begin)[vector]);
+      unpack_vector<kType>(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(params.x) + begin)[vector], x[i]);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) sum += x[i][j];
@@ -180,21 +303,21 @@ __global__ void __launch_bounds__(kLinearThreads) norm_rows_kernel(const __grid_
   const float mean = block_sum(sum, shared) / params.num_inputs;
 #pragma unroll
   for (int i = 0; i < kNormVectors; ++i) {
-    if (i * kLinearThreads + threadIdx.x >= num_vectors) continue;
+    if (i * kNormThreads + threadIdx.x >= num_vectors) continue;
 #pragma unroll
     for (int j = 0; j < 4; ++j) squares += (x[i][j] - mean) * (x[i][j] - mean);
   }
-  const float rstd = inverse_root(block_sum(squares, shared + kLinearWarps) / params.num_inputs + params.eps);
+  const float rstd = inverse_root(block_sum(squares, shared + kNormWarps) / params.num_inputs + params.eps);
   const int image = row / params.image_rows;
   const auto* scale = static_cast<const uint16_t*>(params.scale) + image * params.scale_stride;
   const auto* shift = static_cast<const uint16_t*>(params.shift) + image * params.shift_stride;
 #pragma unroll
   for (int i = 0; i < kNormVectors; ++i) {
-    const int vector = i * kLinearThreads + threadIdx.x;
+    const int vector = i * kNormThreads + threadIdx.x;
     if (vector >= num_vectors) continue;
     float factor[4], offset[4], h[4];
-    unpack<kType>(factor, reinterpret_cast<const uint2*>(scale)[vector]);
-    unpack<kType>(offset, reinterpret_cast<const uint2*>(shift)[vector]);
+    unpack_vector<kType>(reinterpret_cast<const uint2*>(scale)[vector], factor);
+    unpack_vector<kType>(reinterpret_cast<const uint2*>(shift)[vector], offset);
 #pragma unroll
     for (int j = 0; j < 4; ++j) h[j] = (x[i][j] - mean) * rstd * (1.0f + factor[j]) + offset[j];
     reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.h) + begin)[vector] =

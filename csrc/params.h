@@ -1,4 +1,4 @@
-// What a kernel is told: plain structs, filled by bindings.cpp and passed by value. Next: attention_forward.cuh, linear_rows.cuh.
+// What a kernel is told: plain structs, filled by bindings.cpp and passed by value. Next: attention_forward.cuh.
 #pragma once
 
 #ifdef __CUDACC_RTC__  // compiled at run time (attention/nvrtc.py), where there are no standard headers
@@ -47,32 +47,6 @@ struct AttentionForwardParams {
   Strides q_strides, k_strides, v_strides, out_strides;
   int32_t batch_size, num_heads, num_queries, num_tiles;
   float scale;               // > 0
-};
-
-// Numbers are of the kernel's type where nothing is said. Rows start at multiples of 16 bytes.
-struct LinearRowsParams {
-  const void* x;         // [num_rows, num_inputs]
-  const void* weight;    // [num_outputs, num_inputs]
-  const void* bias;      // [num_outputs], or null
-  const void* residual;  // [num_rows, num_outputs], float32 or of the kernel's type, or null
-  const void* gate;      // [images, num_outputs], with a residual
-  void* y;               // [num_rows, num_outputs], of the residual's type where there is one
-  int64_t gate_stride;
-  int32_t num_rows, num_inputs, num_outputs;  // num_inputs: a multiple of 32
-  int32_t image_rows;                         // rows of an image
-  bool float_residual, gelu;
-};
-
-struct NormRowsParams {
-  const void* x;      // [rows, num_inputs], float32 or of the kernel's type
-  const void* scale;  // [images, num_inputs]
-  const void* shift;
-  void* h;            // [rows, num_inputs]
-  int64_t scale_stride, shift_stride;
-  int32_t num_inputs;  // a multiple of 32, at most 8192
-  int32_t image_rows;
-  float eps;
-  bool float_x;
 };
 
 }  // namespace hmar

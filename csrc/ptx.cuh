@@ -101,49 +101,4 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-template <DType kType>
-__device__ __forceinline__ float value_of(uint16_t number) {
-  float value;
-  if constexpr (kType == DType::kFloat16) {
-    asm("cvt.f32.f16 %0, %1;\n" : "=f"(value) : "h"(number));
-  } else {
-    asm("mov.b32 %0, {0, %1};\n" : "=f"(value) : "h"(number));
-  }
-  return value;
-}
-
-template <DType kType>
-__device__ __forceinline__ void unpack(float (&values)[4], uint2 numbers) {
-  values[0] = value_of<kType>(static_cast<uint16_t>(numbers.x)), values[1] = value_of<kType>(numbers.x >> 16);
-  values[2] = value_of<kType>(static_cast<uint16_t>(numbers.y)), values[3] = value_of<kType>(numbers.y >> 16);
-}
-
-__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
-
-// Sixteen bytes that nobody writes and nobody here reads again.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-  uint4 r;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
-               : "l"(from));
-  return r;
-}
-
-__device__ __forceinline__ void prefetch_l2(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(from));
-}
-
-// Programmatic dependent launch; nothing where a kernel was launched without, or cannot be.
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n");
-#endif
-}
-
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;\n" ::: "memory");
-#endif
-}
-
 }  // namespace hmar

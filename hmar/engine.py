@@ -78,11 +78,11 @@ from hmar_kernels.linear import unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
-# Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows. Measured,
-# us a block, cuBLAS in brackets (reports/data/linear_rows_h100.json): width 1024, 9 rows 24.1 (31.5), 16 rows 26.7
-# (32.3), 32 rows 38.1 (33.7); width 1920, 9 rows 53.5 (54.4), 16 rows 55.8 (55.6).
-# NOTE: 1536 was not measured. Between the two, linear in the width, 16 rows take 2.2 us less than by cuBLAS.
-FEW_ROWS = {1536: 16, math.inf: 9}
+# Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows.
+# NOTE: predicted, not measured (reports/log.md, "products of up to 128 rows"): us a block with 2, 32 and 128 rows 18,
+# 20 and 25 at width 1024, 35, 37 and 43 at 1920; cuBLAS took 31.1 and 33.8 with 2 and 32 rows, and 53.9 and 57.7.
+# `bench.linear` measures it.
+FEW_ROWS = {math.inf: 128}
 # Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
 # program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64

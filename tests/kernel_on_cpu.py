@@ -1,4 +1,4 @@
-"""A kernel's own source of csrc/, compiled for the CPU with cuda_on_cpu/ptx.cuh in the place of csrc/ptx.cuh."""
+"""A kernel's own source of csrc/, compiled for the CPU with a file of cuda_on_cpu/ in the place of csrc/'s."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def build(folder: Path, kernel: str) -> ctypes.CDLL:
-    """csrc/KERNEL.cuh, driven by cuda_on_cpu/KERNEL.cpp; skips where there is no C++ compiler."""
+def build(folder: Path, driver: str, emulation: str, headers: tuple[str, ...]) -> ctypes.CDLL:
+    """cuda_on_cpu/DRIVER.cpp and what it includes of these headers of csrc/; skips where there is no C++ compiler."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no g++ or clang++ on PATH")
-    for source in (
-        f"csrc/{kernel}.cuh",
-        "csrc/params.h",
-        "tests/cuda_on_cpu/ptx.cuh",
-        f"tests/cuda_on_cpu/{kernel}.cpp",
-    ):
-        shutil.copy(ROOT / source, folder)
-    library = folder / f"{kernel}.so"
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", library, folder / f"{kernel}.cpp"]
+    for name in ("params.h", *headers):
+        shutil.copy(ROOT / "csrc" / name, folder)
+    for name in (emulation, f"{driver}.cpp"):
+        shutil.copy(ROOT / "tests/cuda_on_cpu" / name, folder)
+    library = folder / f"{driver}.so"
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, folder / f"{driver}.cpp"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))

@@ -37,5 +37,5 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
 
 def test_rows_that_are_not_few_are_refused(capsys):
     with pytest.raises(SystemExit):
-        bench.main(["--device", "cpu", "--rows", "17"])
-    assert "at most 16" in capsys.readouterr().err
+        bench.main(["--device", "cpu", "--rows", "129"])
+    assert "at most 128" in capsys.readouterr().err

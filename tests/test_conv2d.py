@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernel_on_cpu
 from hmar_kernels import conv2d, conv_transpose2d, group_norm
 from hmar_kernels.attention import hopper_launch as attention_launch
 from hmar_kernels.conv2d import choose, conv2d_with_statistics, hopper, hopper_launch, packed_taps
@@ -81,19 +82,8 @@ def test_transposed_reference_is_its_definition():
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no g++ or clang++ on PATH")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    names = ("hopper_conv.cuh", "hopper_conv.h", "hopper_tile.cuh", "hopper_params.h", "params.h")
-    # This hopper_ptx.cuh in the place of csrc/hopper_ptx.cuh.
-    emulation = [ROOT / "tests/cuda_on_cpu" / name for name in ("hopper_ptx.cuh", "hopper_conv.cpp")]
-    for source in [ROOT / "csrc" / name for name in names] + emulation:
-        shutil.copy(source, folder)
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", folder / "conv.so", folder / "hopper_conv.cpp"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return ctypes.CDLL(str(folder / "conv.so"))
+    headers = ("hopper_conv.cuh", "hopper_conv.h", "hopper_tile.cuh", "hopper_params.h")
+    return kernel_on_cpu.build(tmp_path_factory.mktemp("hopper_conv"), "hopper_conv", "hopper_ptx.cuh", headers)
 
 
 def on_cpu(library, doubled, blocks, x, weight, bias, *, statistics=None, num_blocks=2, last_thread_first=False):

@@ -10,20 +10,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import kernel_on_cpu
 from attention_cases import assert_within_limits, draw_inputs, oracles, small_masks
 from hmar_kernels import SpanMask
 from hmar_kernels.attention import hopper, hopper_launch
 from hmar_kernels.attention.plan import key_jobs, query_jobs
 
-ROOT = Path(__file__).parents[1]
+HEADERS = (
+    *("hopper_forward.cuh", "hopper_backward.cuh", "hopper_backward_dq.cuh", "hopper_backward_dkdv.cuh"),
+    *("hopper_tile.cuh", "hopper_params.h"),
+)
 TABLE = hopper.table()
 KERNELS = [(kind, tile) for kind, tiles in TABLE.items() for tile in tiles]
 LOG2E = math.log2(math.e)
@@ -36,37 +37,19 @@ def name_of(kind, tile, bfloat16):
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("no g++ or clang++ on PATH")
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    for source in (*(ROOT / "csrc").glob("hopper_*.cuh"), ROOT / "csrc/hopper_params.h", ROOT / "csrc/params.h"):
-        shutil.copy(source, folder)
-    for source in ("hopper_ptx.cuh", "hopper_attention.cpp"):  # the first in the place of csrc/hopper_ptx.cuh
-        shutil.copy(ROOT / "tests/cuda_on_cpu" / source, folder)
-    lines = []
+    folder = tmp_path_factory.mktemp("hopper_attention")
+    tiles, kernels = [], []
     for number, (kind, tile) in enumerate(KERNELS):
         of = hopper_launch.PASSES[kind]
         for bfloat16 in (False, True):
             fields = dict(zip(hopper_launch.TILE_FIELDS, tile, strict=True))
-            cpp = of.tile.format(dtype=hopper_launch.DTYPES[bfloat16], **fields)
-            alias, name = f"Tile{number}{'hb'[bfloat16]}", name_of(kind, tile, bfloat16)
-            (folder / "tiles.inc").open("a").write(f"using {alias} = {cpp};\n")
-            lines.append(f'KERNEL("{name}", {of.kernel}, {alias}, {of.params.__name__})\n')
-    (folder / "kernels.inc").write_text("".join(lines))
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-o",
-        folder / "a.so",
-        folder / "hopper_attention.cpp",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = ctypes.CDLL(str(folder / "a.so"))
+            alias = f"Tile{number}{'hb'[bfloat16]}"
+            tiles.append(f"using {alias} = {of.tile.format(dtype=hopper_launch.DTYPES[bfloat16], **fields)};\n")
+            name = name_of(kind, tile, bfloat16)
+            kernels.append(f'KERNEL("{name}", {of.kernel}, {alias}, {of.params.__name__})\n')
+    (folder / "tiles.inc").write_text("".join(tiles))
+    (folder / "kernels.inc").write_text("".join(kernels))
+    loaded = kernel_on_cpu.build(folder, "hopper_attention", "hopper_ptx.cuh", HEADERS)
     loaded.run_on_cpu.restype = ctypes.c_char_p
     return loaded
 

@@ -12,15 +12,23 @@ from hmar_kernels.linear import unavailable_on
 
 # rows, N, K
 SHAPES = {"one row": (1, 40, 70), "odd": (7, 33, 129), "full tile": (16, 32, 256), "blocks": (70, 48, 300)}
-# images, length, N, K: fewer steps than a block has warps, no whole rounds of them, several
+# images, length, N, K: part of a chunk of inputs, chunks that a cluster does not share evenly, rings that turn over, as
+# many rows as each kernel takes and one more
 FUSED = {
-    "one step": (2, 3, 40, 32),
-    "some steps": (2, 5, 33, 1120),
-    "many steps": (3, 3, 20, 4192),
-    "all rows": (2, 8, 24, 96),
+    "part of a chunk": (2, 3, 40, 8),
+    "some chunks": (2, 5, 33, 1112),
+    "many chunks": (3, 3, 20, 4192),
+    **{f"{rows} rows": (1, rows, 200, 712) for rows in (8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128)},
+    "images of many rows": (4, 29, 140, 1160),
 }
 LAYERS = {"norm": (3, 1), "residual": (1, 1), "norm, GELU": (4, 1), "residual of the MLP": (1, 4)}  # N, K in widths
 FUSED_PUBLISHED = {
+    f"{batch} x {length} of width {C}, {name}": ((batch, length, N * C, K * C), name.removesuffix(" of the MLP"))
+    for batch, length in ((2, 1), (1, 9), (2, 8), (2, 16), (2, 25), (2, 36), (2, 64))
+    for C in (1024, 1536, 1920, 2304)
+    for name, (N, K) in LAYERS.items()
+}
+PUBLISHED = {
     f"{batch} x {length} of d{C // 64}, {name}": ((batch, length, N * C, K * C), name.removesuffix(" of the MLP"))
     for batch, length in ((2, 1), (1, 4), (1, 9), (2, 8))
     for C in (1024, 1920)
@@ -114,7 +122,9 @@ def assert_fused_is_accurate(shape, kind, dtype, impl, device="cpu", **options):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["cublas", "cuda"])
-@pytest.mark.parametrize("shape, kind", [*((shape, "all") for shape in FUSED.values()), *FUSED_PUBLISHED.values()])
+@pytest.mark.parametrize(
+    "shape, kind", [*((shape, "all") for shape in FUSED.values()), *FUSED_PUBLISHED.values()], ids=str
+)
 def test_fused_on_a_gpu(shape, kind, impl, poisoned_memory):
     """The kernels for few rows to the bit whether they overlap or run in turn."""
     actual = assert_fused_is_accurate(shape, kind, torch.bfloat16, impl, "cuda")
@@ -124,12 +134,30 @@ def test_fused_on_a_gpu(shape, kind, impl, poisoned_memory):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [(2, 1), (2, 4), (1, 9), (2, 8)], ids=str)
+@pytest.mark.parametrize("shape", FUSED.values(), ids=FUSED)
+def test_fused_on_a_gpu_in_half_precision(shape, poisoned_memory):
+    assert_fused_is_accurate(shape, "all", torch.float16, "cuda", "cuda", overlap=True)
+
+
+@pytest.mark.gpu
+def test_rows_on_a_gpu_depend_on_no_others(poisoned_memory):
+    """Rows of x that are NaN leave the outputs of all others as they are, to the bit."""
+    arguments = fused_inputs((2, 36, 1536, 1536), torch.bfloat16, "cuda")
+    expected = linear(**arguments, impl="cuda")
+    arguments["x"][1, 7] = torch.nan
+    actual = linear(**arguments, impl="cuda")
+    assert actual[1, 7].isnan().all()
+    actual[1, 7] = expected[1, 7]
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [(2, 1), (1, 9), (2, 16), (2, 36), (2, 64)], ids=str)
 def test_overlapping_kernels_in_a_graph(rows):
     """A chain whose kernels read what the one before wrote and reuse the memory of those before that, replayed with
     other inputs: to the bit what the same kernels give in turn."""
     batch, length = rows
-    width, layers = 1024, 6
+    width, layers = 1920, 6
     wide = [fused_inputs((batch, length, 4 * width, width), torch.bfloat16, "cuda") for _ in range(layers)]
     narrow = [fused_inputs((batch, length, width, 4 * width), torch.bfloat16, "cuda") for _ in range(layers)]
 
@@ -193,4 +221,4 @@ def test_why_the_kernels_for_few_rows_cannot_run():
     assert "needs a CUDA device, got cpu" in unavailable_on(torch.device("cpu"), torch.bfloat16, 64)
     device = torch.device("cuda", 0)
     assert "float16 or bfloat16, not torch.float32" in unavailable_on(device, torch.float32, 64)
-    assert "multiple of 32, got 48" in unavailable_on(device, torch.bfloat16, 48)
+    assert "multiple of 8, got 12" in unavailable_on(device, torch.bfloat16, 12)

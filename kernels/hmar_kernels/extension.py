@@ -26,19 +26,29 @@ except ImportError as reason:
 
 def unavailable(device: torch.device) -> str | None:
     """Why its kernels cannot run on a CUDA device; None when they can. Looks at no data: traceable."""
+    return _reason(device, "load_error")
+
+
+def hopper_unavailable(device: torch.device) -> str | None:
+    """The same of its kernels for sm_90a."""
+    return _reason(device, "hopper_load_error")
+
+
+def _reason(device: torch.device, entry: str) -> str | None:
     if module is None:
         return _error
-    error = _load_error(device.index)
+    error = _load_error(device.index, entry)
     if not error:
         return None
     return f"the extension was built for {module.architectures}, which cannot run on {device}: {error}"
 
 
-_load_errors: dict[int, str] = {}
+_load_errors: dict[tuple[int, str], str] = {}
 
 
 @torch.compiler.assume_constant_result
-def _load_error(device: int) -> str:
-    if device not in _load_errors:
-        _load_errors[device] = module.load_error(device)
-    return _load_errors[device]
+def _load_error(device: int, entry: str) -> str:
+    if (device, entry) not in _load_errors:
+        found = getattr(module, entry, lambda device: "it has no code for sm_90a, which these kernels are written for")
+        _load_errors[device, entry] = found(device)
+    return _load_errors[device, entry]

@@ -44,7 +44,7 @@ extern "C" int num_threads_of(const char* name) { return find(name) ? find(name)
 
 extern "C" void describe(uint64_t* tensor_map, const void* data, int rank, const uint64_t* sizes, const uint64_t* strides,
                          const uint32_t* box) {
-  MapContent map{static_cast<const uint8_t*>(data), rank, {}, {}, {}, 128};
+  MapContent map{static_cast<const uint8_t*>(data), rank, {}, {}, {}, false};
   std::copy(sizes, sizes + rank, map.sizes);
   std::copy(strides, strides + rank - 1, map.strides);
   std::copy(box, box + rank, map.box);
@@ -54,14 +54,14 @@ extern "C" void describe(uint64_t* tensor_map, const void* data, int rank, const
 
 // Null, or what went wrong.
 extern "C" const char* run_on_cpu(const char* name, const void* params, int num_blocks, bool last_thread_first) {
-  static Block block;
+  static Cluster cluster;
   const Kernel& kernel = *find(name);
-  block.failure = kernel.shared_bytes > SHARED_BYTES ? "more shared memory than there is" : "";
-  block.kernel = [&] { kernel.run(params); };
+  cluster.failure = kernel.shared_bytes > SHARED_BYTES ? "more shared memory than there is" : "";
+  cluster.kernel = [&] { kernel.run(params); };
   gridDim.x = unsigned(num_blocks);
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x && block.failure.empty(); ++blockIdx.x) {
-    run_block(block, kernel.num_threads, last_thread_first);
+  for (int block = 0; block < num_blocks && cluster.failure.empty(); ++block) {
+    run_cluster(cluster, block, 1, kernel.num_threads, int(kernel.shared_bytes), last_thread_first);
   }
   maps.clear();
-  return block.failure.empty() ? nullptr : block.failure.c_str();
+  return cluster.failure.empty() ? nullptr : cluster.failure.c_str();
 }

@@ -11,17 +11,16 @@ using namespace hmar;
 namespace {
 
 MapContent content(const void* data, const MapGeometry& geometry) {
-  MapContent map{static_cast<const uint8_t*>(data), geometry.rank, {}, {}, {}};
+  MapContent map{static_cast<const uint8_t*>(data), geometry.rank, {}, {}, {}, false};
   std::memcpy(map.sizes, geometry.sizes, sizeof(map.sizes));
   std::memcpy(map.strides, geometry.strides, sizeof(map.strides));
   std::memcpy(map.box, geometry.box, sizeof(map.box));
-  map.row_bytes = 64;
   return map;
 }
 
 template <class Tile>
 void run(const HopperConvShape& shape, const void* x, const void* weight, const void* bias, const HopperConvOutput& output, int num_blocks,
-         bool last_thread_first, Block& block) {
+         bool last_thread_first, Cluster& cluster) {
   static_assert(sizeof(typename Tile::Shared) <= SHARED_BYTES);
   const HopperConvKernel kernel{Tile::kResolution == Resolution::kDoubled, Tile::kBlocks, Tile::kStages, Tile::kMapStages, 0};
   const MapContent x_map = content(x, conv_x_geometry(shape, kernel));
@@ -29,20 +28,20 @@ void run(const HopperConvShape& shape, const void* x, const void* weight, const 
   HopperConvParams params = conv_params(shape, kernel, bias, output);
   params.x.opaque[0] = reinterpret_cast<uint64_t>(&x_map);
   params.weight.opaque[0] = reinterpret_cast<uint64_t>(&weight_map);
-  block.kernel = [&] { hopper_conv_kernel<Tile>(params); };
+  cluster.kernel = [&] { hopper_conv_kernel<Tile>(params); };
   gridDim.x = unsigned(num_blocks);
-  for (blockIdx.x = 0; blockIdx.x < gridDim.x && block.failure.empty(); ++blockIdx.x) {
-    run_block(block, Tile::kNumThreads, last_thread_first);
+  for (int block = 0; block < num_blocks && cluster.failure.empty(); ++block) {
+    run_cluster(cluster, block, 1, Tile::kNumThreads, sizeof(typename Tile::Shared), last_thread_first);
   }
 }
 
 template <DType kType, Resolution kResolution>
 void run(int blocks, const HopperConvShape& shape, const void* x, const void* weight, const void* bias,
-         const HopperConvOutput& output, int num_blocks, bool last_thread_first, Block& block) {
+         const HopperConvOutput& output, int num_blocks, bool last_thread_first, Cluster& cluster) {
   if (blocks == 1) {
-    run<HopperConvTile<kType, kResolution, 1, 5, 2>>(shape, x, weight, bias, output, num_blocks, last_thread_first, block);
+    run<HopperConvTile<kType, kResolution, 1, 5, 2>>(shape, x, weight, bias, output, num_blocks, last_thread_first, cluster);
   } else {
-    run<HopperConvTile<kType, kResolution, 2, 6, 2>>(shape, x, weight, bias, output, num_blocks, last_thread_first, block);
+    run<HopperConvTile<kType, kResolution, 2, 6, 2>>(shape, x, weight, bias, output, num_blocks, last_thread_first, cluster);
   }
 }
 
@@ -53,12 +52,12 @@ extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int block
                                           int in_channels, int out_channels, const void* x, const void* weight,
                                           const void* bias, void* out, float* means, float* deviations,
                                           int num_blocks, bool last_thread_first) {
-  static Block block;
-  block.failure.clear();
+  static Cluster cluster;
+  cluster.failure.clear();
   const HopperConvShape shape{bfloat16 ? DType::kBFloat16 : DType::kFloat16, num_images, height, width, in_channels,
                               out_channels};
   const HopperConvOutput output{out, means, deviations};
-  const auto call = [&](auto run) { run(blocks, shape, x, weight, bias, output, num_blocks, last_thread_first, block); };
+  const auto call = [&](auto run) { run(blocks, shape, x, weight, bias, output, num_blocks, last_thread_first, cluster); };
   const auto call_type = [&](auto type) {
     constexpr auto kType = decltype(type)::value;
     doubled ? call(run<kType, Resolution::kDoubled>) : call(run<kType, Resolution::kSame>);
@@ -68,7 +67,7 @@ extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int block
   } else {
     call_type(std::integral_constant<DType, DType::kFloat16>());
   }
-  return block.failure.empty() ? nullptr : block.failure.c_str();
+  return cluster.failure.empty() ? nullptr : cluster.failure.c_str();
 }
 
 // The numbers of a launch, in the order of MapGeometry's and HopperConvParams' fields.

@@ -1,7 +1,8 @@
 // Takes the place of csrc/hopper_ptx.cuh, and of what it includes, when a Hopper kernel of csrc is compiled for the CPU: every
-// thread of a block is a coroutine. The operands of wgmma, the swizzle of the copy engine and what it leaves outside of a
-// tensor are written down a second time, element by element as in the PTX ISA. A copy lands when it is issued, while products
-// and bulk additions read shared memory as late as their thread lets them: a buffer given back too early shows in the result.
+// thread of a block is a coroutine, and the blocks of a cluster take turns. The operands of wgmma, the swizzle of the copy engine
+// and what it leaves outside of a tensor are written down a second time, element by element as in the PTX ISA. A copy lands when
+// it is issued, while products and bulk additions read shared memory as late as their thread lets them: a buffer given back too
+// early shows in the result.
 #pragma once
 
 #include <ucontext.h>
@@ -85,7 +86,9 @@ struct Thread {
   ucontext_t context;
   std::vector<uint8_t> stack = std::vector<uint8_t>(64 * 1024);
   std::function<bool()> ready;  // empty when it can run
-  bool done = false, asleep = false;
+  bool done = false;
+  bool asleep = false;
+  bool waited = false;  // for the kernel before
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
   std::vector<Addition> additions;
@@ -101,14 +104,23 @@ struct Warp {
   uint32_t registers[WARP_SIZE][8];
 };
 
+// Of a cluster of blocks, one after the other.
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::map<int, Meeting> barriers;
+  std::vector<uint8_t> shared_memory;  // while another block runs
+  long launches = 0;    // of the kernels that depend on this one
+  long late_boxes = 0;  // that could have been asked for before the wait, or that come after such a launch
+};
+struct Cluster {
+  std::vector<Block> blocks;
+  Meeting barrier;
   ucontext_t scheduler;
   std::string failure;
   std::function<void()> kernel;
 };
+inline Cluster* cluster;
 inline Block* running;
 
 inline Thread& this_thread() { return running->threads[threadIdx.x]; }
@@ -119,11 +131,11 @@ inline void wait_until(std::function<bool()> ready) {
   if (ready()) return;
   Thread& thread = this_thread();
   thread.ready = std::move(ready);
-  swapcontext(&thread.context, &running->scheduler);
+  swapcontext(&thread.context, &cluster->scheduler);
 }
 [[noreturn]] inline void fail(const std::string& why) {
-  running->failure = why;
-  for (;;) swapcontext(&this_thread().context, &running->scheduler);
+  cluster->failure = why;
+  for (;;) swapcontext(&this_thread().context, &cluster->scheduler);
 }
 
 inline void arrive(Meeting& meeting, int expected) {
@@ -142,7 +154,7 @@ inline void meet(Meeting& meeting, int expected) {
 inline void __nanosleep(int) {
   Thread& thread = this_thread();
   thread.asleep = true;
-  swapcontext(&thread.context, &running->scheduler);
+  swapcontext(&thread.context, &cluster->scheduler);
 }
 
 inline void __syncwarp() { meet(this_warp().meeting, WARP_SIZE); }
@@ -150,6 +162,10 @@ inline void __syncthreads() { meet(running->barriers[0], int(running->threads.si
 
 inline void named_barrier_sync(int barrier, int threads) { meet(running->barriers[barrier], threads); }
 inline void named_barrier_arrive(int barrier, int threads) { arrive(running->barriers[barrier], threads); }
+
+inline int cluster_rank() { return int(running - cluster->blocks.data()); }
+inline int cluster_size() { return int(cluster->blocks.size()); }
+inline void cluster_sync() { meet(cluster->barrier, int(cluster->blocks.size() * running->threads.size())); }
 
 // What `words` of the warp's lanes give to this one, who all come here.
 template <class Choose>
@@ -205,6 +221,18 @@ inline uint32_t shared_address(const void* pointer) {
   return uint32_t(offset);
 }
 
+inline void cluster_leave() { cluster_sync(); }
+inline float load_cluster(const float* address, int rank) {
+  const uint32_t offset = shared_address(address);
+  const Block& block = cluster->blocks[rank];
+  float x;
+  std::memcpy(&x, &block == running ? shared_memory + offset : block.shared_memory.data() + offset, sizeof(x));
+  return x;
+}
+
+inline void launch_dependents() { ++running->launches; }
+inline void wait_for_previous() { this_thread().waited = true; }
+
 // --- mbarriers -----------------------------------------------------------------------------------------------------
 
 struct Barrier {
@@ -244,19 +272,25 @@ struct MapContent {
   int rank;
   uint64_t sizes[4], strides[3];
   uint32_t box[4];
-  int row_bytes;  // of the swizzle: 64 or 128
+  bool of_previous;  // written by the kernel before
 };
 
 // Of an address in rows of 64 or 128 bytes: chunks of 16 bytes change places, in a pattern of 512 or 1024 bytes.
-inline uint32_t swizzled(uint32_t address, int row_bytes) {
-  return address ^ ((address >> 7 & (row_bytes == 64 ? 3 : 7)) << 4);
+inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
+  return address ^ ((address >> 7 & (row_bytes / 16 - 1)) << 4);
 }
+
+inline void prefetch_map(const TensorMap&) {}
 
 inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
   const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
   if (int(begin.size()) != content.rank) fail("coordinates of another rank than the tensor map's");
   const uint32_t start = shared_address(dst);
   if (start % 1024) fail("a box that is not aligned in shared memory");
+  if (content.of_previous && !this_thread().waited) fail("a box of what the kernel before writes, without a wait for it");
+  const uint32_t row_bytes = 2 * content.box[0];
+  if (row_bytes != 64 && row_bytes != 128) fail("a box of neither of the two swizzles");
+  running->late_boxes += !content.of_previous && (this_thread().waited || running->launches > 0);
   int num_elements = 1;
   for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
   for (int index = 0; index < num_elements; ++index) {
@@ -273,7 +307,7 @@ inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::
     if (inside) std::memcpy(&number, content.data + offset, 2);
     const uint32_t address = start + 2 * index;
     if (address + 2 > SHARED_BYTES) fail("a box beyond shared memory");
-    std::memcpy(shared_memory + swizzled(address, content.row_bytes), &number, 2);
+    std::memcpy(shared_memory + swizzled(address, row_bytes), &number, 2);
   }
   barrier.bytes -= 2 * num_elements;
   complete(barrier);
@@ -347,6 +381,8 @@ template <DType kType>
 void unpack(uint32_t packed, float& low, float& high) {
   low = widened<kType>(uint16_t(packed)), high = widened<kType>(uint16_t(packed >> 16));
 }
+
+inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 
 // ldmatrix: lane 8 i + j says where row j of matrix i is, of which a lane gets numbers 2 t and 2 t + 1 of row g.
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
@@ -502,49 +538,77 @@ void wgmma_wait() {
   }
 }
 
-// --- blocks --------------------------------------------------------------------------------------------------------
+// --- scheduler -----------------------------------------------------------------------------------------------------
 
 inline void enter() {
-  running->kernel();
+  cluster->kernel();
   this_thread().done = true;
-  swapcontext(&this_thread().context, &running->scheduler);
+  swapcontext(&this_thread().context, &cluster->scheduler);
 }
 
-// One block of running->kernel; each thread runs as far as it can before the next one.
-inline void run_block(Block& block, int num_threads, bool last_thread_first) {
-  running = &block;
-  std::memset(shared_memory, 0xff, SHARED_BYTES);  // NaN in every format
-  block.threads = std::vector<Thread>(num_threads);
-  block.warps = std::vector<Warp>(num_threads / WARP_SIZE);
-  block.barriers.clear();
-  for (Thread& thread : block.threads) {
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
-    makecontext(&thread.context, enter, 0);
-  }
-  int still = 0;  // rounds in which nobody did anything but to look and sleep again
-  for (bool alive = true; alive;) {
-    alive = false;
-    bool moved = false;
+// A block as far as it comes: whether it came any further. Each thread runs as far as it can before the next one.
+inline bool advance_block(bool last_thread_first) {
+  const int num_threads = int(running->threads.size());
+  bool any = false;
+  for (bool moved = true; moved;) {
+    moved = false;
     for (int i = 0; i < num_threads; ++i) {
       threadIdx.x = last_thread_first ? num_threads - 1 - i : i;
       Thread& thread = this_thread();
-      if (thread.done) continue;
-      alive = true;
-      if (thread.ready && !thread.ready()) continue;
+      if (thread.done || (thread.ready && !thread.ready())) continue;
       thread.ready = nullptr;
       const bool slept = std::exchange(thread.asleep, false);
-      swapcontext(&block.scheduler, &thread.context);
-      if (!block.failure.empty()) return;
-      moved |= !(slept && thread.asleep);
-    }
-    still = moved ? 0 : still + 1;
-    if (alive && still > 1) {
-      block.failure = "threads wait for each other";
-      return;
+      swapcontext(&cluster->scheduler, &thread.context);
+      if (!cluster->failure.empty()) return true;
+      if (!(slept && thread.asleep)) any = moved = true;  // not only looked, and slept again
     }
   }
+  return any;
+}
+
+inline bool ended(const Block& block) {
+  return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
+}
+
+// One cluster, whose first block has this index.
+inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes,
+                        bool last_thread_first) {
+  cluster = &run;
+  run.barrier = {};
+  run.blocks.resize(num_blocks);
+  for (Block& block : run.blocks) {
+    block.shared_memory.assign(shared_bytes, 0xff);  // NaN in every format
+    block.warps = std::vector<Warp>(num_threads / WARP_SIZE);
+    block.barriers.clear();
+    block.threads.resize(num_threads);
+    block.launches = block.late_boxes = 0;
+    for (Thread& thread : block.threads) {
+      thread.ready = nullptr;
+      thread.done = thread.waited = thread.asleep = false;
+      thread.open.clear();
+      thread.groups.clear();
+      thread.additions.clear();
+      getcontext(&thread.context);
+      thread.context.uc_stack.ss_sp = thread.stack.data();
+      thread.context.uc_stack.ss_size = thread.stack.size();
+      makecontext(&thread.context, enter, 0);
+    }
+  }
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int i = 0; i < num_blocks; ++i) {
+      const int rank = last_thread_first ? num_blocks - 1 - i : i;
+      running = &run.blocks[rank];
+      blockIdx.x = unsigned(first_block + rank);
+      std::memcpy(shared_memory, running->shared_memory.data(), shared_bytes);
+      moved |= advance_block(last_thread_first);
+      std::memcpy(running->shared_memory.data(), shared_memory, shared_bytes);
+      // Of a block that has ended others read nothing.
+      if (ended(*running)) std::memset(running->shared_memory.data(), 0xff, shared_bytes);
+      if (!run.failure.empty()) return;
+    }
+  }
+  if (!std::all_of(run.blocks.begin(), run.blocks.end(), ended)) run.failure = "threads wait for each other";
 }
 
 }  // namespace hmar

@@ -1,42 +1,84 @@
 // Runs csrc/linear_rows.cuh, as it stands, on the CPU; test_linear_rows_source.py loads this through ctypes.
+#define HMAR_ON_CPU
 #include "linear_rows.cuh"
+
+#include <type_traits>
+
+#include "linear_rows.h"
 
 using namespace hmar;
 
 namespace {
 
-constexpr DType kType = DType::kBFloat16;
+const char* message(const Cluster& cluster) { return cluster.failure.empty() ? nullptr : cluster.failure.c_str(); }
 
-const char* run(Block& block, unsigned num_blocks, bool last_warp_first) {
-  for (blockIdx.x = 0; blockIdx.x < num_blocks && !block.failure; ++blockIdx.x) {
-    run_block(block, kLinearThreads, last_warp_first);
-  }
-  return block.failure;
+MapContent content(const void* data, const MapGeometry& geometry, bool of_previous) {
+  return {static_cast<const uint8_t*>(data),
+          geometry.rank,
+          {geometry.sizes[0], geometry.sizes[1]},
+          {geometry.strides[0]},
+          {geometry.box[0], geometry.box[1]},
+          of_previous};
 }
 
 template <class Tile>
-const char* run(const LinearRowsParams& params, Block& block, bool last_warp_first) {
-  block.kernel = [&] { linear_rows_kernel<Tile>(params); };
-  return run(block, (params.num_outputs + kFeatures - 1) / kFeatures, last_warp_first);
+void run(const LinearRows& call, int splits, bool last_thread_first, Cluster& cluster) {
+  const MapContent x = content(call.x, linear_geometry(call.num_rows, call.num_inputs, Tile::kRows), true);
+  const MapContent weight = content(call.weight, linear_geometry(call.num_outputs, call.num_inputs, Tile::kFeatures), false);
+  LinearRowsParams params = linear_rows_params(call);
+  params.x.opaque[0] = reinterpret_cast<uint64_t>(&x);
+  params.weight.opaque[0] = reinterpret_cast<uint64_t>(&weight);
+  cluster.kernel = [&] { linear_rows_kernel<Tile>(params); };
+  const int num_tiles = divided(call.num_outputs, Tile::kFeatures);
+  if (splits == 0) splits = linear_splits(num_tiles, params.num_chunks, 132);
+  for (int block = 0; block < num_tiles * splits && cluster.failure.empty(); block += splits) {
+    run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared), last_thread_first);
+    if (!cluster.failure.empty()) return;
+    for (const Block& of_cluster : cluster.blocks) {
+      if (of_cluster.launches != 1) cluster.failure = "the next kernel is not let start once";
+      if (of_cluster.late_boxes) cluster.failure = "weights are asked for late";
+    }
+  }
+}
+
+template <DType kType>
+void run(const LinearRows& call, int kernel_rows, int splits, bool last_thread_first, Cluster& cluster) {
+  const auto with = [&](auto rows) {
+    if (kernel_rows != decltype(rows)::value) return;
+    cluster.failure.clear();
+    run<LinearRowsTile<kType, decltype(rows)::value>>(call, splits, last_thread_first, cluster);
+  };
+  cluster.failure = "no such tile";
+  with(std::integral_constant<int, 8>()), with(std::integral_constant<int, 16>());
+  with(std::integral_constant<int, 32>()), with(std::integral_constant<int, 64>());
+  with(std::integral_constant<int, 96>()), with(std::integral_constant<int, 128>());
 }
 
 }  // namespace
 
-// Return what went wrong, or null. counts: prefetches, and loads of the weight after the wait for the kernel before.
-extern "C" const char* linear_rows_on_cpu(const LinearRowsParams* params, int rows, bool last_warp_first, long* counts) {
-  Block block;
-  const auto* weight = static_cast<const uint8_t*>(params->weight);
-  block.readable.emplace_back(weight, weight + 2l * params->num_outputs * params->num_inputs);
-  const char* failure = "no such tile";
-  if (rows == 8) failure = run<LinearRowsTile<kType, 8>>(*params, block, last_warp_first);
-  if (rows == 16) failure = run<LinearRowsTile<kType, 16>>(*params, block, last_warp_first);
-  counts[0] = block.prefetches;
-  counts[1] = block.late_loads;
-  return failure;
+// Null, or what went wrong. splits: 0 for those of a launch on 132 multiprocessors.
+extern "C" const char* linear_rows_on_cpu(const LinearRows* call, int kernel_rows, int splits, bool last_thread_first) {
+  static Cluster cluster;
+  if (call->dtype == DType::kBFloat16) {
+    run<DType::kBFloat16>(*call, kernel_rows, splits, last_thread_first, cluster);
+  } else {
+    run<DType::kFloat16>(*call, kernel_rows, splits, last_thread_first, cluster);
+  }
+  return message(cluster);
 }
 
-extern "C" const char* norm_rows_on_cpu(const NormRowsParams* params, int num_rows, bool last_warp_first) {
-  Block block;
-  block.kernel = [&] { norm_rows_kernel<kType>(*params); };
-  return run(block, num_rows, last_warp_first);
+extern "C" int linear_splits_of(int num_tiles, int num_chunks, int num_sms) {
+  return linear_splits(num_tiles, num_chunks, num_sms);
+}
+
+extern "C" const char* norm_rows_on_cpu(const NormRowsParams* params, bool bfloat16, int num_rows, bool last_thread_first) {
+  static Cluster cluster;
+  cluster.failure.clear();
+  cluster.kernel = [&] {
+    bfloat16 ? norm_rows_kernel<DType::kBFloat16>(*params) : norm_rows_kernel<DType::kFloat16>(*params);
+  };
+  for (int row = 0; row < num_rows && cluster.failure.empty(); ++row) {
+    run_cluster(cluster, row, 1, kNormThreads, 2 * kNormWarps * sizeof(float), last_thread_first);
+  }
+  return message(cluster);
 }

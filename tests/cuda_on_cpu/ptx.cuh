@@ -29,14 +29,8 @@
 struct Index {
   unsigned x;
 };
-struct uint2 {
-  uint32_t x, y;
-};
 struct uint4 {
   uint32_t x, y, z, w;
-};
-struct float4 {
-  float x, y, z, w;
 };
 inline Index threadIdx, blockIdx;
 
@@ -63,7 +57,6 @@ struct Thread {
   const long* waits_on = nullptr;  // runnable once *waits_on != seen
   long seen = 0;
   bool done = false;
-  bool waited = false;  // for the kernel before
 };
 
 struct Meeting {  // of a warp at an instruction, or of the block at a barrier
@@ -81,7 +74,6 @@ struct Block {
   std::function<void()> kernel;
   bool copies_at_once = false;  // a cp.async lands when issued; otherwise when waited for: both are legal
   const char* failure = nullptr;
-  long prefetches = 0, late_loads = 0;  // load_once after the wait
   std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;
 };
 inline Block* running;
@@ -247,37 +239,6 @@ uint32_t pack(float low, float high) {
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
-
-template <DType kType>
-float value_of(uint16_t number) {
-  static_assert(kType == DType::kBFloat16, "float16 differs in the names of two instructions only");
-  return bfloat16_value(number);
-}
-
-template <DType kType>
-void unpack(float (&values)[4], uint2 numbers) {
-  for (int i = 0; i < 4; ++i) values[i] = bfloat16_value(half_of(i < 2 ? numbers.x : numbers.y, i % 2));
-}
-
-inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
-
-inline uint4 load_once(const void* from) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 || !is_readable(from, 16)) fail("a load from outside, or misaligned");
-  if (this_thread().waited) ++running->late_loads;
-  uint4 r;
-  std::memcpy(&r, from, 16);
-  return r;
-}
-
-inline void prefetch_l2(const void* from) {
-  if (!is_readable(from, 1)) fail("a prefetch from outside the tensors");
-  if (this_thread().waited) fail("a prefetch after the wait");
-  ++running->prefetches;
-}
-
-inline void launch_dependents() {}
-
-inline void wait_for_previous() { this_thread().waited = true; }
 
 }  // namespace hmar
 

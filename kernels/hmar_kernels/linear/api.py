@@ -40,11 +40,11 @@ def linear(
         residual, gate: [B, L, N] and [B, 1, N], both or neither, dtypes of their own.
         eps: added to the variance of the norm.
         impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel.
-            "cuda" is for at most 16 rows, where the time goes into reading the weight: the norm is one kernel and
-            everything else another. Neither has a derivative. "auto" is "cublas" on a GPU where no gradient is needed,
-            else "reference". A named implementation runs or raises.
+            "cuda" is for at most 128 rows, where the time goes into reading the weight, on GPUs of compute capability
+            9.0: the norm is one kernel and everything else another. Neither has a derivative. "auto" is "cublas" on a
+            GPU where no gradient is needed, else "reference". A named implementation runs or raises.
         overlap: of "cuda": the kernel may read weight and bias before the kernel queued just before it has ended. For
-            weights that no kernel writes which may still run. Without effect below compute capability 9.0.
+            weights that no kernel writes which may still run.
     Returns:
         [..., N] in x's dtype; after a norm in the weight's, of a residual in that of the residual. Sums are float32.
     Raises:

@@ -1,4 +1,4 @@
-"""Launch of the hand-written kernels for few rows (csrc/linear_rows.cuh), of the extension where it was built."""
+"""Launch of the hand-written kernels for few rows (csrc/linear_rows.cuh), of an extension that was built for sm_90a."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from .. import extension
 
 DTYPES = (torch.float16, torch.bfloat16)
-ROWS = (8, 16)  # of the kernels, at most
-MAX_ROWS, STEP, MAX_NORMED = max(ROWS), 32, 8192
+ROWS = (8, 16, 32, 64, 96, 128)  # of the kernels, at most
+MAX_ROWS, STEP, MAX_NORMED = max(ROWS), 8, 8192
 
 
 def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
@@ -21,7 +21,7 @@ def unavailable_on(device: torch.device, dtype: torch.dtype, num_inputs: int) ->
     """Why the kernels cannot run on a device with weights of this dtype and rows of so many numbers."""
     if device.type != "cuda":
         return f"it needs a CUDA device, got {device.type}"
-    return refusal_of_weights(dtype, num_inputs) or extension.unavailable(device)
+    return refusal_of_weights(dtype, num_inputs) or extension.hopper_unavailable(device)
 
 
 def refusal_of_weights(dtype: torch.dtype, num_inputs: int) -> str | None:
