@@ -53,7 +53,7 @@ CHOSEN_BOXES = PLANES
 _kernels = extension.module if hasattr(extension.module, "hopper_conv") else ConvKernels(TILES)
 
 ITEM_OVERHEAD = 0.15
-"""Time of an item beside its products, in blocks: weights are read once an item. An estimate, not measured yet."""
+"""Time of an item beside its products, in blocks: weights are read once an item. An estimate."""
 
 
 def num_items(tile: Tile, N: int, H: int, W: int, O: int) -> int:
