@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from hmar.model import Block, MaskedTransformer, NextScaleTransformer, TokenEmbedding
 from hmar.processes import Processes
 
-BYTES_SUMMED = 64 << 20  # at once: some 200 us of NVLink, of which what a sum costs beside its bytes is a tenth
+BYTES_SUMMED = 64 << 20  # at once: by count 200 us of NVLink; the rest of what a sum costs is a tenth of that
 
 
 def blocks(objective: nn.Module) -> Iterator[Block]:
