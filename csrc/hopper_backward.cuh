@@ -495,38 +495,16 @@ struct BackwardLoop {
     wgmma_commit();
   }
 
-  // lse of a block's queries, two neighbours each; those up to kLseAhead are loaded while the logits are under way, for
-  // the others there are no registers then.
-  static constexpr int kPairs = kLogits / 4, kLseAhead = kPairs * 5 / 8;
-  __device__ __forceinline__ void load_lse(float2 (&lse)[kPairs], int begin, int end) const {
-    const uint32_t from = shared_address(shared.statistics[ring.stage]) + threadIdx.x % 4 * 16;
-#pragma unroll
-    for (int n = begin; n < end; ++n) {
-      lse[n].x = load_shared(from + 64 * n);
-      lse[n].y = load_shared<8>(from + 64 * n);
-    }
-  }
-  __device__ __forceinline__ void exponentiate(BackwardRows<Tile>& rows, float2 (&lse)[kPairs]) const {
-    load_lse(lse, kLseAhead, kPairs);
-#pragma unroll
-    for (int i = 0; i < kLogits; ++i) {
-      rows.s[i] = exp2_approx(fmaf(rows.s[i], scale_log2, -(i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y)));
-    }
-    pack_operands<kType>(rows.p, rows.s);
-  }
-
   // The same with dq(b - 1) after dk(b), for which registers suffice only while there is no dp, then s(b + 1) and dp(b + 1). One
   // block late, so that the warpgroups need not keep pace. The first one is a product of whatever lies there and is not
   // added: leaving it out takes registers that there are not.
   __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows, float* sums) {
     float dq[kPanelColumns / 2];
-    float2 lse[kPairs];
     const auto issue_s = [&] { issue_with_keys(rows.s, 0, kQ + ring.stage * kTileChunks); };
     const auto issue_dp = [&] { issue_with_keys(rows.dp, kV, kDOut + ring.stage * kTileChunks); };
     barrier_wait(shared.full[ring.stage], ring.parity);
     issue_s();
     issue_dp();
-    load_lse(lse, 0, kLseAhead);
     wgmma_wait<1>();
     RingPosition<Tile::kExchanges> last = exchange;
     for (int block = 0;; ++block) {
@@ -534,7 +512,7 @@ struct BackwardLoop {
       const int stage = ring.stage;
       mask(rows.s, block);
       turn_wait<Tile::kGroups>(group);
-      exponentiate(rows, lse);
+      exponentiate(rows);
       turn_pass<Tile::kGroups>(group);
       issue_with_block(rows.dv, rows.p, kDOut + stage * kTileChunks);
       wgmma_wait<1>();  // dp(block)
@@ -570,7 +548,6 @@ struct BackwardLoop {
       last = here;
       issue_dp();
       if (block > 0) send_dq(sums, block - 1);
-      load_lse(lse, 0, kLseAhead);
       wgmma_wait<1>();  // s(block + 1)
     }
   }

@@ -136,28 +136,16 @@ __device__ __forceinline__ void accumulate_dkdv(DkdvRows<Tile>& rows, const Hopp
   set_zero(rows.dk), set_zero(rows.dv);
   if (job.block_begin >= job.block_end) return;
   float s[kLogits];
-  uint32_t keys[kHeadDim / 16][4], values[kHeadDim / 16][4];
-  constexpr bool kKeysStay = kHeadDim == 64, kValuesStay = kKeysStay && Tile::kBlocksPerSM == 1;  // as registers suffice
-  if constexpr (kKeysStay) load_operands(keys, k);
-  if constexpr (kValuesStay) load_operands(values, v);
   const auto mask = [&](int block) {
     if (job.masked(block)) mask_keys(s, work, job.column_begin + block * Tile::kBlockN, job.row_begin + first_row);
   };
   const auto issue_logits = [&](const RingPosition<Tile::kStages>& at) {
     barrier_wait(shared.q_full[at.stage], at.parity);
-    if constexpr (kKeysStay) {
-      issue_rows_product<Tile::kType>(s, keys, shared.q[at.stage][0]);
-    } else {
-      issue_rows_product<Tile::kType, kHeadDim>(s, k, shared.q[at.stage][0]);
-    }
+    issue_rows_product<Tile::kType, kHeadDim>(s, k, shared.q[at.stage][0]);
   };
   const auto issue_dp = [&](const RingPosition<Tile::kStages>& at) {
     barrier_wait(shared.d_out_full[at.stage], at.parity);
-    if constexpr (kValuesStay) {
-      issue_rows_product<Tile::kType>(rows.dp, values, shared.d_out[at.stage][0]);
-    } else {
-      issue_rows_product<Tile::kType, kHeadDim>(rows.dp, v, shared.d_out[at.stage][0]);
-    }
+    issue_rows_product<Tile::kType, kHeadDim>(rows.dp, v, shared.d_out[at.stage][0]);
   };
   if constexpr (kHeadDim == 64) {
     // In the order they are issued: s(0), dp(0), then for each block b: dv(b), s(b + 1), dk(b), dp(b + 1).

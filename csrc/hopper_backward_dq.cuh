@@ -153,23 +153,15 @@ __device__ __forceinline__ void compute_dq(const HopperDqParams& params, typenam
     float dq[Tile::kHeadDim / 2];
     set_zero(dq);
 
-    uint32_t queries[Tile::kHeadDim / 16][4], gradients[Tile::kHeadDim / 16][4];
-    load_operands(queries, q);
-    if constexpr (Tile::kHeadDim == 64) load_operands(gradients, d_out);
-
     skip(job.block_begin);
     int last_stage = -1;  // of the block whose product with k is under way
     uint32_t ds[Tile::kBlockN / 16][4];
     float s[kLogits], dp[kLogits];
     for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
       barrier_wait(shared.k_full[ring.stage], ring.parity);
-      issue_rows_product<Tile::kType>(s, queries, shared.k[ring.stage][0]);
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
       barrier_wait(shared.v_full[ring.stage], ring.parity);
-      if constexpr (Tile::kHeadDim == 64) {
-        issue_rows_product<Tile::kType>(dp, gradients, shared.v[ring.stage][0]);
-      } else {
-        issue_rows_product<Tile::kType, Tile::kHeadDim>(dp, d_out, shared.v[ring.stage][0]);
-      }
+      issue_rows_product<Tile::kType, Tile::kHeadDim>(dp, d_out, shared.v[ring.stage][0]);
       wgmma_wait<1>();
       if (last_stage >= 0) release(shared.k_empty[last_stage]);
       if (job.masked(block)) intervals.apply(s, job.column_begin + block * Tile::kBlockN);

@@ -29,7 +29,6 @@ struct HopperForwardTile {
   static constexpr bool kTurns = kOverlap == Overlap::kInTurn;
   static constexpr int kBlocksPerSM = kBlocksPerSM_;
   static constexpr int kRowStages = 2;
-  static constexpr bool kQueriesStay = kHeadDim == 64 && kGroups == 3;  // in registers, where these suffice
   // Whether offsets are looked at again only when sums run over, for which the way back takes registers; else every block.
   static constexpr bool kWatchesSums = Registers<kGroups, kBlocksPerSM>::kCompute >= 128;
 
@@ -239,16 +238,10 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
                                        const uint8_t* q, RingPosition<Tile::kStages>& ring) {
   float s[Tile::kBlockN / 2];
   uint32_t p[Tile::kBlockN / 16][4];
-  uint32_t queries[Tile::kHeadDim / 16][4];
   float factor[2];
-  if constexpr (Tile::kQueriesStay) load_operands(queries, q);
   const auto issue_logits = [&] {
     barrier_wait(shared.k_full[ring.stage], ring.parity);
-    if constexpr (Tile::kQueriesStay) {
-      issue_rows_product<Tile::kType>(s, queries, shared.k[ring.stage][0]);
-    } else {
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
-    }
+    issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
   };
   const auto exponentiate = [&](int block) {
     rows.template advance<kBounded>(s, factor, q, shared.k[ring.stage][0], job.column_begin + block * Tile::kBlockN,

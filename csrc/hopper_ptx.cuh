@@ -175,13 +175,6 @@ __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.comm
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 
-// kByte: added to the address, by the instruction.
-template <int kByte = 0>
-__device__ __forceinline__ float load_shared(uint32_t address) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1 + %2];\n" : "=f"(x) : "r"(address), "n"(kByte) : "memory");
-  return x;
-}
 __device__ __forceinline__ void store_shared(uint32_t address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(x), "f"(y) : "memory");
 }

@@ -261,33 +261,6 @@ __device__ __forceinline__ void issue_rows_product(float (&s)[kRegisters], const
   wgmma_commit();
 }
 
-// The operands of a warpgroup's 64 rows, in panels of kGroupRows rows, for 16 columns each. Rows that many products read stay
-// in registers: from shared memory a product of 64 columns takes 128 bytes a cycle, all it gives, and with them here half.
-template <int kSteps>
-__device__ __forceinline__ void load_operands(uint32_t (&a)[kSteps][4], const uint8_t* rows) {
-  constexpr int kStepsOfPanel = kPanelColumns / 16;
-  const int lane = threadIdx.x % 32, row = threadIdx.x % kGroupThreads / 32 * 16 + lane % 16;
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const uint8_t* panel = rows + step / kStepsOfPanel * kGroupRows * kPanelRowBytes;
-    ldmatrix_x4(a[step], shared_address(panel + swizzled_chunk(row, step % kStepsOfPanel * 2 + lane / 16)));
-  }
-}
-
-// The same product with a in registers.
-template <DType kType, int kRegisters, int kSteps>
-__device__ __forceinline__ void issue_rows_product(float (&s)[kRegisters], const uint32_t (&a)[kSteps][4], const uint8_t* b) {
-  constexpr int kStepsOfPanel = kPanelColumns / 16;
-  const uint64_t b_rows = row_descriptor(b);
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int panel = step / kStepsOfPanel, bytes = step % kStepsOfPanel * 32;
-    wgmma<kType, false>(s, a[step], advanced(b_rows, panel * 2 * kRegisters * kPanelRowBytes + bytes), step > 0);
-  }
-  wgmma_commit();
-}
-
 // d = a b, added to what d holds when `accumulate`, a group committed: a of 64 rows and 16 * kSteps columns in registers, b
 // of as many rows.
 template <DType kType, int kRegisters, int kSteps>

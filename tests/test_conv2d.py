@@ -278,6 +278,20 @@ def test_the_faster_kernel_is_chosen():
             assert chosen_ms <= 1.1 * min(ms["torch"], ms["rows-1"], ms["rows-2"])
 
 
+def test_the_choice_can_be_traced():
+    """As torch.compile does in a model that calls `conv2d`."""
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def marked(x):
+        N, _, H, W = x.shape
+        return x + 1 if hopper.is_large(N, H, W, 160, 132) else x - 1
+
+    for side in (256, 16):
+        x = torch.zeros(1, 1, side, side)
+        assert (marked(x).sum() > 0) == hopper.is_large(1, side, side, 160, 132)
+    assert hopper.is_large(1, 256, 256, 160, 132) and not hopper.is_large(1, 16, 16, 160, 132)
+
+
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 

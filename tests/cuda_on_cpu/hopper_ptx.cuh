@@ -334,12 +334,6 @@ inline void bulk_wait_read() {
 }
 inline void bulk_wait() { bulk_wait_read(); }
 
-template <int kByte = 0>
-float load_shared(uint32_t address) {
-  float x;
-  std::memcpy(&x, shared_memory + address + kByte, 4);
-  return x;
-}
 inline void store_shared(uint32_t address, float x, float y) {
   const float two[] = {x, y};
   std::memcpy(shared_memory + address, two, 8);

@@ -57,10 +57,9 @@ def num_items(tile: Tile, N: int, H: int, W: int, O: int) -> int:
 def select_tile(doubled: bool, N: int, H: int, W: int, O: int, num_sms: int) -> Tile:
     """The kernel whose items fill num_sms multiprocessors best. A pure function of its arguments."""
 
-    def time(tile: Tile) -> float:
-        return math.ceil(num_items(tile, N, H, W, O) / num_sms) * (tile.blocks + ITEM_OVERHEAD)
-
-    return min((tile for tile in TILES if tile.doubled == doubled), key=time)
+    tiles = [tile for tile in TILES if tile.doubled == doubled]
+    times = [math.ceil(num_items(tile, N, H, W, O) / num_sms) * (tile.blocks + ITEM_OVERHEAD) for tile in tiles]
+    return tiles[times.index(min(times))]  # torch.compile cannot trace min(..., key=)
 
 
 def is_large(N: int, H: int, W: int, O: int, num_sms: int) -> bool:
