@@ -79,10 +79,10 @@ from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
 # Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows.
-# NOTE: predicted, not measured (reports/log.md, "products of up to 128 rows"): us a block with 2, 32 and 128 rows 18,
-# 20 and 25 at width 1024, 35, 37 and 43 at 1920; cuBLAS took 31.1 and 33.8 with 2 and 32 rows, and 53.9 and 57.7.
-# `bench.linear` measures it.
-FEW_ROWS = {math.inf: 128}
+# NOTE: measured by `bench.linear` (reports/data/linear_rows_h100.json, 6aacedc): us a block, with cuBLAS in brackets,
+# at width 1024 25.3 (31.0) with 2 rows, 29.7 (33.9) with 32, 35.3 (34.0) with 50; at 1536 43.8 (44.3) with 18, 45.9
+# (45.0) with 32; at 1920 46.2 (53.3) with 2, 55.2 (56.5) with 32, 61.8 (56.8) with 50.
+FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
 # Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
 # program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
