@@ -411,7 +411,10 @@ def run(
 
         def oracle(case: Case = case) -> Oracle:
             if case.cell not in oracles:
+                started = time.monotonic()
                 oracles[case.cell] = Oracle(case, device)
+                size = f"{case.model} {case.resolution} px d{case.depth} B{case.batch}"
+                print(f"reference of {size}: {time.monotonic() - started:.0f} s", flush=True)
             return oracles[case.cell]
 
         try:
