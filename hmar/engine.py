@@ -925,9 +925,11 @@ class FusedHead(nn.Module):
         self.ahead = choices.ahead
 
     def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
+        logits_BLV = self.linear.normed(stream, *self.modulation(cond_BC))[1]
+        # NOTE: behind the product, which may start before the one kernel that it follows has ended, not before two.
         if self.ahead is not None:
             self.ahead.join()
-        return self.linear.normed(stream, *self.modulation(cond_BC))[1]
+        return logits_BLV
 
 
 def set_following(blocks: Sequence[FusedBlock], head: FusedHead | None) -> None:

@@ -170,6 +170,21 @@ def test_a_captured_case_takes_whole_steps_apart_from_the_optimizer(tmp_path, mo
     assert [recorder.records for recorder in recorders] == [0, 0, 1]
 
 
+@pytest.mark.parametrize("model", ["hmar", "var"])
+def test_parts_of_a_batch_give_the_whole(model, monkeypatch):
+    """Three images at a time, two and one, one by one."""
+    case = training.Case(model, 32, 2, 3, "float32", "float32", *("reference",) * 2, "false", "false", "none")
+    found = []
+    for images in (3, 2, 1):
+        step = training.Step(case, torch.device("cpu"))
+        monkeypatch.setattr(training, "PART_TOKENS", images * step.model.config.pyramid.length)
+        found.append(step.in_parts())
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-4, atol=1e-6)
+
+
 def test_errors_that_are_tolerated():
     """Twice what eager bf16 is off by; of few numbers, whose error is a matter of chance, twice what others may."""
     case = training.Case("var", 32, 2, 2, "bfloat16", "bfloat16", *("reference",) * 2, "false", "false", "none")
