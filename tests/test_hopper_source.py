@@ -82,7 +82,7 @@ class Driver:
 
 
 class Kernels(hopper_launch.HopperKernels):
-    def __init__(self, library, last_thread_first=False):
+    def __init__(self, library, last_thread_first):
         super().__init__(**TABLE)
         self.__dict__["_cuda"] = Driver(library, last_thread_first)
 
@@ -91,15 +91,15 @@ class Kernels(hopper_launch.HopperKernels):
         return None, name, hopper_launch.LaunchNumbers(0, self._cuda.library.num_threads_of(name), 0), NUM_SMS
 
 
-@pytest.fixture
-def on_cpu(library, monkeypatch):
-    """hopper.forward and hopper.backward on CPU tensors."""
+@pytest.fixture(params=[False, True], ids=["copies at once", "copies late"])
+def on_cpu(library, monkeypatch, request):
+    """hopper.forward and hopper.backward on CPU tensors, in either order of threads."""
     stream = SimpleNamespace(cuda_stream=0)
     properties = SimpleNamespace(multi_processor_count=NUM_SMS)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
-    monkeypatch.setattr(hopper, "_kernels", Kernels(library))
+    monkeypatch.setattr(hopper, "_kernels", Kernels(library, request.param))
     monkeypatch.setattr(hopper, "_queues", {})
     return monkeypatch
 

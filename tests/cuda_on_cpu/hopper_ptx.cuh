@@ -1,8 +1,10 @@
 // Takes the place of csrc/hopper_ptx.cuh, and of what it includes, when a Hopper kernel of csrc is compiled for the CPU: every
 // thread of a block is a coroutine, and the blocks of a cluster take turns. The operands of wgmma, the swizzle of the copy engine
-// and what it leaves outside of a tensor are written down a second time, element by element as in the PTX ISA. A copy lands when
-// it is issued, while products and bulk additions read shared memory as late as their thread lets them: a buffer given back too
-// early shows in the result.
+// and what it leaves outside of a tensor are written down a second time, element by element as in the PTX ISA. Products and bulk
+// additions read shared memory as late as their thread lets them. With first threads first, a copy lands when it is issued: a
+// buffer given back too early shows in the result. With last threads first copies land when no thread can go on without, those
+// of one barrier at a time, whichever: a wait for them that is missing shows. Fences do nothing here, threads take turns in these
+// two orders only, and the compiler is another one: what is wrong there does not show.
 #pragma once
 
 #include <ucontext.h>
@@ -110,6 +112,7 @@ struct Block {
   std::vector<Warp> warps;
   std::map<int, Meeting> barriers;
   std::vector<uint8_t> shared_memory;  // while another block runs
+  std::map<uintptr_t, std::vector<std::function<void()>>> copies;  // under way: those of a barrier, or of a warp, in order
   long launches = 0;    // of the kernels that depend on this one
   long late_boxes = 0;  // that could have been asked for before the wait, or that come after such a launch
 };
@@ -119,6 +122,8 @@ struct Cluster {
   ucontext_t scheduler;
   std::string failure;
   std::function<void()> kernel;
+  bool copies_are_late = false;
+  uint32_t random = 1;
 };
 inline Cluster* cluster;
 inline Block* running;
@@ -262,7 +267,19 @@ inline void barrier_wait(Barrier& barrier, uint32_t parity) {
 inline void fence_barrier_init() {}
 inline void fence_async_proxy() {}
 inline void fence_async_proxy_global() {}
-inline void barrier_arrive_after_cp_async(Barrier& barrier) { barrier_arrive(barrier); }
+
+// A copy, or what follows from copies: now, or when nothing else goes on. key: what lands together.
+inline void land(uintptr_t key, std::function<void()> copy) {
+  if (!cluster->copies_are_late) return copy();
+  running->copies[key].push_back(std::move(copy));
+}
+inline void barrier_arrive_after_cp_async(Barrier& barrier) {
+  land(threadIdx.x / WARP_SIZE, [&barrier] {
+    if (barrier.pending == 0) cluster->failure = "more copies than a barrier expects";
+    --barrier.pending;
+    complete(barrier);
+  });
+}
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
 
@@ -293,24 +310,25 @@ inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::
   running->late_boxes += !content.of_previous && (this_thread().waited || running->launches > 0);
   int num_elements = 1;
   for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
-  for (int index = 0; index < num_elements; ++index) {
-    int rest = index;
-    bool inside = true;
-    uint64_t offset = 0;
-    for (int i = 0; i < content.rank; ++i) {
-      const int64_t at = begin[i] + rest % int(content.box[i]);
-      rest /= int(content.box[i]);
-      inside &= at >= 0 && at < int64_t(content.sizes[i]);
-      offset += at * (i == 0 ? 2 : content.strides[i - 1]);
+  if (start + 2 * num_elements > SHARED_BYTES) fail("a box beyond shared memory");
+  land(reinterpret_cast<uintptr_t>(&barrier), [&content, &barrier, begin = std::move(begin), start, row_bytes, num_elements] {
+    for (int index = 0; index < num_elements; ++index) {
+      int rest = index;
+      bool inside = true;
+      uint64_t offset = 0;
+      for (int i = 0; i < content.rank; ++i) {
+        const int64_t at = begin[i] + rest % int(content.box[i]);
+        rest /= int(content.box[i]);
+        inside &= at >= 0 && at < int64_t(content.sizes[i]);
+        offset += at * (i == 0 ? 2 : content.strides[i - 1]);
+      }
+      uint16_t number = 0;
+      if (inside) std::memcpy(&number, content.data + offset, 2);
+      std::memcpy(shared_memory + swizzled(start + 2 * index, row_bytes), &number, 2);
     }
-    uint16_t number = 0;
-    if (inside) std::memcpy(&number, content.data + offset, 2);
-    const uint32_t address = start + 2 * index;
-    if (address + 2 > SHARED_BYTES) fail("a box beyond shared memory");
-    std::memcpy(shared_memory + swizzled(address, row_bytes), &number, 2);
-  }
-  barrier.bytes -= 2 * num_elements;
-  complete(barrier);
+    barrier.bytes -= 2 * num_elements;
+    complete(barrier);
+  });
 }
 template <class... Coordinates>
 void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates... coordinates) {
@@ -318,8 +336,10 @@ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates.
 }
 
 inline void copy(uint32_t dst, const void* src, int bytes, bool valid) {
-  std::memset(shared_memory + dst, 0, bytes);
-  if (valid) std::memcpy(shared_memory + dst, src, bytes);
+  land(threadIdx.x / WARP_SIZE, [dst, src, bytes, valid] {
+    std::memset(shared_memory + dst, 0, bytes);
+    if (valid) std::memcpy(shared_memory + dst, src, bytes);
+  });
 }
 inline void cp_async_8(uint32_t dst, const void* src, bool valid) { copy(dst, src, 8, valid); }
 inline void cp_async_4(uint32_t dst, const void* src, bool valid) { copy(dst, src, 4, valid); }
@@ -569,6 +589,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
                         bool last_thread_first) {
   cluster = &run;
   run.barrier = {};
+  run.copies_are_late = last_thread_first;
   run.blocks.resize(num_blocks);
   for (Block& block : run.blocks) {
     block.shared_memory.assign(shared_bytes, 0xff);  // NaN in every format
@@ -576,6 +597,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
     block.barriers.clear();
     block.threads.resize(num_threads);
     block.launches = block.late_boxes = 0;
+    block.copies.clear();
     for (Thread& thread : block.threads) {
       thread.ready = nullptr;
       thread.done = thread.waited = thread.asleep = false;
@@ -588,20 +610,33 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
       makecontext(&thread.context, enter, 0);
     }
   }
-  for (bool moved = true; moved;) {
-    moved = false;
-    for (int i = 0; i < num_blocks; ++i) {
+  // In each block; whether anything came of it.
+  const auto in_turn = [&](auto act) {
+    bool any = false;
+    for (int i = 0; i < num_blocks && run.failure.empty(); ++i) {
       const int rank = last_thread_first ? num_blocks - 1 - i : i;
       running = &run.blocks[rank];
       blockIdx.x = unsigned(first_block + rank);
       std::memcpy(shared_memory, running->shared_memory.data(), shared_bytes);
-      moved |= advance_block(last_thread_first);
+      any |= act(*running);
       std::memcpy(running->shared_memory.data(), shared_memory, shared_bytes);
       // Of a block that has ended others read nothing.
       if (ended(*running)) std::memset(running->shared_memory.data(), 0xff, shared_bytes);
-      if (!run.failure.empty()) return;
     }
+    return any && run.failure.empty();
+  };
+  const auto advance = [&](Block&) { return advance_block(last_thread_first); };
+  const auto land_copies = [&run](Block& block) {
+    if (block.copies.empty()) return false;
+    run.random = run.random * 1664525 + 1013904223;
+    const auto chosen = std::next(block.copies.begin(), (run.random >> 16) % block.copies.size());
+    for (const auto& copy : chosen->second) copy();
+    block.copies.erase(chosen);
+    return true;
+  };
+  while (in_turn(advance) || in_turn(land_copies)) {
   }
+  if (!run.failure.empty()) return;
   if (!std::all_of(run.blocks.begin(), run.blocks.end(), ended)) run.failure = "threads wait for each other";
 }
 
