@@ -11,8 +11,9 @@
 // The sums are those of a few heads at a time, which stay in the L2 cache: head h uses slot h % num_slots. Warps that the
 // fetching warp leaves idle work ahead and behind on chunks of queries: they round a finished head's sums into dq, then make
 // the slot ready for the head that takes it over: sums of zero, and its statistics (lse, delta). At the beginning and at the
-// end, where there is nothing to compute, all warps do. `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk that is not finished
-// waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be resident beside another.
+// end, where there is nothing to compute, all warps do. `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are
+// taken in order by whichever block runs: the first chunk that is not finished waits only for jobs of earlier heads, the first
+// job only for chunks of its own, so no block has to be resident beside another.
 // (Jobs of the last tail_heads heads alternate, but these have slots of their own: tail_heads <= num_slots.)
 // Read next: hopper.cu.
 #pragma once

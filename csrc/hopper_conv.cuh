@@ -7,8 +7,9 @@
 // An item is a patch of 16 columns and 8 kBlocks rows of the map, 160 output channels and, of kDoubled, one parity (p, q). Each
 // of two warpgroups owns 8 columns, a block of 8 rows of them to an accumulator of 64 rows. One step is a tap and 32 input
 // channels. Weights come step by step; the map comes once for all taps, the patch with its neighbours, and a tap is another
-// place to begin in it. What lies outside of the map reads as zero, which is the padding. Sums are float32. The second warpgroup begins some steps late and stays behind, so that one multiplies while the other
-// stores. On request each gives the mean and the deviation of what it stores, for a norm.
+// place to begin in it. What lies outside of the map reads as zero, which is the padding. Sums are float32. The second
+// warpgroup begins some steps late and stays behind, so that one multiplies while the other stores. On request each gives the
+// mean and the deviation of what it stores, for a norm.
 #pragma once
 
 #include "hopper_tile.cuh"

@@ -113,7 +113,7 @@ __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Bar
       : "memory");
 }
 
-// The same of a tensor of two dimensions, of three, and of five: coordinates from the innermost one on.
+// The same of a tensor of two dimensions and of three: coordinates from the innermost one on.
 __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];\n" ::"r"(
@@ -126,14 +126,6 @@ __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Bar
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(
           shared_address(dst)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
-__device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1, int c2,
-                                         int c3, int c4) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
-      "[%2];\n" ::"r"(shared_address(dst)),
-      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 }
 

@@ -269,7 +269,9 @@ class Engine:
             raise ValueError(f'products="cuda" cannot run here: {reason}; products="cublas" would')
         ahead = None
         if read_ahead:
-            reason = "it is of CUDA graphs" if not self.captures else prefetch.unavailable(self.device)
+            reason = prefetch.unavailable(self.device)
+            if not self.captures:
+                reason = f"it needs CUDA graphs, got capture={capture} on {self.device}"
             if reason is None and (dtype is None or compile is not None):
                 reason = "it needs a dtype, and blocks that are not compiled"
             if reason is not None:

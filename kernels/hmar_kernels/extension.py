@@ -37,7 +37,7 @@ def hopper_unavailable(device: torch.device) -> str | None:
 def _reason(device: torch.device, entry: str) -> str | None:
     if module is None:
         return _error
-    error = _load_error(device.index, entry)
+    error = _load_error(torch.cuda.current_device() if device.index is None else device.index, entry)
     if not error:
         return None
     return f"the extension was built for {module.architectures}, which cannot run on {device}: {error}"

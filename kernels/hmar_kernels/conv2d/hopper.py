@@ -92,7 +92,7 @@ def unavailable_on(device: torch.device, dtype: torch.dtype) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"the kernels need compute capability 9.0, got {capability[0]}.{capability[1]}"
-    error = _load_error(device.index)
+    error = _load_error(torch.cuda.current_device() if device.index is None else device.index)
     return f"the kernels cannot run on {device}: {error}" if error else None
 
 
