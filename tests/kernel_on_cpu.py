@@ -19,7 +19,7 @@ def build(folder: Path, driver: str, emulation: str, headers: tuple[str, ...]) -
         pytest.skip("no g++ or clang++ on PATH")
     for name in ("params.h", *headers):
         shutil.copy(ROOT / "csrc" / name, folder)
-    for name in (emulation, f"{driver}.cpp"):
+    for name in ("cuda_words.h", emulation, f"{driver}.cpp"):
         shutil.copy(ROOT / "tests/cuda_on_cpu" / name, folder)
     library = folder / f"{driver}.so"
     command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, folder / f"{driver}.cpp"]

@@ -386,11 +386,17 @@ def step(model, attention, compiled, ms, resolution=256, recompute="none", opera
     return {"model": model, **size, **ways, "status": status, "reason": reason, **found, **memory, **shares, **more}
 
 
-@pytest.fixture
-def with_steps(tmp_path):
+def data_folder(tmp_path, **files):
+    """With a data file of each name."""
     data = tmp_path / "data"
     data.mkdir()
-    (data / "attention.json").write_text(json.dumps(content()))
+    for name, file in files.items():
+        (data / f"{name}.json").write_text(json.dumps(file))
+    return data
+
+
+@pytest.fixture
+def with_steps(tmp_path):
     rows = [
         step("var", "sdpa_dense", "false", 200.0, operators="reference"),
         step("var", "sdpa_dense", "blocks", 150.0),
@@ -403,8 +409,7 @@ def with_steps(tmp_path):
         step("hmar", "auto", "blocks", 50.0, recompute="mlp"),
     ]
     file = {"kind": "training", "version": 1, "environment": {"gpu": "NVIDIA H100"}, "results": rows}
-    (data / "training_test.json").write_text(json.dumps(file))
-    return data
+    return data_folder(tmp_path, attention=content(), training_test=file)
 
 
 def test_training_steps_have_a_table_with_the_fastest_of_each(with_steps, tmp_path):
@@ -496,10 +501,7 @@ def operators_file(times=None, **more):
 
 @pytest.fixture
 def with_operators(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "operators_test.json").write_text(json.dumps(operators_file()))
-    return data
+    return data_folder(tmp_path, operators_test=operators_file())
 
 
 def test_operators_have_a_table_in_reading_order(with_operators, tmp_path):
@@ -623,10 +625,7 @@ def curve_file(engine=ENGINE, **more):
 
 @pytest.fixture
 def with_curves(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "loss_curve_test.json").write_text(json.dumps(curve_file()))
-    return data
+    return data_folder(tmp_path, loss_curve_test=curve_file())
 
 
 def test_learning_curves_have_a_table_of_their_windows(with_curves, tmp_path):
@@ -705,10 +704,7 @@ SCALING = [
 
 @pytest.fixture
 def with_scaling(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "scaling_test.json").write_text(json.dumps(scaling_file(SCALING)))
-    return data
+    return data_folder(tmp_path, scaling_test=scaling_file(SCALING))
 
 
 def test_runs_on_several_gpus_are_grouped_by_the_batch_of_one(with_scaling, tmp_path):

@@ -16,23 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "cuda_words.h"
 #include "params.h"
-
-#define __global__
-#define __device__
-#define __shared__
-#define __grid_constant__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __align__(n) __attribute__((aligned(n)))
-
-struct Index {
-  unsigned x;
-};
-struct uint4 {
-  uint32_t x, y, z, w;
-};
-inline Index threadIdx, blockIdx;
 
 namespace hmar {
 
