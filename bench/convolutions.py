@@ -5,7 +5,9 @@ channels-last: torch's (cuDNN with its benchmark on) beside every kernel of `hma
 at the top, in the middle and at the bottom of the first and the last image are held against float64, then a call is
 timed by the method of `timing.py`. At the end, by implementation, the time of all convolutions of a decoding. "auto" is
 what `hmar_kernels.conv2d` takes by itself, "hopper" the kernel that it counts to be faster, "with-norm" the same with
-statistics for the norm behind it, "hopper-2" the kernel of two blocks. Results are one JSON file, kind "convolutions".
+statistics for the norm behind it, "hopper-2" the kernel of two blocks. "of-norm" is "hopper" of the map's group norm
+and SiLU within it, "norm-first" the norm written and then "hopper", both given statistics of the map. Results are one
+JSON file, kind "convolutions".
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from torch import Tensor
 
 from hmar.config import PRESETS, TokenizerConfig
 from hmar.tokenizer import Decoder, Upsample
-from hmar_kernels import conv2d, conv_transpose2d
+from hmar_kernels import conv2d, conv_transpose2d, group_norm
 from hmar_kernels.conv2d import hopper, packed_taps, reference
+from hmar_kernels.group_norm import ChunkStatistics, NormFactors, group_norm_factors
 
 from .check import CheckFailed
 from .environment import environment
@@ -87,7 +90,22 @@ def draw(of: Convolution, images: int, device: torch.device) -> tuple[Tensor, Te
     return x, packed_taps(weight) if of.doubled else weight.contiguous(memory_format=torch.channels_last)
 
 
-def check(actual: Tensor, of: Convolution, x: Tensor, weight: Tensor) -> float:
+OF_NORM = ("norm-first", "of-norm")
+CHUNK = 128  # positions that a convolution has statistics of, at most
+
+
+def draw_norm(x: Tensor) -> dict:
+    """What `group_norm` of a map takes: 32 groups as the decoder has, parameters, statistics."""
+    generator = torch.Generator(x.device).manual_seed(1)
+    weight, bias = torch.randn(2, x.shape[1], generator=generator, device=x.device, dtype=x.dtype)
+    size = math.gcd(x.shape[2] * x.shape[3], CHUNK)
+    rows = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(1, (-1, size)).float()
+    variances, means = torch.var_mean(rows, 2, correction=0)
+    statistics = ChunkStatistics(means, variances * size, size)
+    return {"num_groups": math.gcd(x.shape[1], 32), "weight": 1 + 0.1 * weight, "bias": bias, "statistics": statistics}
+
+
+def check(actual: Tensor, of: Convolution, x: Tensor, weight: Tensor, norm: NormFactors | None = None) -> float:
     """The error of some rows, relative to their norm. CheckFailed where it is more than rounding."""
     plain, factor = (reference.conv_transpose2d, 2) if of.doubled else (reference.conv2d, 1)
     worst, eps = 0.0, torch.finfo(actual.dtype).eps
@@ -95,7 +113,10 @@ def check(actual: Tensor, of: Convolution, x: Tensor, weight: Tensor) -> float:
         for first in {0, max(0, of.side // 2 - 1), max(0, of.side - CHECKED_ROWS)}:
             last = min(first + CHECKED_ROWS, of.side)
             above = max(first - 1, 0)
-            part = plain(x[image : image + 1, :, above : last + 1].double(), weight.double(), None)
+            part = x[image : image + 1, :, above : last + 1].double()
+            if norm is not None:
+                part = reference.normed(part, NormFactors(*(t[image : image + 1].double() for t in norm)))
+            part = plain(part, weight.double(), None)
             expected = part[0, :, factor * (first - above) : factor * (last - above)]
             error = (actual[image, :, factor * first : factor * last].double() - expected).norm() / expected.norm()
             if not error <= eps:
@@ -104,17 +125,30 @@ def check(actual: Tensor, of: Convolution, x: Tensor, weight: Tensor) -> float:
     return worst
 
 
-def implementations(of: Convolution, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def implementations(of: Convolution, device: torch.device) -> dict[str, Callable[[Tensor, Tensor, dict], Tensor]]:
+    """Of a map, a weight and, those OF_NORM, what `draw_norm` gives."""
     operator = conv_transpose2d if of.doubled else conv2d
-    found = {"torch": lambda x, weight: operator(x, weight, impl="reference")}
+    found = {"torch": lambda x, weight, _: operator(x, weight, impl="reference")}
     if device.type == "cuda":
         for impl in ("auto", "hopper"):
-            found[impl] = lambda x, weight, impl=impl: operator(x, weight, impl=impl)
-        found["with-norm"] = lambda x, weight: hopper.with_statistics(x, weight, doubled=of.doubled)[0]
+            found[impl] = lambda x, weight, _, impl=impl: operator(x, weight, impl=impl)
+        found["with-norm"] = lambda x, weight, _: hopper.with_statistics(x, weight, doubled=of.doubled)[0]
         for tile in hopper.TILES:
             if tile.doubled == of.doubled:
-                found[f"hopper-{tile.blocks}"] = lambda x, weight, tile=tile: hopper.forward(x, weight, None, tile)[0]
+                found[f"hopper-{tile.blocks}"] = lambda x, weight, _, tile=tile: hopper.forward(x, weight, None, tile)[
+                    0
+                ]
+    if device.type == "cuda" and not of.doubled:
+        found |= dict(zip(OF_NORM, (norm_first, of_norm), strict=True))
     return found
+
+
+def norm_first(x: Tensor, weight: Tensor, norm: dict, impl: str = "hopper") -> Tensor:
+    return conv2d(group_norm(x, **norm, silu=True), weight, impl=impl)
+
+
+def of_norm(x: Tensor, weight: Tensor, norm: dict, impl: str = "hopper") -> Tensor:
+    return conv2d(x, weight, norm=group_norm_factors(x, **norm), impl=impl)
 
 
 NUMBERS = ("ms", "p10_ms", "p90_ms", "rounds", "host_us", "error")
@@ -123,7 +157,7 @@ NUMBERS = ("ms", "p10_ms", "p90_ms", "rounds", "host_us", "error")
 def examine(
     of: Convolution,
     impl: str,
-    run: Callable[[Tensor, Tensor], Tensor],
+    run: Callable[[Tensor, Tensor, dict], Tensor],
     images: int,
     stopwatch: Stopwatch,
     budget: float,
@@ -134,15 +168,19 @@ def examine(
         x, weight = draw(of, images, stopwatch.device)
         if of.doubled and impl == "torch":
             weight = weight.contiguous(memory_format=torch.channels_last)  # as the decoder has it then
-        found["error"] = check(run(x, weight), of, x, weight)
-        found |= stopwatch.measure(lambda _: run(x, weight), lambda: None, budget)
+        norm, factors = {}, None
+        if impl in OF_NORM:
+            norm = draw_norm(x)
+            factors = group_norm_factors(x, **norm, impl="reference")
+        found["error"] = check(run(x, weight, norm), of, x, weight, factors)
+        found |= stopwatch.measure(lambda _: run(x, weight, norm), lambda: None, budget)
     except ERRORS as error:
         found["status"], found["reason"] = failure(error)
     return found
 
 
 def line(row: dict, of: Convolution) -> str:
-    place = f"{row['pixels']:>5} px x{row['images']:<3} {row['calls']:>2} x {of} {row['impl']:<9}"
+    place = f"{row['pixels']:>5} px x{row['images']:<3} {row['calls']:>2} x {of} {row['impl']:<10}"
     if row["status"] != "ok":
         return f"{place} {row['status']}: {row['reason']}"
     return f"{place} {row['ms']:8.4f} ms {row['flops'] / row['ms'] / 1e9:6.1f} TFLOP/s {row['host_us']:5.0f} us host"
@@ -150,7 +188,9 @@ def line(row: dict, of: Convolution) -> str:
 
 def totals(rows: list[dict]) -> dict[str, float]:
     """Milliseconds of all convolutions of a decoding, of the implementations that could do all."""
-    whole = {row["impl"] for row in rows} - {row["impl"] for row in rows if row["ms"] is None}
+    asked = Counter(row["impl"] for row in rows)
+    done = Counter(row["impl"] for row in rows if row["ms"] is not None)
+    whole = {impl for impl, number in done.items() if number == max(asked.values())}
     return {impl: sum(row["calls"] * row["ms"] for row in rows if row["impl"] == impl) for impl in sorted(whole)}
 
 
@@ -159,7 +199,11 @@ def main(arguments: list[str] | None = None) -> int:
     add_device(parser)
     parser.add_argument("--resolutions", type=integers, metavar="N,N", help="pixels; default: all of CELLS")
     parser.add_argument("--images", type=integers, metavar="N,N", help="images at once, for every resolution")
-    parser.add_argument("--impl", type=names, help="default: torch, auto, hopper, with-norm, and every kernel by name")
+    parser.add_argument(
+        "--impl",
+        type=names,
+        help="default: torch, auto, hopper, with-norm, norm-first, of-norm, and every kernel by name",
+    )
     parser.add_argument("--seconds", type=float, default=0.2, help="time to spend on one measurement (default 0.2)")
     add_record(parser)
     options = parser.parse_args(arguments)
@@ -196,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line(rows[-1], of), flush=True)
             write(options.output, {**head, "complete": False}, rows)
         for impl, ms in totals(rows[begin:]).items():
-            print(f"{pixels:>5} px x{images:<3} all convolutions by {impl:<9} {ms:8.3f} ms", flush=True)
+            print(f"{pixels:>5} px x{images:<3} all convolutions by {impl:<10} {ms:8.3f} ms", flush=True)
     write(options.output, {**head, "complete": True}, rows)
     return int(any(row["status"] != "ok" for row in rows))
 

@@ -166,8 +166,8 @@ void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, c
 // bfloat16, images, height, width, input and output channels.
 using ConvShapeTuple = std::tuple<bool, int, int, int, int, int>;
 
-void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out,
-                 uintptr_t means, uintptr_t deviations, int device, uintptr_t stream) {
+void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t factors,
+                 uintptr_t offsets, uintptr_t out, uintptr_t means, uintptr_t deviations, int device, uintptr_t stream) {
   const auto [bfloat16, num_images, height, width, in_channels, out_channels] = shape;
   const hmar::HopperConvShape conv_shape{bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
                                          num_images,
@@ -176,8 +176,10 @@ void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t w
                                          in_channels,
                                          out_channels};
   const DeviceGuard guard(device);
-  DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape, pointer<const void>(x), pointer<const void>(weight),
-                                              pointer<const void>(bias),
+  DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape,
+                                              {pointer<const void>(x), pointer<const void>(weight),
+                                               pointer<const void>(bias), pointer<const float>(factors),
+                                               pointer<const float>(offsets)},
                                               {pointer<void>(out), pointer<float>(means), pointer<float>(deviations)},
                                               reinterpret_cast<cudaStream_t>(stream)),
                      "hopper_conv");

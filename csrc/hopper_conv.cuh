@@ -9,7 +9,9 @@
 // channels. Weights come step by step; the map comes once for all taps, the patch with its neighbours, and a tap is another
 // place to begin in it. What lies outside of the map reads as zero, which is the padding. Sums are float32. The second
 // warpgroup begins some steps late and stays behind, so that one multiplies while the other stores. On request each gives the
-// mean and the deviation of what it stores, for a norm.
+// mean and the deviation of what it stores, for a norm. On request x is the norm and SiLU of the map that a kSame kernel is given,
+// silu(factor[n, c] map[n, y, x, c] + offset[n, c]): once for all taps the three warps beside the one that fetches put it in the
+// place of the map in shared memory.
 #pragma once
 
 #include "hopper_tile.cuh"
@@ -28,8 +30,10 @@ struct HopperConvTile {
 
   static constexpr int kGroups = 2;
   static constexpr int kNumThreads = (kGroups + 1) * kGroupThreads;
+  static constexpr bool kNorms = kResolution == Resolution::kSame;  // where it is asked for
+  static constexpr int kNormWarps = 3;
   // Of each thread: together as many as at the launch, of which 160 are sums.
-  static constexpr int kComputeRegisters = 240, kFetchRegisters = 24;
+  static constexpr int kComputeRegisters = kNorms ? 224 : 240, kFetchRegisters = kNorms ? 56 : 24;
   static_assert(kGroups * kComputeRegisters + kFetchRegisters <= (kGroups + 1) * 168);
   static constexpr int kSide = kResolution == Resolution::kSame ? 3 : 2;  // taps in either direction
   static constexpr int kParities = kResolution == Resolution::kSame ? 1 : 4;
@@ -53,6 +57,7 @@ struct HopperConvTile {
     alignas(128) uint8_t out[4 * kGroups][kWarpPositions * kOutBytes];
     Barrier weight_full[kStages], weight_empty[kStages];
     Barrier map_full[kMapStages], map_empty[kMapStages];
+    Barrier map_landed[kMapStages];  // with a norm, after which the map is full
   };
 };
 
@@ -81,9 +86,15 @@ struct ConvItem {
   }
 };
 
+template <class Tile>
+__device__ __forceinline__ bool has_norm(const HopperConvParams& params) {
+  return Tile::kNorms && params.factors != nullptr;
+}
+
 // One thread.
 template <class Tile>
 __device__ __forceinline__ void fetch_conv(const HopperConvParams& params, typename Tile::Shared& shared) {
+  Barrier* landed = has_norm<Tile>(params) ? shared.map_landed : shared.map_full;
   RingPosition<Tile::kStages> ring;
   RingPosition<Tile::kMapStages> maps;
   for (int index = blockIdx.x; index < params.num_items; index += gridDim.x) {
@@ -91,8 +102,8 @@ __device__ __forceinline__ void fetch_conv(const HopperConvParams& params, typen
     for (int chunk = 0; chunk < params.num_chunks; ++chunk) {
       const int channel = chunk * kConvChannels;
       barrier_wait(shared.map_empty[maps.stage], maps.parity ^ 1);
-      barrier_arrive_expecting(shared.map_full[maps.stage], Tile::kMapBytes);
-      tma_load(shared.map[maps.stage], params.x, shared.map_full[maps.stage], channel, item.column - 1, item.row - 1,
+      barrier_arrive_expecting(landed[maps.stage], Tile::kMapBytes);
+      tma_load(shared.map[maps.stage], params.x, landed[maps.stage], channel, item.column - 1, item.row - 1,
                item.image);
       maps.advance();
 #pragma unroll 1  // of few registers
@@ -103,6 +114,84 @@ __device__ __forceinline__ void fetch_conv(const HopperConvParams& params, typen
                  item.weight_tap(tap / Tile::kSide, tap % Tile::kSide), item.out_channel);
         ring.advance();
       }
+    }
+  }
+}
+
+// silu(factor x + offset) of eight numbers, given half of each factor and offset.
+template <DType kType>
+__device__ __forceinline__ uint4 normalised(const uint4& x, const float (&factors)[8], const float (&offsets)[8]) {
+  uint32_t pairs[] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float y[2];
+    unpack<kType>(pairs[i], y[0], y[1]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float half = y[j] * factors[2 * i + j] + offsets[2 * i + j];
+      y[j] = half * tanh_approx(half) + half;
+    }
+    pairs[i] = pack<kType>(y[0], y[1]);
+  }
+  return {pairs[0], pairs[1], pairs[2], pairs[3]};
+}
+
+// Four numbers, halved.
+__device__ __forceinline__ void load_halves(float* halves, const float* numbers) {
+  const auto four = *reinterpret_cast<const float4*>(numbers);
+  halves[0] = 0.5f * four.x, halves[1] = 0.5f * four.y, halves[2] = 0.5f * four.z, halves[3] = 0.5f * four.w;
+}
+
+// Norm and SiLU of each box, in its place, by kNormWarps warps; thread: of theirs. It has a chunk of channels of every
+// kAtOnce-th position. What lies outside of the map stays zero.
+template <class Tile>
+__device__ __forceinline__ void normalise_maps(const HopperConvParams& params, typename Tile::Shared& shared, int thread) {
+  constexpr int kChunks = Tile::kPositionBytes / kChunkBytes, kNumbers = kChunkBytes / 2;
+  constexpr int kPositions = Tile::kMapRows * Tile::kMapColumns, kAtOnce = 32 * Tile::kNormWarps / kChunks;
+  constexpr int kRounds = (kPositions + kAtOnce - 1) / kAtOnce, kRoundBytes = kAtOnce * Tile::kPositionBytes;
+  static_assert(kAtOnce % 8 == 0, "a thread's chunk lies at the same place of all of its positions");
+  static_assert(kRounds * kRoundBytes <= Tile::kMapStageBytes && kRounds <= 32 && kRounds % 2 == 0);
+  const int first = thread / kChunks;
+  const int place = first * Tile::kPositionBytes + ((thread % kChunks) ^ (first / 2 % 4)) * kChunkBytes;
+  RingPosition<Tile::kMapStages> maps;
+  for (int index = blockIdx.x; index < params.num_items; index += gridDim.x) {
+    const ConvItem<Tile> item(params, index);
+    uint32_t inside = 0;  // a bit a round
+#pragma unroll 1
+    for (int round = 0; round < kRounds; ++round) {
+      const int position = first + round * kAtOnce;
+      const int row = item.row - 1 + position / Tile::kMapColumns, column = item.column - 1 + position % Tile::kMapColumns;
+      const bool within = unsigned(row) < unsigned(params.height) && unsigned(column) < unsigned(params.width);
+      inside |= uint32_t{within && position < kPositions} << round;
+    }
+    for (int chunk = 0; chunk < params.num_chunks; ++chunk) {
+      const int channel = chunk * kConvChannels + thread % kChunks * kNumbers;
+      const bool exists = channel < params.in_channels;
+      float factors[kNumbers], offsets[kNumbers];  // halves
+      if (exists) {
+        const int64_t begin = int64_t{item.image} * params.in_channels + channel;
+#pragma unroll
+        for (int i = 0; i < kNumbers; i += 4) {
+          load_halves(factors + i, params.factors + begin + i);
+          load_halves(offsets + i, params.offsets + begin + i);
+        }
+      }
+      barrier_wait(shared.map_landed[maps.stage], maps.parity);
+      if (exists) {
+        uint8_t* numbers = shared.map[maps.stage] + place;
+#pragma unroll 1
+        for (int round = 0; round < kRounds; round += 2, numbers += 2 * kRoundBytes) {
+          auto *left = reinterpret_cast<uint4*>(numbers), *right = reinterpret_cast<uint4*>(numbers + kRoundBytes);
+          const uint4 x[] = {*left, *right};
+          const uint4 y[] = {normalised<Tile::kType>(x[0], factors, offsets), normalised<Tile::kType>(x[1], factors, offsets)};
+          if (inside >> round & 1) *left = y[0];
+          if (inside >> round & 2) *right = y[1];
+        }
+      }
+      // NOTE: wgmma reads what these threads wrote as the copy engine would. No test on the CPU shows where this is missing.
+      fence_async_proxy();
+      release(shared.map_full[maps.stage]);
+      maps.advance();
     }
   }
 }
@@ -296,13 +385,19 @@ __global__ void __launch_bounds__(Tile::kNumThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups;
     barriers_init(shared.weight_full, 1), barriers_init(shared.weight_empty, kWarps);
-    barriers_init(shared.map_full, 1), barriers_init(shared.map_empty, kWarps);
+    barriers_init(shared.map_full, has_norm<Tile>(params) ? Tile::kNormWarps : 1);
+    barriers_init(shared.map_empty, kWarps), barriers_init(shared.map_landed, 1);
     fence_barrier_init();
   }
   __syncthreads();
   if (threadIdx.x >= Tile::kGroups * kGroupThreads) {
     give_registers<Tile::kFetchRegisters>();
-    if (threadIdx.x == Tile::kGroups * kGroupThreads) fetch_conv<Tile>(params, shared);
+    const int thread = threadIdx.x - Tile::kGroups * kGroupThreads;
+    if (thread == 0) {
+      fetch_conv<Tile>(params, shared);
+    } else if (thread >= 32 && has_norm<Tile>(params)) {
+      normalise_maps<Tile>(params, shared, thread - 32);
+    }
   } else {
     take_registers<Tile::kComputeRegisters>();
     compute_conv<Tile>(params, shared);

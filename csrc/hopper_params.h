@@ -127,6 +127,10 @@ struct HopperConvParams {
   TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
   void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
   const void* bias;    // [O], or null
+  // [N, C]: the convolution is of silu(factors x + offsets), rounded as x is, with zeros around it. Null: of x. Not where sides
+  // are doubled.
+  const float* factors;
+  const float* offsets;
   float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches, without a bias.
   float* deviations;   // the same: sums of squared distances from the mean. A chunk is what a warpgroup has of an item
   int64_t image_stride;
@@ -134,7 +138,7 @@ struct HopperConvParams {
   int32_t parity_row_stride, parity_column_stride;
   int32_t height, width;  // of x
   int32_t num_chunks;     // of 32 input channels
-  int32_t out_channels;
+  int32_t in_channels, out_channels;
   int32_t num_patch_rows, num_patch_columns, num_column_tiles;
   int32_t num_items;
 };

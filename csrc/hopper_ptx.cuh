@@ -156,6 +156,13 @@ __device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high)
 
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
 
+// Off by 2^-11 of its value at most.
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Adds `bytes` bytes of float32 numbers in shared memory to global memory, both at multiples of 16. Committed in groups, for
 // which the thread that started them waits: until the copy engine has read them, or until the sums are in global memory.
 __device__ __forceinline__ void bulk_add(float* dst, const uint8_t* src, int bytes) {

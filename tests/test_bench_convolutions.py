@@ -7,9 +7,10 @@ import torch
 
 from bench import convolutions as bench
 from bench.check import CheckFailed
-from bench.convolutions import Convolution, check, draw, totals
+from bench.convolutions import OF_NORM, Convolution, check, draw, draw_norm, norm_first, of_norm, totals
 from hmar.config import PRESETS
 from hmar_kernels import conv2d, conv_transpose2d
+from hmar_kernels.group_norm import group_norm_factors
 
 
 def test_a_run_on_the_tiny_decoder(tmp_path, capsys):
@@ -49,6 +50,33 @@ def test_wrong_rows_are_found(of):
             check(wrong, of, x, weight)
 
 
+@pytest.mark.parametrize("side", [1, 4, 20])
+def test_a_norm_is_checked(side):
+    """Of the whole map, with zeros around it; and its statistics are of that map."""
+    of = Convolution(side, 64, 16, False)
+    x, weight = draw(of, 2, torch.device("cpu"))
+    norm = draw_norm(x)
+    parts = norm["statistics"]
+    torch.testing.assert_close(parts.means.mean(1), x.float().mean((2, 3)))
+    between = parts.chunk_size * (parts.means - parts.means.mean(1, keepdim=True)).square()
+    whole = x.float().var((2, 3), correction=0) * side**2
+    torch.testing.assert_close((parts.deviations + between).sum(1), whole)
+    factors = group_norm_factors(x, **norm, impl="reference")
+    for run in (norm_first, of_norm):
+        assert 0 < check(run(x, weight, norm, impl="reference"), of, x, weight, factors) < 0.008
+    with pytest.raises(CheckFailed):
+        check(conv2d(x, weight), of, x, weight, factors)
+
+
+def test_implementations_on_a_gpu_are_known():
+    for doubled in (False, True):
+        of = Convolution(16, 160, 160, doubled)
+        found = bench.implementations(of, torch.device("cuda"))
+        assert set(OF_NORM) & set(found) == (set() if doubled else set(OF_NORM))
+        assert {"torch", "auto", "hopper", "with-norm", "hopper-1", "hopper-2"} <= set(found)
+
+
 def test_totals_are_of_what_could_do_all():
     rows = [dict(impl="a", calls=2, ms=1.5), dict(impl="a", calls=1, ms=1), dict(impl="b", calls=2, ms=None)]
+    rows.append(dict(impl="one of two", calls=2, ms=1))
     assert totals([*rows, dict(impl="b", calls=1, ms=1)]) == {"a": 4.0}

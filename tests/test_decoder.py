@@ -12,8 +12,8 @@ from hmar import decoder as fused
 from hmar.config import TokenizerConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample, attended
 from hmar.tokenizer import Decoder, Upsample
-from hmar_kernels.conv2d import hopper
-from hmar_kernels.group_norm import ChunkStatistics
+from hmar_kernels.conv2d import hopper, reference
+from hmar_kernels.group_norm import ChunkStatistics, NormFactors
 
 CONFIG = TokenizerConfig(channels=8, multipliers=(1, 1, 2, 4), num_res_blocks=1, norm_groups=4, code_dim=6)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -81,24 +81,26 @@ def test_transposed_upsampling_alone():
 @pytest.mark.parametrize(
     ("multiprocessors", "expected"),
     [
-        (1, {"same": 1 + 2 * (2 + 4 * 2), "doubled": 3, "statistics": 2 + 4 * 2 + 3}),
+        (1, {"same": 1 + 2 * (2 + 4 * 2), "doubled": 3, "statistics": 2 + 4 * 2 + 3, "normed": 2 * (2 + 4 * 2)}),
         (1000, {"doubled": 3, "statistics": 3}),
     ],
     ids=["large maps", "small maps"],
 )
 def test_hopper_convolutions_take_what_the_decoder_has(multiprocessors, expected, monkeypatch):
-    """All but the last one, to three channels, and those of 1x1; torch's stand for the kernels."""
+    """All but the last one, to three channels, and those of 1x1, with the norms of all residual blocks; torch's stand
+    for the kernels."""
     calls = Counter()
     unavailable = hopper.unavailable
 
-    def convolution(x, weight, doubled):
-        reason = unavailable(x.bfloat16(), weight.bfloat16(), None, doubled=doubled)
+    def convolution(x, weight, doubled, norm):
+        reason = unavailable(x.bfloat16(), weight.bfloat16(), None, doubled=doubled, norm=norm)
         assert reason == "the kernels run on CUDA tensors, got cpu"
         calls["doubled" if doubled else "same"] += 1
-        return F.conv_transpose2d(x, weight, stride=2, padding=1) if doubled else F.conv2d(x, weight, padding=1)
+        calls.update(["normed"] if norm is not None else [])
+        return reference.conv_transpose2d(x, weight, None) if doubled else reference.conv2d(x, weight, None, norm)
 
-    def with_statistics(x, weight, *, doubled):
-        out = convolution(x, weight, doubled)
+    def with_statistics(x, weight, *, doubled, norm=None):
+        out = convolution(x, weight, doubled, norm)
         rows = out.permute(0, 2, 3, 1)
         calls["statistics"] += 1
         return out, ChunkStatistics(rows.mean(2), rows.var(2, correction=0) * rows.shape[2], rows.shape[2])
@@ -106,7 +108,11 @@ def test_hopper_convolutions_take_what_the_decoder_has(multiprocessors, expected
     monkeypatch.setattr(fused, "unavailable_on", lambda device, dtype: None)
     monkeypatch.setattr(hopper, "unavailable", lambda *arguments, **options: None)
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(hopper, "conv2d", lambda x, weight, bias: convolution(x, weight, False))
+    monkeypatch.setattr(
+        hopper,
+        "conv2d",
+        lambda x, weight, bias, *norm: convolution(x, weight, False, NormFactors(*norm) if norm else None),
+    )
     monkeypatch.setattr(hopper, "with_statistics", with_statistics)
     decoder, latent = build(replace(CONFIG, code_dim=8))
     made = FusedDecoder(decoder, transposed=True)

@@ -3,8 +3,9 @@
 // and what it leaves outside of a tensor are written down a second time, element by element as in the PTX ISA. Products and bulk
 // additions read shared memory as late as their thread lets them. With first threads first, a copy lands when it is issued: a
 // buffer given back too early shows in the result. With last threads first copies land when no thread can go on without, those
-// of one barrier at a time, whichever: a wait for them that is missing shows. Fences do nothing here, threads take turns in these
-// two orders only, and the compiler is another one: what is wrong there does not show.
+// of one barrier at a time, whichever: a wait for them that is missing shows. A kernel may ask for late copies with first threads
+// first, too: then those who shall wait for what later threads make of a copy come before them. Fences do nothing here, threads
+// take turns in these orders only, and the compiler is another one: what is wrong there does not show.
 #pragma once
 
 #include <ucontext.h>
@@ -195,6 +196,12 @@ inline void pin(float&) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 inline int32_t load_acquire(const int32_t* counter) { return *counter; }
 inline void count_release(int32_t* counter) { ++*counter; }
+// As far off as it may be: eleven bits are kept.
+inline float tanh_approx(float x) {
+  int exponent;
+  const float fraction = std::frexp(std::tanh(x), &exponent);
+  return std::ldexp(std::round(std::ldexp(fraction, 11)), exponent - 11);
+}
 inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 inline uint32_t shared_address(const void* pointer) {
@@ -561,12 +568,16 @@ inline bool ended(const Block& block) {
   return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
 }
 
+struct Schedule {
+  bool last_thread_first, copies_are_late;
+};
+
 // One cluster, whose first block has this index.
 inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes,
-                        bool last_thread_first) {
+                        Schedule schedule) {
   cluster = &run;
   run.barrier = {};
-  run.copies_are_late = last_thread_first;
+  run.copies_are_late = schedule.copies_are_late;
   run.blocks.resize(num_blocks);
   for (Block& block : run.blocks) {
     block.shared_memory.assign(shared_bytes, 0xff);  // NaN in every format
@@ -591,7 +602,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
   const auto in_turn = [&](auto act) {
     bool any = false;
     for (int i = 0; i < num_blocks && run.failure.empty(); ++i) {
-      const int rank = last_thread_first ? num_blocks - 1 - i : i;
+      const int rank = schedule.last_thread_first ? num_blocks - 1 - i : i;
       running = &run.blocks[rank];
       blockIdx.x = unsigned(first_block + rank);
       std::memcpy(shared_memory, running->shared_memory.data(), shared_bytes);
@@ -602,7 +613,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
     }
     return any && run.failure.empty();
   };
-  const auto advance = [&](Block&) { return advance_block(last_thread_first); };
+  const auto advance = [&](Block&) { return advance_block(schedule.last_thread_first); };
   const auto land_copies = [&run](Block& block) {
     if (block.copies.empty()) return false;
     run.random = run.random * 1664525 + 1013904223;

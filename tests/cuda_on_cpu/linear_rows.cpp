@@ -32,7 +32,8 @@ void run(const LinearRows& call, int splits, bool last_thread_first, Cluster& cl
   const int num_tiles = divided(call.num_outputs, Tile::kFeatures);
   if (splits == 0) splits = linear_splits(num_tiles, params.num_chunks, 132);
   for (int block = 0; block < num_tiles * splits && cluster.failure.empty(); block += splits) {
-    run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared), last_thread_first);
+    run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared),
+                {last_thread_first, last_thread_first});
     if (!cluster.failure.empty()) return;
     for (const Block& of_cluster : cluster.blocks) {
       if (of_cluster.launches != 1) cluster.failure = "the next kernel is not let start once";
@@ -78,7 +79,7 @@ extern "C" const char* norm_rows_on_cpu(const NormRowsParams* params, bool bfloa
     bfloat16 ? norm_rows_kernel<DType::kBFloat16>(*params) : norm_rows_kernel<DType::kFloat16>(*params);
   };
   for (int row = 0; row < num_rows && cluster.failure.empty(); ++row) {
-    run_cluster(cluster, row, 1, kNormThreads, 2 * kNormWarps * sizeof(float), last_thread_first);
+    run_cluster(cluster, row, 1, kNormThreads, 2 * kNormWarps * sizeof(float), {last_thread_first, last_thread_first});
   }
   return message(cluster);
 }

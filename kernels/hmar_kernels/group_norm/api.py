@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, triton
-from .triton import ChunkStatistics
+from .triton import ChunkStatistics, NormFactors
 
 IMPLEMENTATIONS = ("reference", "triton")
 
@@ -44,14 +44,7 @@ def group_norm(
     Raises:
         ValueError: shapes do not fit together, or the implementation cannot take them.
     """
-    if statistics is not None:
-        chunks = x.shape[2] * x.shape[3] / statistics.chunk_size if x.ndim == 4 else 0
-        expected = (x.shape[0], chunks, x.shape[1])
-        if statistics.means.shape != expected or statistics.deviations.shape != expected:
-            raise ValueError(
-                f"statistics must be of whole chunks of x {list(x.shape)}, got {list(statistics.means.shape)} of "
-                f"{statistics.chunk_size} positions each"
-            )
+    _check(statistics, x)
     if _select(impl, num_groups, x, None, weight, bias, shift) == "reference":
         return reference.forward(x, shift, num_groups, weight, bias, eps, silu)
     # NOTE: the operator's dispatch takes the host longer than small kernels take, so it is there for tracing only.
@@ -142,6 +135,63 @@ def group_norm_conv(
     return F.conv2d(h, conv_weight, conv_bias, padding=tuple(n // 2 for n in conv_weight.shape[2:]))
 
 
+def group_norm_factors(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    statistics: ChunkStatistics | None = None,
+    impl: str = "auto",
+) -> NormFactors:
+    """`group_norm` without SiLU as a factor and an offset for each image and channel, for what applies them itself.
+
+    Arguments and errors are those of `group_norm`. The factors are to be applied to x, to which no shift was added.
+    """
+    _check(statistics, x)
+    if _select(impl, num_groups, x, None, weight, bias, shift) == "reference":
+        return NormFactors(*reference.factors(x, shift, num_groups, weight, bias, eps))
+    if torch.compiler.is_compiling():
+        return NormFactors(*_group_norm_factors_triton(x, shift, num_groups, weight, bias, eps))
+    return triton.factors(x, None, shift, num_groups, weight, bias, eps, statistics)[1]
+
+
+def residual_group_norm_factors(
+    x: Tensor,
+    branch: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    shift: Tensor | None = None,
+    eps: float = 1e-5,
+    impl: str = "auto",
+) -> tuple[Tensor, NormFactors]:
+    """z = x + branch + shift as of `residual_group_norm`, and `group_norm_factors` of z."""
+    if _select(impl, num_groups, x, branch, weight, bias, shift) == "reference":
+        z = reference.total(x, branch, shift)
+        return z, NormFactors(*reference.factors(z, None, num_groups, weight, bias, eps))
+    if torch.compiler.is_compiling():
+        z, *found = _residual_group_norm_factors_triton(x, branch, shift, num_groups, weight, bias, eps)
+        return z, NormFactors(*found)
+    return triton.factors(x, branch, shift, num_groups, weight, bias, eps)
+
+
+def _check(statistics: ChunkStatistics | None, x: Tensor) -> None:
+    """ValueError where they are not of x."""
+    if statistics is None:
+        return
+    chunks = x.shape[2] * x.shape[3] / statistics.chunk_size if x.ndim == 4 else 0
+    expected = (x.shape[0], chunks, x.shape[1])
+    if statistics.means.shape != expected or statistics.deviations.shape != expected:
+        raise ValueError(
+            f"statistics must be of whole chunks of x {list(x.shape)}, got {list(statistics.means.shape)} of "
+            f"{statistics.chunk_size} positions each"
+        )
+
+
 def _select(
     impl: str,
     num_groups: int,
@@ -212,6 +262,36 @@ def _residual_group_norm_triton(
 def _(x, branch, shift, num_groups, weight, bias, eps, silu):
     z = torch.empty_like(x, memory_format=torch.channels_last)
     return z, torch.empty_like(z)
+
+
+@torch.library.custom_op("hmar_kernels::group_norm_factors_triton", mutates_args=())
+def _group_norm_factors_triton(
+    x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return triton.factors(x, None, shift, num_groups, weight, bias, eps)[1]
+
+
+@_group_norm_factors_triton.register_fake
+def _(x, shift, num_groups, weight, bias, eps):
+    return _empty_factors(x)
+
+
+@torch.library.custom_op("hmar_kernels::residual_group_norm_factors_triton", mutates_args=())
+def _residual_group_norm_factors_triton(
+    x: Tensor, branch: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, found = triton.factors(x, branch, shift, num_groups, weight, bias, eps)
+    return z, *found
+
+
+@_residual_group_norm_factors_triton.register_fake
+def _(x, branch, shift, num_groups, weight, bias, eps):
+    return torch.empty_like(x, memory_format=torch.channels_last), *_empty_factors(x)
+
+
+def _empty_factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    factor = x.new_empty(x.shape[:2], dtype=torch.float32)
+    return factor, torch.empty_like(factor)
 
 
 _group_norm_conv_triton = torch.library.custom_op(
