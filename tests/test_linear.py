@@ -287,6 +287,23 @@ def test_calls_of_the_kernels_are_traced(calls):
     assert [name for name, _ in calls] == ["row_statistics", "linear_rows"] * 2
 
 
+def test_copies_of_weights_are_waited_for(calls):
+    """A kernel that may overlap reads weights at once, so it may not where they are copied just before it."""
+    arguments = fused_inputs((1, 2, 16, 64), torch.bfloat16)
+    storage = torch.zeros(16 * 64 + 1, dtype=torch.bfloat16)
+    layouts = {
+        "weight": (arguments["weight"].t().contiguous().t(), storage[1:].view(16, 64)),
+        "bias": (torch.zeros(32, dtype=torch.bfloat16)[::2],),
+    }
+    for name, tensors in layouts.items():
+        for tensor in tensors:
+            linear(**(arguments | {name: tensor}), impl="cuda", overlap=True)
+            assert {call["overlap"] for _, call in calls} == {False}
+            calls.clear()
+    linear(**(arguments | {"x": arguments["x"].mT.contiguous().mT}), impl="cuda", overlap=True)
+    assert {call["overlap"] for _, call in calls} == {True}
+
+
 def test_why_the_kernels_for_few_rows_cannot_run():
     assert "needs a CUDA device, got cpu" in unavailable_on(torch.device("cpu"), torch.bfloat16, 64)
     device = torch.device("cuda", 0)

@@ -62,12 +62,14 @@ def forward(
     """x [B, L, K], weight [N, K], bias [N], scale shift [B, 1, K], statistics [B, L, ceil(K / 64), 2], residual
     [B, L, N], gate [B, 1, N] -> y [B, L, N], and its statistics [B, L, ceil(N / 64), 2] if wanted."""
     (batch, length, K), (N, _), rows = x.shape, weight.shape, x.shape[0] * x.shape[1]
-    x, weight = _aligned(x.contiguous()), _aligned(weight.contiguous())
+    given, x = (weight, bias), _aligned(x.contiguous())
+    weight = _aligned(weight.contiguous())
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     common = {
         "bfloat16": weight.dtype == torch.bfloat16,
-        "overlap": overlap,
+        # NOTE: a copy may still be under way where the kernel reads weights without a wait.
+        "overlap": overlap and weight is given[0] and bias is given[1],
         "device": x.device.index,
         "stream": torch.cuda.current_stream(x.device).cuda_stream,
     }
