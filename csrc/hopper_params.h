@@ -143,34 +143,46 @@ struct HopperConvParams {
   int32_t num_items;
 };
 
-// Of a linear layer of few rows: inputs a step, and blocks of a cluster, at most: what every GPU can place.
-constexpr int kLinearInputs = 64, kMaxLinearSplits = 8;
+// Of a linear layer of few rows: inputs a step, outputs of a block, and blocks of a cluster, at most: what every GPU can place.
+constexpr int kLinearInputs = 64, kLinearFeatures = 64, kMaxLinearSplits = 8;
+
+// Of a row's 64 numbers from a multiple of 64 on, or as many as there are.
+struct alignas(8) TileStatistics {
+  float mean, squares;  // squares: the sum of squared distances from the mean
+};
+
+// A norm of the rows of x before a layer: h = LN(x) (1 + scale) + shift.
+struct RowsNorm {
+  const TileStatistics* statistics;  // of x, [num_rows, tiles]
+  const void* scale;                 // [images, num_inputs], whose rows start at multiples of 16 bytes
+  const void* shift;
+  int64_t scale_stride, shift_stride;
+  float eps;
+};
 
 // A linear layer of few rows (linear_rows.cuh). Numbers are of the kernel's type where nothing is said.
 struct LinearRowsParams {
-  TensorMap x;           // [num_rows, num_inputs], boxes of 64 inputs and the kernel's rows
-  TensorMap weight;      // [num_outputs, num_inputs], boxes of 64 inputs and the kernel's features
+  TensorMap x_map;       // of x, where there is no norm: boxes of 64 inputs and the kernel's rows
+  TensorMap weight;      // [num_outputs, num_inputs], boxes of 64 inputs and 64 features
+  const void* x;         // [num_rows, num_inputs], with a norm float32 or of the kernel's type
+  RowsNorm norm;
   const void* bias;      // [num_outputs], or null
   const void* residual;  // [num_rows, num_outputs], float32 or of the kernel's type, or null
   const void* gate;      // [images, num_outputs], with a residual
   void* y;               // [num_rows, num_outputs], of the residual's type where there is one
+  TileStatistics* statistics;  // of y, [num_rows, tiles], or null
   int64_t gate_stride;
-  int32_t num_rows, num_outputs;
+  int32_t num_rows, num_inputs, num_outputs;
   int32_t num_chunks;  // of 64 inputs
   int32_t image_rows;  // rows of an image
-  bool float_residual, gelu;
+  bool float_x, float_residual, gelu;
 };
 
-// Rows start at multiples of 16 bytes.
-struct NormRowsParams {
-  const void* x;      // [rows, num_inputs], float32 or of the kernel's type
-  const void* scale;  // [images, num_inputs]
-  const void* shift;
-  void* h;            // [rows, num_inputs]
-  int64_t scale_stride, shift_stride;
-  int32_t num_inputs;  // a multiple of 8, at most 8192
-  int32_t image_rows;
-  float eps;
+// Statistics of rows that no such layer has written.
+struct RowStatisticsParams {
+  const void* x;               // [rows, num_inputs], float32 or of the kernel's type
+  TileStatistics* statistics;  // [rows, num_tiles]
+  int32_t num_inputs, num_tiles;
   bool float_x;
 };
 

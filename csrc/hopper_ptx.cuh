@@ -50,6 +50,9 @@ __device__ __forceinline__ void count_release(int32_t* counter) {
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;\n"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
 
+// Fetches a line of global memory into the L2 cache, and nothing nearer: what it holds may still change.
+__device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address)); }
+
 // --- mbarriers -----------------------------------------------------------------------------------------------------
 
 using Barrier = uint64_t;

@@ -80,9 +80,10 @@ from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
 # Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows.
-# NOTE: measured by `bench.linear` (reports/data/linear_rows_h100.json, 6aacedc): us a block, with cuBLAS in brackets,
-# at width 1024 25.3 (31.0) with 2 rows, 29.7 (33.9) with 32, 35.3 (34.0) with 50; at 1536 43.8 (44.3) with 18, 45.9
-# (45.0) with 32; at 1920 46.2 (53.3) with 2, 55.2 (56.5) with 32, 61.8 (56.8) with 50.
+# NOTE: measured by `bench.linear` (reports/data/linear_rows_h100.json, 6aacedc), when norms were kernels of their own:
+# us a block, with cuBLAS in brackets, at width 1024 25.3 (31.0) with 2 rows, 29.7 (33.9) with 32, 35.3 (34.0) with 50;
+# at 1536 43.8 (44.3) with 18, 45.9 (45.0) with 32; at 1920 46.2 (53.3) with 2, 55.2 (56.5) with 32, 61.8 (56.8) with
+# 50.
 FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
 # Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
 # program normalises all keys again.
@@ -818,14 +819,16 @@ class FusedLinear(nn.Module):
     def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and this layer of its norm."""
         if stream.branch_BLC is None and self.takes(stream.x_BLC, scale_B1C):
-            return stream.x_BLC, self._few(stream.x_BLC, norm=(scale_B1C, shift_B1C))
+            norm = {"norm": (scale_B1C, shift_B1C), "statistics": stream.statistics_BLT2}
+            return stream.x_BLC, self._few(stream.x_BLC, **norm)
         x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
         return x_BLC, self(h_BLC)
 
     def added(self, x_BLC: Tensor, gate_B1C: Tensor, h_BLC: Tensor) -> Residual:
         """x + gate times this layer of h."""
         if self.takes(x_BLC, gate_B1C):
-            return Residual(self._few(h_BLC, residual=x_BLC, gate=gate_B1C))
+            y_BLC, statistics_BLT2 = self._few(h_BLC, residual=x_BLC, gate=gate_B1C, return_statistics=True)
+            return Residual(y_BLC, statistics_BLT2=statistics_BLT2)
         return Residual(x_BLC, self(h_BLC), gate_B1C)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
@@ -838,7 +841,7 @@ class FusedLinear(nn.Module):
         if self.choices.ahead is not None and x_BLC.shape[:-1].numel() <= READ_AHEAD_ROWS:
             self.choices.ahead.ask(self.following)
 
-    def _few(self, x_BLC: Tensor, **surroundings) -> Tensor:
+    def _few(self, x_BLC: Tensor, **surroundings) -> Tensor | tuple[Tensor, Tensor]:
         self._read_ahead(x_BLC)
         options = {"impl": "cuda", "overlap": self.choices.overlap}
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, **surroundings, **options)

@@ -140,16 +140,22 @@ def test_half_precision_is_that_of_autocast(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatch):
     """Which rows are few: here up to 64, so that the largest scale of three images and their null class is not. Norms
-    and residuals are in the products, and nothing is left for torch to add. The reference stands for the kernels."""
-    few = []
+    and residuals are in the products, and nothing is left for torch to add. Statistics go from one to the next, but for
+    the first norm of a pass, and of a masked pass's head. The reference stands for the kernels."""
+    few, measured = [], Counter()
     monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 64})
     model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
 
-    def seen(x, weight, bias, scale, shift, residual, gate, gelu, eps, overlap):
+    def seen(x, weight, bias, scale, shift, statistics, residual, gate, gelu, eps, return_statistics, overlap):
         few.append((x.shape[0] * x.shape[1], scale is not None, residual is not None))
+        assert return_statistics == (residual is not None)
         norm = None if scale is None else (scale, shift)
-        return reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
+        if statistics is not None:
+            torch.testing.assert_close(statistics, reference.statistics(x))
+        measured[statistics is not None] += norm is not None
+        y = reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
+        return [y, reference.statistics(y)] if return_statistics else [y]
 
     monkeypatch.setattr(engine_module, "unavailable_on", lambda *_: None)
     monkeypatch.setattr(cuda, "unavailable", lambda *_, residual: None)
@@ -164,9 +170,12 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatc
     assert few[0] == (6, False, False), "before all passes"
     rows = Counter(rows for rows, *others in few if any(others))
     passes = {2 * 3 if kind == "var" else 3: 1, 2 * 3 * 4: 1, 2 * 3 * 9: 1}
-    passes |= {3 * 4: 1, 3 * 9: 3} if kind == "hmar" else {}
+    masked = {3 * 4: 1, 3 * 9: 3} if kind == "hmar" else {}
+    passes |= masked
     assert passes.keys() <= rows.keys() and max(rows) <= 64 and 2 * 3 * 25 not in rows
-    assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * sum(passes.values())
+    num_passes = sum(passes.values())
+    assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * num_passes
+    assert measured == {True: kinds[True, False] - measured[False], False: num_passes + sum(masked.values())}
 
 
 class Order:

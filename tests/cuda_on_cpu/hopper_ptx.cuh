@@ -94,8 +94,15 @@ struct Block {
   long launches = 0;    // of the kernels that depend on this one
   long late_boxes = 0;  // that could have been asked for before the wait, or that come after such a launch
 };
+// What the kernel before writes, at these addresses, which hold NaN while a thread runs that has not waited for it.
+struct Previous {
+  uint8_t* to;
+  std::vector<uint8_t> content;
+};
 struct Cluster {
   std::vector<Block> blocks;
+  std::vector<Previous> previous;
+  bool previous_is_shown = true;
   Meeting barrier;
   ucontext_t scheduler;
   std::string failure;
@@ -105,6 +112,18 @@ struct Cluster {
 };
 inline Cluster* cluster;
 inline Block* running;
+
+inline void show_previous(bool shown) {
+  if (shown == cluster->previous_is_shown) return;
+  for (const Previous& part : cluster->previous) {
+    if (shown) {
+      std::copy(part.content.begin(), part.content.end(), part.to);
+    } else {
+      std::fill_n(part.to, part.content.size(), 0xff);
+    }
+  }
+  cluster->previous_is_shown = shown;
+}
 
 inline Thread& this_thread() { return running->threads[threadIdx.x]; }
 inline Warp& this_warp() { return running->warps[threadIdx.x / WARP_SIZE]; }
@@ -220,7 +239,10 @@ inline float load_cluster(const float* address, int rank) {
 }
 
 inline void launch_dependents() { ++running->launches; }
-inline void wait_for_previous() { this_thread().waited = true; }
+inline void wait_for_previous() {
+  this_thread().waited = true;
+  show_previous(true);
+}
 
 // --- mbarriers -----------------------------------------------------------------------------------------------------
 
@@ -282,6 +304,7 @@ inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
 }
 
 inline void prefetch_map(const TensorMap&) {}
+inline void prefetch_l2(const void*) {}
 
 inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
   const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
@@ -296,6 +319,7 @@ inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::
   for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
   if (start + 2 * num_elements > SHARED_BYTES) fail("a box beyond shared memory");
   land(reinterpret_cast<uintptr_t>(&barrier), [&content, &barrier, begin = std::move(begin), start, row_bytes, num_elements] {
+    if (content.of_previous) show_previous(true);
     for (int index = 0; index < num_elements; ++index) {
       int rest = index;
       bool inside = true;
@@ -380,6 +404,11 @@ void unpack(uint32_t packed, float& low, float& high) {
   low = widened<kType>(uint16_t(packed)), high = widened<kType>(uint16_t(packed >> 16));
 }
 
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 
 // ldmatrix: lane 8 i + j says where row j of matrix i is, of which a lane gets numbers 2 t and 2 t + 1 of row g.
@@ -555,6 +584,7 @@ inline bool advance_block(bool last_thread_first) {
       Thread& thread = this_thread();
       if (thread.done || (thread.ready && !thread.ready())) continue;
       thread.ready = nullptr;
+      show_previous(thread.waited);
       const bool slept = std::exchange(thread.asleep, false);
       swapcontext(&cluster->scheduler, &thread.context);
       if (!cluster->failure.empty()) return true;
@@ -624,6 +654,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
   };
   while (in_turn(advance) || in_turn(land_copies)) {
   }
+  show_previous(true);
   if (!run.failure.empty()) return;
   if (!std::all_of(run.blocks.begin(), run.blocks.end(), ended)) run.failure = "threads wait for each other";
 }
