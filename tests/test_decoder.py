@@ -81,26 +81,33 @@ def test_transposed_upsampling_alone():
 @pytest.mark.parametrize(
     ("multiprocessors", "expected"),
     [
-        (1, {"same": 1 + 2 * (2 + 4 * 2), "doubled": 3, "statistics": 2 + 4 * 2 + 3, "normed": 2 * (2 + 4 * 2)}),
+        (1, {"same": 21, "doubled": 3, "statistics": 10 + 3, "normed": 20}),
         (1000, {"doubled": 3, "statistics": 3}),
     ],
     ids=["large maps", "small maps"],
 )
 def test_hopper_convolutions_take_what_the_decoder_has(multiprocessors, expected, monkeypatch):
-    """All but the last one, to three channels, and those of 1x1, with the norms of all residual blocks; torch's stand
-    for the kernels."""
+    """All but the last one, to three channels, and those of 1x1, with the norms of all ten residual blocks;
+    torch's stand for the kernels."""
     calls = Counter()
     unavailable = hopper.unavailable
 
-    def convolution(x, weight, doubled, norm):
-        reason = unavailable(x.bfloat16(), weight.bfloat16(), None, doubled=doubled, norm=norm)
+    def convolution(x, weight, bias, doubled, norm=None, residual=None, shift=None):
+        given = {"doubled": doubled, "norm": norm, "residual": residual}
+        reason = unavailable(x.bfloat16(), weight.bfloat16(), bias, **given)
         assert reason == "the kernels run on CUDA tensors, got cpu"
         calls["doubled" if doubled else "same"] += 1
         calls.update(["normed"] if norm is not None else [])
-        return reference.conv_transpose2d(x, weight, None) if doubled else reference.conv2d(x, weight, None, norm)
+        calls.update(["added"] if residual is not None else [])
+        if doubled:
+            return reference.conv_transpose2d(x, weight, bias)
+        return reference.conv2d(x, weight, bias, norm, residual, shift)
 
-    def with_statistics(x, weight, *, doubled, norm=None):
-        out = convolution(x, weight, doubled, norm)
+    def pair(factors, offsets, *_):
+        return None if factors is None else NormFactors(factors, offsets)
+
+    def with_statistics(x, weight, bias=None, *, doubled, **options):
+        out = convolution(x, weight, bias, doubled, **options)
         rows = out.permute(0, 2, 3, 1)
         calls["statistics"] += 1
         return out, ChunkStatistics(rows.mean(2), rows.var(2, correction=0) * rows.shape[2], rows.shape[2])
@@ -109,9 +116,7 @@ def test_hopper_convolutions_take_what_the_decoder_has(multiprocessors, expected
     monkeypatch.setattr(hopper, "unavailable", lambda *arguments, **options: None)
     monkeypatch.setattr(hopper, "num_multiprocessors", lambda device: multiprocessors)
     monkeypatch.setattr(
-        hopper,
-        "conv2d",
-        lambda x, weight, bias, *norm: convolution(x, weight, False, NormFactors(*norm) if norm else None),
+        hopper, "conv2d", lambda x, weight, bias, *norm: convolution(x, weight, bias, False, pair(*norm))
     )
     monkeypatch.setattr(hopper, "with_statistics", with_statistics)
     decoder, latent = build(replace(CONFIG, code_dim=8))
