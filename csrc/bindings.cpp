@@ -218,14 +218,17 @@ void linear_rows(uintptr_t x, const RowsNormTuple& norm, uintptr_t weight, uintp
                      "linear_rows");
 }
 
-void row_statistics(uintptr_t x, uintptr_t statistics, int num_rows, int num_inputs, int num_tiles, bool float_x, bool bfloat16,
-                    bool overlap, int device, uintptr_t stream) {
-  const hmar::RowStatisticsParams params{pointer<const void>(x), pointer<hmar::TileStatistics>(statistics), num_inputs,
-                                         num_tiles, float_x};
+void norm_rows(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t h, int64_t scale_stride, int64_t shift_stride,
+               int num_rows, int num_inputs, int image_rows, float eps, bool float_x, bool bfloat16, bool overlap,
+               int device, uintptr_t stream) {
+  const hmar::NormRowsParams params{
+      pointer<const void>(x), pointer<const void>(scale), pointer<const void>(shift), pointer<void>(h), scale_stride,
+      shift_stride,           num_inputs,                 image_rows,                 eps,              float_x,
+  };
   const DeviceGuard guard(device);
   DeviceGuard::check(
-      hmar::launch_row_statistics(params, type_of(bfloat16), num_rows, overlap, reinterpret_cast<cudaStream_t>(stream)),
-      "row_statistics");
+      hmar::launch_norm_rows(params, type_of(bfloat16), num_rows, overlap, reinterpret_cast<cudaStream_t>(stream)),
+      "norm_rows");
 }
 
 // (doubled, blocks, stages, map stages) of each kernel.
@@ -272,9 +275,10 @@ void bind_hopper(py::module_& module) {
              py::arg("num_rows"), py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_x"),
              py::arg("float_residual"), py::arg("gelu"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("overlap"),
              py::arg("device"), py::arg("stream"), "Puts a linear layer of few rows on a stream.");
-  module.def("row_statistics", &row_statistics, py::kw_only(), py::arg("x"), py::arg("statistics"), py::arg("num_rows"),
-             py::arg("num_inputs"), py::arg("num_tiles"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),
-             py::arg("device"), py::arg("stream"), "Puts the statistics of the tiles of a few rows on a stream.");
+  module.def("norm_rows", &norm_rows, py::kw_only(), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("h"),
+             py::arg("scale_stride"), py::arg("shift_stride"), py::arg("num_rows"), py::arg("num_inputs"),
+             py::arg("image_rows"), py::arg("eps"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),
+             py::arg("device"), py::arg("stream"), "Puts the norm of a few rows on a stream.");
   module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
              "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
 }

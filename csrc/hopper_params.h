@@ -181,11 +181,16 @@ struct LinearRowsParams {
   bool float_x, float_residual, gelu;
 };
 
-// Statistics of rows that no such layer has written.
-struct RowStatisticsParams {
-  const void* x;               // [rows, num_inputs], float32 or of the kernel's type
-  TileStatistics* statistics;  // [rows, num_tiles]
-  int32_t num_inputs, num_tiles;
+// Rows start at multiples of 16 bytes.
+struct NormRowsParams {
+  const void* x;      // [rows, num_inputs], float32 or of the kernel's type
+  const void* scale;  // [images, num_inputs]
+  const void* shift;
+  void* h;            // [rows, num_inputs]
+  int64_t scale_stride, shift_stride;
+  int32_t num_inputs;  // a multiple of 8, at most 8192
+  int32_t image_rows;
+  float eps;
   bool float_x;
 };
 

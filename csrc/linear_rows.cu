@@ -21,13 +21,12 @@ constexpr Instance instance() {
   return {kType, kRows, kNormed, Tile::kNumThreads, sizeof(typename Tile::Shared), linear_rows_kernel<Tile>};
 }
 
-// What linear/cuda.py's ROWS name.
+// What linear/cuda.py's ROWS and NORMED_ROWS name.
 constexpr auto kFloat16 = DType::kFloat16, kBFloat16 = DType::kBFloat16;
 const Instance INSTANCES[] = {
     instance<kFloat16, 8, false>(),  instance<kFloat16, 16, false>(),  instance<kFloat16, 32, false>(),
-    instance<kFloat16, 8, true>(),   instance<kFloat16, 16, true>(),   instance<kFloat16, 32, true>(),
-    instance<kBFloat16, 8, false>(), instance<kBFloat16, 16, false>(), instance<kBFloat16, 32, false>(),
-    instance<kBFloat16, 8, true>(),  instance<kBFloat16, 16, true>(),  instance<kBFloat16, 32, true>(),
+    instance<kFloat16, 8, true>(),   instance<kBFloat16, 8, false>(),  instance<kBFloat16, 16, false>(),
+    instance<kBFloat16, 32, false>(), instance<kBFloat16, 8, true>(),
 };
 
 cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {
@@ -93,10 +92,9 @@ cudaError_t launch_linear_rows(const LinearRows& call, int kernel_rows, bool ove
   return cudaErrorInvalidValue;
 }
 
-cudaError_t launch_row_statistics(RowStatisticsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream) {
-  const auto kernel = dtype == kBFloat16 ? row_statistics_kernel<kBFloat16> : row_statistics_kernel<kFloat16>;
-  return launch(kernel, params, num_rows * divided(params.num_tiles, kStatisticsWarps), 32 * kStatisticsWarps, 1, 0, overlap,
-                stream);
+cudaError_t launch_norm_rows(NormRowsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream) {
+  const auto kernel = dtype == kBFloat16 ? norm_rows_kernel<kBFloat16> : norm_rows_kernel<kFloat16>;
+  return launch(kernel, params, num_rows, kNormThreads, 1, 2 * kNormWarps * sizeof(float), overlap, stream);
 }
 
 }  // namespace hmar

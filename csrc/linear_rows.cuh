@@ -10,7 +10,8 @@
 // results are bit-equal from run to run.
 //
 // The mean and variance of a row of x come from those of its tiles of 64 numbers, as the kernel that wrote x left them: a block
-// has all of a tile of y. Of other x they are found by a kernel of their own.
+// has all of a tile of y. Of other x, and of more than a few rows, which every block would read and norm again, the norm is a
+// kernel of its own.
 //
 // NOTE: the next kernel may start when the last weights have been asked for. Earlier its ring would be full too soon, and memory
 // idle from the end of this one until the next one's x is there.
@@ -25,7 +26,8 @@ constexpr int kRingBytes = 104 * 1024;  // of two blocks an SM, this kernel's an
 constexpr int kNormWarps = 8;
 constexpr int kPieces = 3;              // of a row, eight numbers each, that a thread of these warps has under way
 constexpr int kTilesAtOnce = 36;        // of a row, whose statistics are read together: all of up to 2304 numbers
-constexpr int kStatisticsWarps = 8;
+constexpr int kNormThreads = 32 * kNormWarps;
+constexpr int kNormVectors = 8;         // of four numbers a thread of the norm's own kernel: rows of at most 8192
 
 constexpr int kMomentsBarrier = 2;
 
@@ -444,25 +446,73 @@ __global__ void __launch_bounds__(Tile::kNumThreads, 2) linear_rows_kernel(const
   cluster_leave();
 }
 
-// Of x that another kernel wrote: one tile a warp.
+// Of all threads of a block, the same for each of them.
+__device__ __forceinline__ float block_sum(float value, float* shared) {
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kNormWarps; ++warp) total += shared[warp];
+  return total;
+}
+
 template <DType kType>
-__global__ void __launch_bounds__(32 * kStatisticsWarps)
-row_statistics_kernel(const __grid_constant__ RowStatisticsParams params) {
+__device__ __forceinline__ void unpack_vector(uint2 numbers, float (&values)[4]) {
+  unpack<kType>(numbers.x, values[0], values[1]);
+  unpack<kType>(numbers.y, values[2], values[3]);
+}
+
+// One row of h a block.
+template <DType kType>
+__global__ void __launch_bounds__(kNormThreads) norm_rows_kernel(const __grid_constant__ NormRowsParams params) {
+  extern __shared__ __align__(1024) uint8_t shared_memory[];
+  auto* shared = reinterpret_cast<float*>(shared_memory);
   launch_dependents();
   wait_for_previous();
-  const int row_blocks = (params.num_tiles + kStatisticsWarps - 1) / kStatisticsWarps, row = blockIdx.x / row_blocks;
-  const int tile = blockIdx.x % row_blocks * kStatisticsWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (tile >= params.num_tiles) return;
-  const int size = tile_size(params.num_inputs, tile);
-  float x[2];
+  const int row = blockIdx.x, num_vectors = params.num_inputs / 4;
+  const int64_t begin = static_cast<int64_t>(row) * params.num_inputs;
+  float x[kNormVectors][4];
+  float sum = 0.0f, squares = 0.0f;
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int64_t at = int64_t{row} * params.num_inputs + tile * kLinearFeatures + min(lane + 32 * j, size - 1);
-    x[j] = params.float_x ? static_cast<const float*>(params.x)[at]
-                          : value_of<kType>(static_cast<const uint16_t*>(params.x)[at]);
+  for (int i = 0; i < kNormVectors; ++i) {
+    const int vector = i * kNormThreads + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[i][j] = 0.0f;
+    if (vector >= num_vectors) continue;
+    if (params.float_x) {
+      const auto numbers = reinterpret_cast<const float4*>(static_cast<const float*>(params.x) + begin)[vector];
+      x[i][0] = numbers.x, x[i][1] = numbers.y, x[i][2] = numbers.z, x[i][3] = numbers.w;
+    } else {
+      unpack_vector<kType>(reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(params.x) + begin)[vector], x[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sum += x[i][j];
   }
-  const TileStatistics statistics = tile_statistics(x, size);
-  if (lane == 0) params.statistics[int64_t{row} * params.num_tiles + tile] = statistics;
+  const float mean = block_sum(sum, shared) / params.num_inputs;
+#pragma unroll
+  for (int i = 0; i < kNormVectors; ++i) {
+    if (i * kNormThreads + threadIdx.x >= num_vectors) continue;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) squares += (x[i][j] - mean) * (x[i][j] - mean);
+  }
+  const float rstd = inverse_root(block_sum(squares, shared + kNormWarps) / params.num_inputs + params.eps);
+  const int image = row / params.image_rows;
+  const auto* scale = static_cast<const uint16_t*>(params.scale) + image * params.scale_stride;
+  const auto* shift = static_cast<const uint16_t*>(params.shift) + image * params.shift_stride;
+#pragma unroll
+  for (int i = 0; i < kNormVectors; ++i) {
+    const int vector = i * kNormThreads + threadIdx.x;
+    if (vector >= num_vectors) continue;
+    float factor[4], offset[4], h[4];
+    unpack_vector<kType>(reinterpret_cast<const uint2*>(scale)[vector], factor);
+    unpack_vector<kType>(reinterpret_cast<const uint2*>(shift)[vector], offset);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) h[j] = (x[i][j] - mean) * rstd * (1.0f + factor[j]) + offset[j];
+    reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.h) + begin)[vector] =
+        uint2{pack<kType>(h[0], h[1]), pack<kType>(h[2], h[3])};
+  }
 }
 
 }  // namespace hmar

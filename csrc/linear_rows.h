@@ -67,7 +67,7 @@ std::vector<int> linear_rows_kernels();
 // many as there are; cudaErrorInvalidValue where there is no such kernel. overlap: it may start before the end of the one
 // before it.
 cudaError_t launch_linear_rows(const LinearRows& call, int kernel_rows, bool overlap, cudaStream_t stream);
-cudaError_t launch_row_statistics(RowStatisticsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream);
+cudaError_t launch_norm_rows(NormRowsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream);
 #endif
 
 }  // namespace hmar

@@ -155,9 +155,9 @@ def test_rows_on_a_gpu_depend_on_no_others(poisoned_memory):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 1, 40, 64), (2, 3, 136, 712), (2, 16, 1920, 1920)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 40, 64), (2, 3, 136, 712), (2, 4, 1920, 1920), (2, 16, 1920, 1920)], ids=str)
 def test_statistics_on_a_gpu(shape, dtype, poisoned_memory):
-    """Of y as it is stored; a norm of it by them is the one by those of the kernel that reads y."""
+    """Of y as it is stored; a norm of it by them is that of a kernel of its own."""
     batch, length, N, _ = shape
     arguments = fused_inputs(shape, torch.bfloat16, "cuda", dtype)
     y, statistics = linear(**arguments, impl="cuda", return_statistics=True)
@@ -250,7 +250,7 @@ def calls(monkeypatch):
     made = []
     module = SimpleNamespace(
         linear_rows=lambda **given: made.append(("linear_rows", given)),
-        row_statistics=lambda **given: made.append(("row_statistics", given)),
+        norm_rows=lambda **given: made.append(("norm_rows", given)),
     )
     monkeypatch.setattr(extension, "module", module)
     monkeypatch.setattr(cuda, "unavailable", lambda *_, residual: None)
@@ -258,20 +258,27 @@ def calls(monkeypatch):
     return made
 
 
-def test_statistics_are_found_where_none_are_given(calls):
-    arguments = fused_inputs((2, 3, 139, 712), torch.bfloat16)
-    y, statistics = linear(**arguments, impl="cuda", return_statistics=True)
-    (first, found), (second, call) = calls
-    assert (first, second) == ("row_statistics", "linear_rows")
-    assert (found["num_rows"], found["num_inputs"], found["num_tiles"], found["float_x"]) == (6, 712, 12, True)
-    assert call["norm"][0] == found["statistics"] and call["x"] == found["x"] == arguments["x"].data_ptr()
-    assert statistics.shape == (2, 3, 3, 2) and statistics.data_ptr() == call["statistics"]
-    calls.clear()
+@pytest.mark.parametrize("length, given", [(3, False), (4, False), (5, True)])
+def test_a_norm_without_statistics_or_of_more_rows_is_a_kernel_of_its_own(calls, length, given):
+    arguments = fused_inputs((2, length, 139, 712), torch.bfloat16)
+    statistics = {"statistics": reference.statistics(arguments["x"])} if given else {}
+    _, found = linear(**arguments, **statistics, impl="cuda", return_statistics=True)
+    (first, norm), (second, call) = calls
+    assert (first, second) == ("norm_rows", "linear_rows")
+    assert (norm["num_rows"], norm["num_inputs"], norm["image_rows"]) == (2 * length, 712, length) and norm["float_x"]
+    assert norm["x"] == arguments["x"].data_ptr() and norm["h"] == call["x"]
+    assert not any(call["norm"]) and not call["float_x"]
+    assert found.shape == (2, length, 3, 2) and found.data_ptr() == call["statistics"]
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_norm_of_few_rows_with_statistics_is_part_of_the_product(calls, length):
+    arguments = fused_inputs((2, length, 139, 712), torch.bfloat16)
     given = reference.statistics(arguments["x"])
     y = linear(**arguments, impl="cuda", statistics=given)
     ((name, call),) = calls
-    assert name == "linear_rows" and call["norm"][0] == given.data_ptr()
-    assert y.shape == (2, 3, 139) and call["statistics"] == 0
+    assert name == "linear_rows" and call["norm"][0] == given.data_ptr() and call["x"] == arguments["x"].data_ptr()
+    assert y.shape == (2, length, 139) and call["statistics"] == 0
 
 
 def test_calls_of_the_kernels_are_traced(calls):
@@ -284,7 +291,7 @@ def test_calls_of_the_kernels_are_traced(calls):
 
     shapes = [output.shape for output in torch.compile(layer, fullgraph=True, backend="eager")(x)]
     assert shapes == [(2, 3, 139), (2, 3, 139), (2, 3, 3, 2)]
-    assert [name for name, _ in calls] == ["row_statistics", "linear_rows"] * 2
+    assert [name for name, _ in calls] == ["norm_rows", "linear_rows"] * 2
 
 
 def test_copies_of_weights_are_waited_for(calls):

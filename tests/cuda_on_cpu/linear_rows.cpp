@@ -67,9 +67,8 @@ void run(const LinearRows& call, int kernel_rows, int splits, bool last_thread_f
     run<LinearRowsTile<kType, decltype(rows)::value, decltype(normed)::value>>(call, splits, last_thread_first, cluster);
   };
   cluster.failure = "no such tile";
-  const auto either = [&](auto rows) { with(rows, std::false_type()), with(rows, std::true_type()); };
-  either(std::integral_constant<int, 8>()), either(std::integral_constant<int, 16>());
-  either(std::integral_constant<int, 32>());
+  with(std::integral_constant<int, 8>(), std::true_type()), with(std::integral_constant<int, 8>(), std::false_type());
+  with(std::integral_constant<int, 16>(), std::false_type()), with(std::integral_constant<int, 32>(), std::false_type());
 }
 
 }  // namespace
@@ -89,18 +88,16 @@ extern "C" int linear_splits_of(int num_tiles, int num_chunks, int num_sms) {
   return linear_splits(num_tiles, num_chunks, num_sms);
 }
 
-extern "C" const char* row_statistics_on_cpu(const RowStatisticsParams* params, bool bfloat16, int num_rows,
-                                             bool last_thread_first) {
+extern "C" const char* norm_rows_on_cpu(const NormRowsParams* params, bool bfloat16, int num_rows, bool last_thread_first) {
   static Cluster cluster;
   cluster.failure.clear();
   cluster.previous.clear();
   hide(cluster, params->x, num_rows, params->num_inputs, params->num_inputs, params->float_x ? 4 : 2);
   cluster.kernel = [&] {
-    bfloat16 ? row_statistics_kernel<DType::kBFloat16>(*params) : row_statistics_kernel<DType::kFloat16>(*params);
+    bfloat16 ? norm_rows_kernel<DType::kBFloat16>(*params) : norm_rows_kernel<DType::kFloat16>(*params);
   };
-  const int num_blocks = num_rows * divided(params->num_tiles, kStatisticsWarps);
-  for (int block = 0; block < num_blocks && cluster.failure.empty(); ++block) {
-    run_cluster(cluster, block, 1, 32 * kStatisticsWarps, 0, {last_thread_first, last_thread_first});
+  for (int row = 0; row < num_rows && cluster.failure.empty(); ++row) {
+    run_cluster(cluster, row, 1, kNormThreads, 2 * kNormWarps * sizeof(float), {last_thread_first, last_thread_first});
   }
   return message(cluster);
 }

@@ -39,14 +39,16 @@ def linear(
         bias: [N] or None, of the weight's dtype.
         norm: scale and shift [B, 1, K] of an adaptive layer norm before it, h = LN(x) (1 + scale) + shift, which has
             the weight's dtype; x, scale and shift then have dtypes of their own. None: h = x.
-        statistics: of x, as the call that gave x returned them, which saves "cuda" a kernel before the norm.
+        statistics: of x, as the call that gave x returned them, which saves "cuda" a kernel for the norm of at most
+            MAX_NORMED_ROWS rows.
         residual, gate: [B, L, N] and [B, 1, N], both or neither, dtypes of their own.
         eps: added to the variance of the norm.
         return_statistics: whether to return statistics of y too, for a norm of it.
         impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel.
             "cuda" is for at most 32 rows, where the time goes into reading the weight, on GPUs of compute capability
-            9.0: one kernel, and one before it for statistics of x that a norm lacks. Neither has a derivative. "auto"
-            is "cublas" on a GPU where no gradient is needed, else "reference". A named implementation runs or raises.
+            9.0: one kernel, and one before it for a norm without statistics or of more rows. Neither has a derivative.
+            "auto" is "cublas" on a GPU where no gradient is needed, else "reference". A named implementation runs or
+            raises.
         overlap: of "cuda": the kernel may read weight and bias before the kernels queued before it have ended. For
             weights that no kernel writes which may still run.
     Returns:

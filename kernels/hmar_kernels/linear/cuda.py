@@ -10,7 +10,11 @@ from .reference import TILE
 
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS = (8, 16, 32)  # of the kernels, at most
-MAX_ROWS, STEP = max(ROWS), 8
+# The same of those with a norm within. NOTE: measured at widths of 1024, 1536 and 1920 (reports/data/
+# linear_rows_h100.json, a67dd7c and 6aacedc): us a block with the norm within and as a kernel of its own, of 8 rows
+# 21.6, 34.2, 44.0 and 26.1, 36.5, 47.2; of 18 rows 28.6, 50.9, 64.4 and 29.4, 43.8, 53.0.
+NORMED_ROWS = (8,)
+MAX_ROWS, MAX_NORMED_ROWS, MAX_NORMED, STEP = max(ROWS), max(NORMED_ROWS), 8192, 8
 
 
 def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
@@ -41,8 +45,12 @@ def refusal(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor
     for tensor in vectors:
         if tensor is not None and tensor.dtype != weight.dtype:
             return f"bias, scale, shift and gate are {weight.dtype} as the weight, not {tensor.dtype}"
-    rows = x.shape[:-1].numel()
-    return f"it has few rows, at most {MAX_ROWS}, got {rows}" if rows > MAX_ROWS else None
+    rows, K = x.shape[:-1].numel(), x.shape[-1]
+    if rows > MAX_ROWS:
+        return f"it has few rows, at most {MAX_ROWS}, got {rows}"
+    if K > MAX_NORMED and any(tensor is not None for tensor in vectors[1:3]):
+        return f"K is at most {MAX_NORMED} with a norm, got {K}"
+    return None
 
 
 def forward(
@@ -76,8 +84,11 @@ def forward(
     norm = (0, 0, 0, 0, 0, 0.0)
     if scale is not None:
         scale, shift = _aligned(scale), _aligned(shift)
-        statistics = _statistics_of(x, common) if statistics is None else statistics.contiguous()
-        norm = (*(t.data_ptr() for t in (statistics, scale, shift)), scale.stride(0), shift.stride(0), eps)
+        if statistics is not None and rows <= MAX_NORMED_ROWS:
+            statistics = statistics.contiguous()
+            norm = (*(t.data_ptr() for t in (statistics, scale, shift)), scale.stride(0), shift.stride(0), eps)
+        else:
+            x = _normed(x, scale, shift, weight.dtype, eps, common)
     y = torch.empty(batch, length, N, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
     outputs = [y, empty_statistics(y)] if return_statistics else [y]
     extension.module.linear_rows(
@@ -108,18 +119,23 @@ def empty_statistics(y: Tensor) -> Tensor:
     return y.new_empty(*y.shape[:-1], -(-y.shape[-1] // TILE), 2, dtype=torch.float32)
 
 
-def _statistics_of(x: Tensor, common: dict) -> Tensor:
-    statistics = empty_statistics(x)
-    extension.module.row_statistics(
+def _normed(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float, common: dict) -> Tensor:
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    extension.module.norm_rows(
         x=x.data_ptr(),
-        statistics=statistics.data_ptr(),
+        scale=scale.data_ptr(),
+        shift=shift.data_ptr(),
+        h=h.data_ptr(),
+        scale_stride=scale.stride(0),
+        shift_stride=shift.stride(0),
         num_rows=x.shape[:-1].numel(),
         num_inputs=x.shape[-1],
-        num_tiles=statistics.shape[-2],
+        image_rows=x.shape[1],
+        eps=eps,
         float_x=x.dtype == torch.float32,
         **common,
     )
-    return statistics
+    return h
 
 
 def _aligned(x: Tensor) -> Tensor:
