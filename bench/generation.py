@@ -19,8 +19,8 @@ The method, in one place:
   passes; `scales_ms`: the graph of each scale, then of decoding.
 * `decoder_ms` (optimised): the stages of decoding, each captured and timed alone on as many images as are decoded at
   once, times the number of such parts; the levels run from the smallest maps to the largest.
-* Variants of the optimised engine (--decoder, --convolutions, --products, --attention, --no-overlap, --read-ahead,
-  --compile, --compile-decoder, --no-cudnn-benchmark) are one to a run and a file, `method` says which: what cuDNN has
+* Variants of the optimised engine (--decoder, --convolutions, --products, --attention, --no-overlap, --compile,
+  --compile-decoder, --no-cudnn-benchmark) are one to a run and a file, `method` says which: what cuDNN has
   once chosen for a shape stays for the process.
 * What runs out of memory or fails is recorded with the reason. The file is valid after every row; --minutes ends a run
   in good time and --continue goes on, with a row for what ended the process before.
@@ -529,7 +529,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--products", choices=PRODUCTS, help="the same: of few rows")
     parser.add_argument("--attention", choices=ATTENTIONS, help="the same: of short scales")
     parser.add_argument("--no-overlap", action="store_true", help="start kernels after the end of the one before them")
-    parser.add_argument("--read-ahead", action="store_true", help="ask for weights of coming layers")
     parser.add_argument("--compile", metavar="BACKEND", help="of torch.compile for blocks, as inductor; default: none")
     parser.add_argument("--compile-decoder", metavar="BACKEND", help="the same for the decoder")
     parser.add_argument("--no-cudnn-benchmark", action="store_true", help="let cuDNN guess its fastest algorithms")
@@ -548,8 +547,6 @@ def main(arguments: list[str] | None = None) -> int:
         variant["cudnn_benchmark"] = False
     if options.no_overlap:
         variant["overlap"] = False
-    if options.read_ahead:
-        variant["read_ahead"] = True
     method = {
         "clock": "host, device idle before and after",
         "seconds_per_measurement": options.seconds,

@@ -1,10 +1,11 @@
 """Products of few rows: `python -m bench.linear` on a CUDA GPU.
 
-For every number of rows and every layer of a block, "cuda", the kernels for few rows of `hmar_kernels.linear`, beside
-"cublas", the operators that larger products take: checked against the float64 reference, then timed in a CUDA graph of
-calls one after another, each with a weight of its own, so many that no cache holds them. Then whole blocks, as the
-engine runs them, by its choices: what `FEW_ROWS` of the engine is set by. Printed is the time of one call, and of one
-block; results are one JSON file of kind "linear".
+For every number of rows and every layer of a block, "cuda", the kernels for few rows of `hmar_kernels.linear`, where
+they take so many, with the statistics that they leave each other, beside "cublas", the operators that larger products
+take: checked against the float64 reference, then timed in a CUDA graph of calls one after another, each with a weight
+of its own, so many that no cache holds them. Then whole blocks, as the engine runs them, by its choices: what
+`FEW_ROWS` of the engine is set by. Printed is the time of one call, and of one block; results are one JSON file of kind
+"linear".
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 from hmar.config import ModelConfig
-from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock, set_following
+from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock
 from hmar.model import Block, Residual
-from hmar.read_ahead import ReadAhead
-from hmar_kernels import SpanMask, linear, prefetch
+from hmar_kernels import SpanMask, linear
+from hmar_kernels.linear import MAX_NORMED_ROWS, reference
 from hmar_kernels.linear.cuda import MAX_ROWS
 
 from .environment import environment
@@ -71,8 +72,8 @@ def weights_of(layer: str, width: int, device: torch.device) -> list[Tensor]:
     return [weight.to(torch.bfloat16, copy=True) for _ in range(copies)]
 
 
-def check(actual: Tensor, weight: Tensor, arguments: dict) -> None:
-    """ValueError for a result that is no better than rounding twice."""
+def check(actual: Tensor | tuple[Tensor, Tensor], weight: Tensor, arguments: dict) -> None:
+    """ValueError for a result that is no better than rounding twice, and for statistics that are not those of it."""
     exact = {
         name: tuple(t.double() for t in value) if isinstance(value, tuple) else value
         for name, value in arguments.items()
@@ -80,9 +81,13 @@ def check(actual: Tensor, weight: Tensor, arguments: dict) -> None:
     exact = {name: value.double() if isinstance(value, Tensor) else value for name, value in exact.items()}
     expected = linear(weight=weight.double(), **exact, impl="reference")
     eager = linear(weight=weight, **arguments, impl="reference")
-    error, allowed = ((y.double() - expected).norm() for y in (actual, eager))
+    y, *statistics = actual if isinstance(actual, tuple) else (actual,)
+    error, allowed = ((y.double() - expected).norm() for y in (y, eager))
     if not error <= 2 * allowed + torch.finfo(eager.dtype).eps * expected.norm():
         raise ValueError(f"error norm {error:.3g}, {allowed:.3g} of eager torch")
+    for found in statistics:
+        if not torch.allclose(found, reference.statistics(y), rtol=1e-4, atol=1e-4):
+            raise ValueError("statistics are not those of the result")
 
 
 def microseconds(run: Callable[[], object], device: torch.device) -> float:
@@ -109,13 +114,22 @@ def microseconds(run: Callable[[], object], device: torch.device) -> float:
     return sorted(samples)[ROUNDS // 2]
 
 
+def products_of(rows: int, device: torch.device) -> tuple[str, ...]:
+    """Of PRODUCTS those that take so many rows there."""
+    return PRODUCTS if rows <= MAX_ROWS and device.type == "cuda" else ("cublas",)
+
+
 def try_layer(layer: str, rows: int, width: int, device: torch.device) -> Iterator[dict]:
     """Microseconds of a call by each implementation."""
     weights, arguments = weights_of(layer, width, device), arguments_of(layer, rows, width, device)
-    for impl in ("cublas", "cuda") if device.type == "cuda" else ("reference",):
+    for impl in products_of(rows, device) if device.type == "cuda" else ("reference",):
+        options = {"impl": impl, "overlap": impl == "cuda"}
+        if impl == "cuda":
+            options["return_statistics"] = "residual" in arguments and rows <= MAX_NORMED_ROWS
+            options |= {"statistics": reference.statistics(arguments["x"])} if "norm" in arguments else {}
 
-        def call(weight, impl=impl):
-            return linear(weight=weight, **arguments, impl=impl, overlap=impl == "cuda")
+        def call(weight, options=options):
+            return linear(weight=weight, **arguments, **options)
 
         row = {"layer": layer, "rows": rows, "by": impl, "us": None, "reason": None}
         try:
@@ -141,24 +155,20 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
         block.modulation.forward = lambda cond, vectors=vectors: vectors
     x = torch.randn(1, rows, width, device=device)
     on_gpu = device.type == "cuda"
-    ahead = ReadAhead(device) if on_gpu and prefetch.unavailable(device) is None else None
-    for products, attention, overlap, reads_ahead in itertools.product(
-        PRODUCTS if on_gpu else ("cublas",), ATTENTIONS if on_gpu else ("separate",), (False, True), (False, True)
+    for products, attention, overlap in itertools.product(
+        products_of(rows, device), ATTENTIONS if on_gpu else ("separate",), (False, True)
     ):
-        if (products == "cublas" and attention == "separate" and overlap) or (reads_ahead and ahead is None):
+        if products == "cublas" and attention == "separate" and overlap:
             continue
-        choices = Choices(MAX_ROWS if products == "cuda" else 0, attention, overlap, ahead if reads_ahead else None)
+        choices = Choices(MAX_ROWS if products == "cuda" else 0, attention, overlap)
         fused = [FusedBlock(block, choices) for block in blocks]
-        set_following(fused, None)
 
-        def run(fused=fused, ahead=choices.ahead):
+        def run(fused=fused):
             stream = Residual(x)
             for block in fused:
                 stream = block(stream, cond, mask)
-            if ahead is not None:
-                ahead.join()
 
-        by = f"{products} {attention}{' overlap' * overlap}{' ahead' * reads_ahead}"
+        by = f"{products} {attention}{' overlap' * overlap}"
         row = {"layer": "block", "rows": rows, "by": by}
         try:
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
@@ -181,8 +191,6 @@ def main(arguments: list[str] | None = None) -> None:
     layers = options.layers or [*LAYERS, "block"]
     if unknown := set(layers) - {*LAYERS, "block"}:
         parser.error(f"unknown layers {', '.join(sorted(unknown))}: known are {', '.join(LAYERS)}, block")
-    if max(options.rows) > MAX_ROWS:
-        parser.error(f"--rows {max(options.rows)}: the kernels for few rows take at most {MAX_ROWS}")
     # NOTE: whole blocks first, so that a run that is cut short has them.
     for layer, rows in itertools.product(sorted(layers, key=lambda layer: layer != "block"), options.rows):
         found = (try_blocks if layer == "block" else partial(try_layer, layer))(rows, options.width, device)

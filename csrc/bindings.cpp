@@ -166,8 +166,9 @@ void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, c
 // bfloat16, images, height, width, input and output channels.
 using ConvShapeTuple = std::tuple<bool, int, int, int, int, int>;
 
-void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out,
-                 uintptr_t means, uintptr_t deviations, int device, uintptr_t stream) {
+void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t factors,
+                 uintptr_t offsets, uintptr_t residual, uintptr_t shift, uintptr_t out, uintptr_t means, uintptr_t deviations,
+                 int device, uintptr_t stream) {
   const auto [bfloat16, num_images, height, width, in_channels, out_channels] = shape;
   const hmar::HopperConvShape conv_shape{bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
                                          num_images,
@@ -176,28 +177,40 @@ void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t w
                                          in_channels,
                                          out_channels};
   const DeviceGuard guard(device);
-  DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape, pointer<const void>(x), pointer<const void>(weight),
-                                              pointer<const void>(bias),
+  DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape,
+                                              {pointer<const void>(x), pointer<const void>(weight),
+                                               pointer<const void>(bias), pointer<const float>(factors),
+                                               pointer<const float>(offsets), pointer<const void>(residual),
+                                               pointer<const void>(shift)},
                                               {pointer<void>(out), pointer<float>(means), pointer<float>(deviations)},
                                               reinterpret_cast<cudaStream_t>(stream)),
                      "hopper_conv");
 }
 
-void linear_rows(uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t gate, uintptr_t y,
-                 int64_t gate_stride, int num_rows, int num_inputs, int num_outputs, int image_rows, bool float_residual,
-                 bool gelu, int kernel_rows, bool bfloat16, bool overlap, int device, uintptr_t stream) {
+// Of a norm: statistics of x, scale and shift, their strides, eps; zeros for none.
+using RowsNormTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, float>;
+
+void linear_rows(uintptr_t x, const RowsNormTuple& norm, uintptr_t weight, uintptr_t bias, uintptr_t residual, uintptr_t gate,
+                 uintptr_t y, uintptr_t statistics, int64_t gate_stride, int num_rows, int num_inputs, int num_outputs,
+                 int image_rows, bool float_x, bool float_residual, bool gelu, int kernel_rows, bool bfloat16, bool overlap,
+                 int device, uintptr_t stream) {
+  const auto [x_statistics, scale, shift, scale_stride, shift_stride, eps] = norm;
   const hmar::LinearRows call{type_of(bfloat16),
                               pointer<const void>(x),
+                              {pointer<const hmar::TileStatistics>(x_statistics), pointer<const void>(scale),
+                               pointer<const void>(shift), scale_stride, shift_stride, eps},
                               pointer<const void>(weight),
                               pointer<const void>(bias),
                               pointer<const void>(residual),
                               pointer<const void>(gate),
                               pointer<void>(y),
+                              pointer<hmar::TileStatistics>(statistics),
                               gate_stride,
                               num_rows,
                               num_inputs,
                               num_outputs,
                               image_rows,
+                              float_x,
                               float_residual,
                               gelu};
   const DeviceGuard guard(device);
@@ -257,11 +270,11 @@ void bind_hopper(py::module_& module) {
   module.attr("hopper_conv_tiles") = hopper_conv_tiles();
   module.def("hopper_conv", &hopper_conv);
   module.attr("linear_rows_kernels") = py::cast(hmar::linear_rows_kernels());
-  module.def("linear_rows", &linear_rows, py::kw_only(), py::arg("x"), py::arg("weight"), py::arg("bias"),
-             py::arg("residual"), py::arg("gate"), py::arg("y"), py::arg("gate_stride"), py::arg("num_rows"),
-             py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_residual"),
-             py::arg("gelu"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("overlap"), py::arg("device"),
-             py::arg("stream"), "Puts a linear layer of few rows on a stream.");
+  module.def("linear_rows", &linear_rows, py::kw_only(), py::arg("x"), py::arg("norm"), py::arg("weight"), py::arg("bias"),
+             py::arg("residual"), py::arg("gate"), py::arg("y"), py::arg("statistics"), py::arg("gate_stride"),
+             py::arg("num_rows"), py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_x"),
+             py::arg("float_residual"), py::arg("gelu"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("overlap"),
+             py::arg("device"), py::arg("stream"), "Puts a linear layer of few rows on a stream.");
   module.def("norm_rows", &norm_rows, py::kw_only(), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("h"),
              py::arg("scale_stride"), py::arg("shift_stride"), py::arg("num_rows"), py::arg("num_inputs"),
              py::arg("image_rows"), py::arg("eps"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),

@@ -127,34 +127,58 @@ struct HopperConvParams {
   TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
   void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
   const void* bias;    // [O], or null
-  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches, without a bias.
+  // What is added to the convolution before it is rounded. Not where sides are doubled.
+  const void* residual;  // [N, H, W, O], or null
+  const void* shift;     // [O], or null; only with a residual
+  // [N, C]: the convolution is of silu(factors x + offsets), rounded as x is, with zeros around it. Null: of x. Not where sides
+  // are doubled.
+  const float* factors;
+  const float* offsets;
+  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches.
   float* deviations;   // the same: sums of squared distances from the mean. A chunk is what a warpgroup has of an item
   int64_t image_stride;
   int32_t row_stride, column_stride;
   int32_t parity_row_stride, parity_column_stride;
   int32_t height, width;  // of x
   int32_t num_chunks;     // of 32 input channels
-  int32_t out_channels;
+  int32_t in_channels, out_channels;
   int32_t num_patch_rows, num_patch_columns, num_column_tiles;
   int32_t num_items;
 };
 
-// Of a linear layer of few rows: inputs a step, and blocks of a cluster, at most: what every GPU can place.
-constexpr int kLinearInputs = 64, kMaxLinearSplits = 8;
+// Of a linear layer of few rows: inputs a step, outputs of a block, and blocks of a cluster, at most: what every GPU can place.
+constexpr int kLinearInputs = 64, kLinearFeatures = 64, kMaxLinearSplits = 8;
+
+// Of a row's 64 numbers from a multiple of 64 on, or as many as there are.
+struct alignas(8) TileStatistics {
+  float mean, squares;  // squares: the sum of squared distances from the mean
+};
+
+// A norm of the rows of x before a layer: h = LN(x) (1 + scale) + shift.
+struct RowsNorm {
+  const TileStatistics* statistics;  // of x, [num_rows, tiles]
+  const void* scale;                 // [images, num_inputs], whose rows start at multiples of 16 bytes
+  const void* shift;
+  int64_t scale_stride, shift_stride;
+  float eps;
+};
 
 // A linear layer of few rows (linear_rows.cuh). Numbers are of the kernel's type where nothing is said.
 struct LinearRowsParams {
-  TensorMap x;           // [num_rows, num_inputs], boxes of 64 inputs and the kernel's rows
-  TensorMap weight;      // [num_outputs, num_inputs], boxes of 64 inputs and the kernel's features
+  TensorMap x_map;       // of x, where there is no norm: boxes of 64 inputs and the kernel's rows
+  TensorMap weight;      // [num_outputs, num_inputs], boxes of 64 inputs and 64 features
+  const void* x;         // [num_rows, num_inputs], with a norm float32 or of the kernel's type
+  RowsNorm norm;
   const void* bias;      // [num_outputs], or null
   const void* residual;  // [num_rows, num_outputs], float32 or of the kernel's type, or null
   const void* gate;      // [images, num_outputs], with a residual
   void* y;               // [num_rows, num_outputs], of the residual's type where there is one
+  TileStatistics* statistics;  // of y, [num_rows, tiles], or null
   int64_t gate_stride;
-  int32_t num_rows, num_outputs;
+  int32_t num_rows, num_inputs, num_outputs;
   int32_t num_chunks;  // of 64 inputs
   int32_t image_rows;  // rows of an image
-  bool float_residual, gelu;
+  bool float_x, float_residual, gelu;
 };
 
 // Rows start at multiples of 16 bytes.

@@ -9,22 +9,24 @@ namespace {
 
 struct Instance {
   DType dtype;
-  int rows, features, num_threads, shared_bytes;
+  int rows;
+  bool normed;
+  int num_threads, shared_bytes;
   void (*kernel)(LinearRowsParams);
 };
 
-template <DType kType, int kRows>
+template <DType kType, int kRows, bool kNormed>
 constexpr Instance instance() {
-  using Tile = LinearRowsTile<kType, kRows>;
-  return {kType, kRows, Tile::kFeatures, Tile::kNumThreads, sizeof(typename Tile::Shared), linear_rows_kernel<Tile>};
+  using Tile = LinearRowsTile<kType, kRows, kNormed>;
+  return {kType, kRows, kNormed, Tile::kNumThreads, sizeof(typename Tile::Shared), linear_rows_kernel<Tile>};
 }
 
-// What linear/cuda.py's ROWS name.
+// What linear/cuda.py's ROWS and NORMED_ROWS name.
 constexpr auto kFloat16 = DType::kFloat16, kBFloat16 = DType::kBFloat16;
 const Instance INSTANCES[] = {
-    instance<kFloat16, 8>(),   instance<kFloat16, 16>(),  instance<kFloat16, 32>(),   instance<kFloat16, 64>(),
-    instance<kFloat16, 96>(),  instance<kFloat16, 128>(), instance<kBFloat16, 8>(),   instance<kBFloat16, 16>(),
-    instance<kBFloat16, 32>(), instance<kBFloat16, 64>(), instance<kBFloat16, 96>(), instance<kBFloat16, 128>(),
+    instance<kFloat16, 8, false>(),  instance<kFloat16, 16, false>(),  instance<kFloat16, 32, false>(),
+    instance<kFloat16, 8, true>(),   instance<kBFloat16, 8, false>(),  instance<kBFloat16, 16, false>(),
+    instance<kBFloat16, 32, false>(), instance<kBFloat16, 8, true>(),
 };
 
 cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {
@@ -59,20 +61,20 @@ cudaError_t launch(void (*kernel)(Params), Params params, int num_blocks, int nu
 std::vector<int> linear_rows_kernels() {
   std::vector<int> rows;
   for (const Instance& instance : INSTANCES) {
-    if (instance.dtype == kBFloat16) rows.push_back(instance.rows);
+    if (instance.dtype == kBFloat16 && !instance.normed) rows.push_back(instance.rows);
   }
   return rows;
 }
 
 cudaError_t launch_linear_rows(const LinearRows& call, int kernel_rows, bool overlap, cudaStream_t stream) {
+  const bool normed = call.norm.scale != nullptr;
   for (const Instance& instance : INSTANCES) {
-    if (instance.dtype != call.dtype || instance.rows != kernel_rows) continue;
+    if (instance.dtype != call.dtype || instance.rows != kernel_rows || instance.normed != normed) continue;
     LinearRowsParams params = linear_rows_params(call);
-    cudaError_t error = describe(&params.x, call.dtype, call.x,
-                                 linear_geometry(call.num_rows, call.num_inputs, instance.rows));
-    if (error == cudaSuccess) {
-      error = describe(&params.weight, call.dtype, call.weight,
-                       linear_geometry(call.num_outputs, call.num_inputs, instance.features));
+    cudaError_t error = describe(&params.weight, call.dtype, call.weight,
+                                 linear_geometry(call.num_outputs, call.num_inputs, kLinearFeatures));
+    if (error == cudaSuccess && !normed) {
+      error = describe(&params.x_map, call.dtype, call.x, linear_geometry(call.num_rows, call.num_inputs, instance.rows));
     }
     int device, num_sms;
     if (error == cudaSuccess) error = cudaGetDevice(&device);
@@ -82,7 +84,7 @@ cudaError_t launch_linear_rows(const LinearRows& call, int kernel_rows, bool ove
                                    cudaFuncAttributeMaxDynamicSharedMemorySize, instance.shared_bytes);
     }
     if (error != cudaSuccess) return error;
-    const int num_tiles = divided(call.num_outputs, instance.features);
+    const int num_tiles = divided(call.num_outputs, kLinearFeatures);
     const int splits = linear_splits(num_tiles, params.num_chunks, num_sms);
     return launch(instance.kernel, params, num_tiles * splits, instance.num_threads, splits, instance.shared_bytes, overlap,
                   stream);

@@ -15,14 +15,16 @@ namespace hmar {
 struct LinearRows {
   DType dtype;
   const void* x;
+  RowsNorm norm;  // of nulls for none
   const void* weight;
   const void* bias;
   const void* residual;
   const void* gate;
   void* y;
+  TileStatistics* statistics;
   int64_t gate_stride;
   int num_rows, num_inputs, num_outputs, image_rows;
-  bool float_residual, gelu;
+  bool float_x, float_residual, gelu;
 };
 
 inline int divided(int a, int b) { return (a + b - 1) / b; }
@@ -38,9 +40,11 @@ inline MapGeometry linear_geometry(int num_rows, int num_inputs, int box_rows) {
 // All but the tensor maps.
 inline LinearRowsParams linear_rows_params(const LinearRows& call) {
   LinearRowsParams params{};
+  params.x = call.x, params.norm = call.norm, params.float_x = call.float_x;
   params.bias = call.bias, params.residual = call.residual, params.gate = call.gate, params.y = call.y;
+  params.statistics = call.statistics;
   params.gate_stride = call.gate_stride;
-  params.num_rows = call.num_rows, params.num_outputs = call.num_outputs;
+  params.num_rows = call.num_rows, params.num_inputs = call.num_inputs, params.num_outputs = call.num_outputs;
   params.num_chunks = divided(call.num_inputs, kLinearInputs);
   params.image_rows = call.image_rows;
   params.float_residual = call.float_residual, params.gelu = call.gelu;

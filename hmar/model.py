@@ -280,11 +280,13 @@ class Residual(NamedTuple):
     Attributes:
         x_BLC: the residual stream, which keeps its dtype from block to block.
         branch_BLC, gate_B1C: what is added to it; None for nothing.
+        statistics_BLT2: of x_BLC, where nothing is added and `hmar_kernels.linear` left them.
     """
 
     x_BLC: Tensor
     branch_BLC: Tensor | None = None
     gate_B1C: Tensor | None = None
+    statistics_BLT2: Tensor | None = None
 
     def norm(self, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """y = x + gate branch, and LN(y) (1 + scale) + shift."""
@@ -298,7 +300,8 @@ class Residual(NamedTuple):
         """y, and its norm times the weight [B, L, M]; keep_x: what the backward keeps, see `residual_norm_linear`."""
         if self.branch_BLC is None:
             return self.x_BLC, norm_linear(self.x_BLC, scale_B1C, shift_B1C, weight_MC)
-        return residual_norm_linear(*self, scale_B1C, shift_B1C, weight_MC, keep_x=keep_x)
+        added = self.x_BLC, self.branch_BLC, self.gate_B1C
+        return residual_norm_linear(*added, scale_B1C, shift_B1C, weight_MC, keep_x=keep_x)
 
     def take(self, wanted_Bm: Tensor) -> Residual:
         """The tokens at these positions of each image."""

@@ -35,7 +35,15 @@ def test_a_wrong_result_is_not_timed(monkeypatch):
     assert row["us"] is None and "error norm" in row["reason"]
 
 
-def test_rows_that_are_not_few_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        bench.main(["--device", "cpu", "--rows", "129"])
-    assert "at most 128" in capsys.readouterr().err
+def test_wrong_statistics_are_not_timed():
+    arguments = bench.arguments_of("proj", 3, 64, torch.device("cpu"))
+    (weight,) = bench.weights_of("proj", 64, torch.device("cpu"))
+    y, statistics = bench.linear(weight=weight, **arguments, return_statistics=True)
+    bench.check((y, statistics), weight, arguments)
+    with pytest.raises(ValueError, match="statistics are not those of the result"):
+        bench.check((y, statistics.flip(1)), weight, arguments)
+
+
+def test_rows_that_are_not_few_are_left_to_cublas():
+    found = [bench.products_of(rows, torch.device("cuda")) for rows in (32, 33)]
+    assert found == [("cublas", "cuda"), ("cublas",)]

@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -27,9 +26,9 @@ from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
 from hmar.generate import SamplingConfig, even_schedule
-from hmar.model import HMAR, Attention, Block, Head, MaskedTransformer, Residual
+from hmar.model import HMAR, Attention, MaskedTransformer
 from hmar.tokenizer import Upsample
-from hmar_kernels import SpanMask, linear, triton_device
+from hmar_kernels import triton_device
 from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
 
@@ -138,18 +137,27 @@ def test_half_precision_is_that_of_autocast(kind):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
 @pytest.mark.parametrize("kind", KINDS)
-def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatch):
+@pytest.mark.parametrize("normed", [64, 0])
+def test_products_of_few_rows_by_the_kernels_where_they_can_run(normed, kind, monkeypatch):
     """Which rows are few: here up to 64, so that the largest scale of three images and their null class is not. Norms
-    and residuals are in the products, and nothing is left for torch to add. The reference stands for the kernels."""
-    few = []
+    and residuals are in the products, and nothing is left for torch to add. Statistics, of up to `normed` rows, go from
+    one to the next, but for the first norm of a pass, and of a masked pass's head. The reference stands for the
+    kernels."""
+    few, measured = [], Counter()
     monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 64})
+    monkeypatch.setattr(engine_module, "MAX_NORMED_ROWS", normed)
     model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
 
-    def seen(x, weight, bias, scale, shift, residual, gate, gelu, eps, overlap):
+    def seen(x, weight, bias, scale, shift, statistics, residual, gate, gelu, eps, return_statistics, overlap):
         few.append((x.shape[0] * x.shape[1], scale is not None, residual is not None))
+        assert return_statistics == (residual is not None and normed > 0)
         norm = None if scale is None else (scale, shift)
-        return reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
+        if statistics is not None:
+            torch.testing.assert_close(statistics, reference.statistics(x))
+        measured[statistics is not None] += norm is not None
+        y = reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
+        return [y, reference.statistics(y)] if return_statistics else [y]
 
     monkeypatch.setattr(engine_module, "unavailable_on", lambda *_: None)
     monkeypatch.setattr(cuda, "unavailable", lambda *_, residual: None)
@@ -164,65 +172,13 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatc
     assert few[0] == (6, False, False), "before all passes"
     rows = Counter(rows for rows, *others in few if any(others))
     passes = {2 * 3 if kind == "var" else 3: 1, 2 * 3 * 4: 1, 2 * 3 * 9: 1}
-    passes |= {3 * 4: 1, 3 * 9: 3} if kind == "hmar" else {}
+    masked = {3 * 4: 1, 3 * 9: 3} if kind == "hmar" else {}
+    passes |= masked
     assert passes.keys() <= rows.keys() and max(rows) <= 64 and 2 * 3 * 25 not in rows
-    assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * sum(passes.values())
-
-
-class Order:
-    """In place of `ReadAhead`: what was asked for, and when."""
-
-    def __init__(self):
-        self.events = []
-
-    def ask(self, weights):
-        self.events += [("asked", id(weight)) for weight in weights]
-
-    def join(self):
-        self.events.append(("joined", None))
-
-
-def test_weights_are_read_ahead_of_their_layers(monkeypatch):
-    """Of few rows: all but those of the first layer, once each, and before their product."""
-    order, config = Order(), CONFIG
-    choices = engine_module.Choices(0, "separate", False, order)
-    blocks = [engine_module.FusedBlock(Block(config, 1, "reference"), choices) for _ in range(2)]
-    head = engine_module.FusedHead(Head(config), choices)
-    engine_module.set_following(blocks, head)
-    vectors = torch.randn(6, 1, 1, config.width)
-    for module, count in ((blocks[0], 6), (blocks[1], 6), (head, 2)):
-        module.modulation.forward = partial(lambda count, cond: tuple(vectors[:count]), count)
-    layers = [layer for b in blocks for layer in (b.attention.qkv, b.attention.proj, b.mlp.fc1, b.mlp.fc2)]
-
-    def product(x, weight, bias, **others):
-        order.events.append(("read", id(weight)))
-        return linear(x, weight, bias, **others)
-
-    monkeypatch.setattr(engine_module, "linear", product)
-
-    def run(rows):
-        order.events.clear()
-        mask, stream = SpanMask.block_diagonal([rows]), Residual(torch.randn(1, rows, config.width))
-        for block in blocks:
-            stream = block(stream, None, mask)
-        head(stream, None)
-        return list(order.events)
-
-    events, weights = run(9), [id(layer.weight) for layer in (*layers, head.linear)]
-    assert [weight for kind, weight in events if kind == "read"] == weights
-    assert sorted(weight for kind, weight in events if kind == "asked") == sorted(weights[1:])
-    for weight in weights[1:]:
-        assert events.index(("asked", weight)) < events.index(("read", weight))
-    last_asked = max(i for i, (kind, _) in enumerate(events) if kind == "asked")
-    assert events.index(("joined", None)) > max(last_asked, events.index(("read", weights[-1])))
-    assert {kind for kind, _ in run(engine_module.READ_AHEAD_ROWS + 1)} == {"read", "joined"}
-
-
-def test_reading_ahead_needs_graphs():
-    with pytest.raises(
-        ValueError, match="read_ahead cannot run here: it needs CUDA graphs, got capture=None on cpu; leave"
-    ):
-        Engine(build("hmar"), build_tokenizer(), dtype=torch.bfloat16, read_ahead=True, device="cpu")
+    num_passes = sum(passes.values())
+    assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * num_passes
+    without = num_passes + sum(masked.values()) if normed else kinds[True, False]
+    assert measured == Counter({True: kinds[True, False] - without, False: without})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")

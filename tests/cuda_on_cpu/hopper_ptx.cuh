@@ -3,8 +3,9 @@
 // and what it leaves outside of a tensor are written down a second time, element by element as in the PTX ISA. Products and bulk
 // additions read shared memory as late as their thread lets them. With first threads first, a copy lands when it is issued: a
 // buffer given back too early shows in the result. With last threads first copies land when no thread can go on without, those
-// of one barrier at a time, whichever: a wait for them that is missing shows. Fences do nothing here, threads take turns in these
-// two orders only, and the compiler is another one: what is wrong there does not show.
+// of one barrier at a time, whichever: a wait for them that is missing shows. A kernel may ask for late copies with first threads
+// first, too: then those who shall wait for what later threads make of a copy come before them. Fences do nothing here, threads
+// take turns in these orders only, and the compiler is another one: what is wrong there does not show.
 #pragma once
 
 #include <ucontext.h>
@@ -93,17 +94,37 @@ struct Block {
   long launches = 0;    // of the kernels that depend on this one
   long late_boxes = 0;  // that could have been asked for before the wait, or that come after such a launch
 };
+// What the kernel before writes, at these addresses, which hold NaN while a thread runs that has not waited for it.
+struct Previous {
+  uint8_t* to;
+  std::vector<uint8_t> content;
+};
 struct Cluster {
   std::vector<Block> blocks;
+  std::vector<Previous> previous;
+  bool previous_is_shown = true;
   Meeting barrier;
   ucontext_t scheduler;
   std::string failure;
   std::function<void()> kernel;
   bool copies_are_late = false;
   uint32_t random = 1;
+  std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;  // by copies without a tensor map; empty where not known
 };
 inline Cluster* cluster;
 inline Block* running;
+
+inline void show_previous(bool shown) {
+  if (shown == cluster->previous_is_shown) return;
+  for (const Previous& part : cluster->previous) {
+    if (shown) {
+      std::copy(part.content.begin(), part.content.end(), part.to);
+    } else {
+      std::fill_n(part.to, part.content.size(), 0xff);
+    }
+  }
+  cluster->previous_is_shown = shown;
+}
 
 inline Thread& this_thread() { return running->threads[threadIdx.x]; }
 inline Warp& this_warp() { return running->warps[threadIdx.x / WARP_SIZE]; }
@@ -195,6 +216,12 @@ inline void pin(float&) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 inline int32_t load_acquire(const int32_t* counter) { return *counter; }
 inline void count_release(int32_t* counter) { ++*counter; }
+// As far off as it may be: eleven bits are kept.
+inline float tanh_approx(float x) {
+  int exponent;
+  const float fraction = std::frexp(std::tanh(x), &exponent);
+  return std::ldexp(std::round(std::ldexp(fraction, 11)), exponent - 11);
+}
 inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 inline uint32_t shared_address(const void* pointer) {
@@ -213,7 +240,10 @@ inline float load_cluster(const float* address, int rank) {
 }
 
 inline void launch_dependents() { ++running->launches; }
-inline void wait_for_previous() { this_thread().waited = true; }
+inline void wait_for_previous() {
+  this_thread().waited = true;
+  show_previous(true);
+}
 
 // --- mbarriers -----------------------------------------------------------------------------------------------------
 
@@ -245,6 +275,13 @@ inline void fence_barrier_init() {}
 inline void fence_async_proxy() {}
 inline void fence_async_proxy_global() {}
 
+inline void check_readable(const void* src, int bytes) {
+  const auto* begin = static_cast<const uint8_t*>(src);
+  const auto& known = cluster->readable;
+  const auto holds = [&](const auto& range) { return begin >= range.first && begin + bytes <= range.second; };
+  if (!known.empty() && std::none_of(known.begin(), known.end(), holds)) fail("a copy from outside of the tensors");
+}
+
 // A copy, or what follows from copies: now, or when nothing else goes on. key: what lands together.
 inline void land(uintptr_t key, std::function<void()> copy) {
   if (!cluster->copies_are_late) return copy();
@@ -256,6 +293,15 @@ inline void barrier_arrive_after_cp_async(Barrier& barrier) {
     --barrier.pending;
     complete(barrier);
   });
+}
+
+inline void cp_async_commit() {}
+// Groups are those of whole warps: none of theirs are left under way.
+template <int kPending>
+void cp_async_wait() {
+  static_assert(kPending == 0);
+  const uintptr_t warp = threadIdx.x / WARP_SIZE;
+  wait_until([block = running, warp] { return block->copies.count(warp) == 0; });
 }
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
@@ -275,6 +321,11 @@ inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
 }
 
 inline void prefetch_map(const TensorMap&) {}
+inline void prefetch_l2(const void*) {}
+inline void prefetch_bytes(const void* src, int bytes) {
+  if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16 || bytes <= 0) fail("a prefetch that is not of chunks of 16 bytes");
+  check_readable(src, bytes);
+}
 
 inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
   const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
@@ -289,6 +340,7 @@ inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::
   for (int i = 0; i < content.rank; ++i) num_elements *= int(content.box[i]);
   if (start + 2 * num_elements > SHARED_BYTES) fail("a box beyond shared memory");
   land(reinterpret_cast<uintptr_t>(&barrier), [&content, &barrier, begin = std::move(begin), start, row_bytes, num_elements] {
+    if (content.of_previous) show_previous(true);
     for (int index = 0; index < num_elements; ++index) {
       int rest = index;
       bool inside = true;
@@ -313,10 +365,15 @@ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates.
 }
 
 inline void copy(uint32_t dst, const void* src, int bytes, bool valid) {
+  if (valid) check_readable(src, bytes);
   land(threadIdx.x / WARP_SIZE, [dst, src, bytes, valid] {
     std::memset(shared_memory + dst, 0, bytes);
     if (valid) std::memcpy(shared_memory + dst, src, bytes);
   });
+}
+inline void cp_async_16(uint32_t dst, const void* src, bool valid) {
+  if (dst % 16 || reinterpret_cast<uintptr_t>(src) % 16) fail("a copy of 16 bytes that is not aligned");
+  copy(dst, src, 16, valid);
 }
 inline void cp_async_8(uint32_t dst, const void* src, bool valid) { copy(dst, src, 8, valid); }
 inline void cp_async_4(uint32_t dst, const void* src, bool valid) { copy(dst, src, 4, valid); }
@@ -373,6 +430,11 @@ void unpack(uint32_t packed, float& low, float& high) {
   low = widened<kType>(uint16_t(packed)), high = widened<kType>(uint16_t(packed >> 16));
 }
 
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 inline float inverse_root(float x) { return 1.0f / std::sqrt(x); }
 
 // ldmatrix: lane 8 i + j says where row j of matrix i is, of which a lane gets numbers 2 t and 2 t + 1 of row g.
@@ -548,6 +610,7 @@ inline bool advance_block(bool last_thread_first) {
       Thread& thread = this_thread();
       if (thread.done || (thread.ready && !thread.ready())) continue;
       thread.ready = nullptr;
+      show_previous(thread.waited);
       const bool slept = std::exchange(thread.asleep, false);
       swapcontext(&cluster->scheduler, &thread.context);
       if (!cluster->failure.empty()) return true;
@@ -561,12 +624,16 @@ inline bool ended(const Block& block) {
   return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
 }
 
+struct Schedule {
+  bool last_thread_first, copies_are_late;
+};
+
 // One cluster, whose first block has this index.
 inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes,
-                        bool last_thread_first) {
+                        Schedule schedule) {
   cluster = &run;
   run.barrier = {};
-  run.copies_are_late = last_thread_first;
+  run.copies_are_late = schedule.copies_are_late;
   run.blocks.resize(num_blocks);
   for (Block& block : run.blocks) {
     block.shared_memory.assign(shared_bytes, 0xff);  // NaN in every format
@@ -591,7 +658,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
   const auto in_turn = [&](auto act) {
     bool any = false;
     for (int i = 0; i < num_blocks && run.failure.empty(); ++i) {
-      const int rank = last_thread_first ? num_blocks - 1 - i : i;
+      const int rank = schedule.last_thread_first ? num_blocks - 1 - i : i;
       running = &run.blocks[rank];
       blockIdx.x = unsigned(first_block + rank);
       std::memcpy(shared_memory, running->shared_memory.data(), shared_bytes);
@@ -602,7 +669,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
     }
     return any && run.failure.empty();
   };
-  const auto advance = [&](Block&) { return advance_block(last_thread_first); };
+  const auto advance = [&](Block&) { return advance_block(schedule.last_thread_first); };
   const auto land_copies = [&run](Block& block) {
     if (block.copies.empty()) return false;
     run.random = run.random * 1664525 + 1013904223;
@@ -613,6 +680,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
   };
   while (in_turn(advance) || in_turn(land_copies)) {
   }
+  show_previous(true);
   if (!run.failure.empty()) return;
   if (!std::all_of(run.blocks.begin(), run.blocks.end(), ended)) run.failure = "threads wait for each other";
 }

@@ -21,18 +21,36 @@ MapContent content(const void* data, const MapGeometry& geometry, bool of_previo
           of_previous};
 }
 
+// Of rows that begin so many numbers apart.
+void hide(Cluster& cluster, const void* data, int rows, int64_t stride, int columns, int number_bytes) {
+  if (data == nullptr) return;
+  auto* begin = static_cast<uint8_t*>(const_cast<void*>(data));
+  for (int row = 0; row < rows; ++row, begin += stride * number_bytes) {
+    cluster.previous.push_back({begin, {begin, begin + columns * number_bytes}});
+  }
+}
+
 template <class Tile>
 void run(const LinearRows& call, int splits, bool last_thread_first, Cluster& cluster) {
   const MapContent x = content(call.x, linear_geometry(call.num_rows, call.num_inputs, Tile::kRows), true);
-  const MapContent weight = content(call.weight, linear_geometry(call.num_outputs, call.num_inputs, Tile::kFeatures), false);
+  const MapContent weight = content(call.weight, linear_geometry(call.num_outputs, call.num_inputs, kLinearFeatures), false);
   LinearRowsParams params = linear_rows_params(call);
-  params.x.opaque[0] = reinterpret_cast<uint64_t>(&x);
+  params.x_map.opaque[0] = reinterpret_cast<uint64_t>(&x);
   params.weight.opaque[0] = reinterpret_cast<uint64_t>(&weight);
   cluster.kernel = [&] { linear_rows_kernel<Tile>(params); };
-  const int num_tiles = divided(call.num_outputs, Tile::kFeatures);
+  const int num_images = divided(call.num_rows, call.image_rows), tiles = divided(call.num_inputs, kLinearFeatures);
+  cluster.previous.clear();
+  hide(cluster, call.x, call.num_rows, call.num_inputs, call.num_inputs, call.float_x ? 4 : 2);
+  hide(cluster, call.norm.statistics, call.num_rows, tiles, tiles, sizeof(TileStatistics));
+  hide(cluster, call.norm.scale, num_images, call.norm.scale_stride, call.num_inputs, 2);
+  hide(cluster, call.norm.shift, num_images, call.norm.shift_stride, call.num_inputs, 2);
+  hide(cluster, call.residual, call.num_rows, call.num_outputs, call.num_outputs, call.float_residual ? 4 : 2);
+  hide(cluster, call.gate, num_images, call.gate_stride, call.num_outputs, 2);
+  const int num_tiles = divided(call.num_outputs, kLinearFeatures);
   if (splits == 0) splits = linear_splits(num_tiles, params.num_chunks, 132);
   for (int block = 0; block < num_tiles * splits && cluster.failure.empty(); block += splits) {
-    run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared), last_thread_first);
+    run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared),
+                {last_thread_first, last_thread_first});
     if (!cluster.failure.empty()) return;
     for (const Block& of_cluster : cluster.blocks) {
       if (of_cluster.launches != 1) cluster.failure = "the next kernel is not let start once";
@@ -43,15 +61,14 @@ void run(const LinearRows& call, int splits, bool last_thread_first, Cluster& cl
 
 template <DType kType>
 void run(const LinearRows& call, int kernel_rows, int splits, bool last_thread_first, Cluster& cluster) {
-  const auto with = [&](auto rows) {
-    if (kernel_rows != decltype(rows)::value) return;
+  const auto with = [&](auto rows, auto normed) {
+    if (kernel_rows != decltype(rows)::value || (call.norm.scale != nullptr) != decltype(normed)::value) return;
     cluster.failure.clear();
-    run<LinearRowsTile<kType, decltype(rows)::value>>(call, splits, last_thread_first, cluster);
+    run<LinearRowsTile<kType, decltype(rows)::value, decltype(normed)::value>>(call, splits, last_thread_first, cluster);
   };
   cluster.failure = "no such tile";
-  with(std::integral_constant<int, 8>()), with(std::integral_constant<int, 16>());
-  with(std::integral_constant<int, 32>()), with(std::integral_constant<int, 64>());
-  with(std::integral_constant<int, 96>()), with(std::integral_constant<int, 128>());
+  with(std::integral_constant<int, 8>(), std::true_type()), with(std::integral_constant<int, 8>(), std::false_type());
+  with(std::integral_constant<int, 16>(), std::false_type()), with(std::integral_constant<int, 32>(), std::false_type());
 }
 
 }  // namespace
@@ -74,11 +91,13 @@ extern "C" int linear_splits_of(int num_tiles, int num_chunks, int num_sms) {
 extern "C" const char* norm_rows_on_cpu(const NormRowsParams* params, bool bfloat16, int num_rows, bool last_thread_first) {
   static Cluster cluster;
   cluster.failure.clear();
+  cluster.previous.clear();
+  hide(cluster, params->x, num_rows, params->num_inputs, params->num_inputs, params->float_x ? 4 : 2);
   cluster.kernel = [&] {
     bfloat16 ? norm_rows_kernel<DType::kBFloat16>(*params) : norm_rows_kernel<DType::kFloat16>(*params);
   };
   for (int row = 0; row < num_rows && cluster.failure.empty(); ++row) {
-    run_cluster(cluster, row, 1, kNormThreads, 2 * kNormWarps * sizeof(float), last_thread_first);
+    run_cluster(cluster, row, 1, kNormThreads, 2 * kNormWarps * sizeof(float), {last_thread_first, last_thread_first});
   }
   return message(cluster);
 }

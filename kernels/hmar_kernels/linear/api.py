@@ -22,13 +22,15 @@ def linear(
     bias: Tensor | None = None,
     *,
     norm: tuple[Tensor, Tensor] | None = None,
+    statistics: Tensor | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
     eps: float = 1e-6,
+    return_statistics: bool = False,
     impl: str = "auto",
     overlap: bool = False,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """y = h W^T + b, then the tanh form of GELU (arXiv 1606.08415, section 2) if wanted, then residual + gate y.
 
     Args:
@@ -37,20 +39,26 @@ def linear(
         bias: [N] or None, of the weight's dtype.
         norm: scale and shift [B, 1, K] of an adaptive layer norm before it, h = LN(x) (1 + scale) + shift, which has
             the weight's dtype; x, scale and shift then have dtypes of their own. None: h = x.
+        statistics: of x, as the call that gave x returned them, which saves "cuda" a kernel for the norm of at most
+            MAX_NORMED_ROWS rows.
         residual, gate: [B, L, N] and [B, 1, N], both or neither, dtypes of their own.
         eps: added to the variance of the norm.
+        return_statistics: whether to return statistics of y too, for a norm of it.
         impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel.
-            "cuda" is for at most 128 rows, where the time goes into reading the weight, on GPUs of compute capability
-            9.0: the norm is one kernel and everything else another. Neither has a derivative. "auto" is "cublas" on a
-            GPU where no gradient is needed, else "reference". A named implementation runs or raises.
-        overlap: of "cuda": the kernel may read weight and bias before the kernel queued just before it has ended. For
+            "cuda" is for at most 32 rows, where the time goes into reading the weight, on GPUs of compute capability
+            9.0: one kernel, and one before it for a norm without statistics or of more rows. Neither has a derivative.
+            "auto" is "cublas" on a GPU where no gradient is needed, else "reference". A named implementation runs or
+            raises.
+        overlap: of "cuda": the kernel may read weight and bias before the kernels queued before it have ended. For
             weights that no kernel writes which may still run.
     Returns:
         [..., N] in x's dtype; after a norm in the weight's, of a residual in that of the residual. Sums are float32.
+        With return_statistics also those, float32 [..., ceil(N / 64), 2]: of every 64 numbers of a row the mean and the
+        sum of squared distances from it.
     Raises:
         ValueError: shapes or dtypes do not fit together, or the implementation cannot take them.
     """
-    _check(x, weight, bias, norm, residual, gate)
+    _check(x, weight, bias, norm, statistics, residual, gate)
     given = [t for t in (x, weight, bias, *(norm or ()), residual, gate) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
     if impl not in ("auto", *IMPLEMENTATIONS):
@@ -65,21 +73,24 @@ def linear(
             reason = cuda.unavailable(x, weight, bias, *(norm or (None, None)), gate, residual=residual)
         if reason is not None:
             raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="reference" would')
-    if impl == "reference":
+    if impl != "cuda":
         with torch.autocast(x.device.type, enabled=False):
-            return reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
-    if impl == "cublas":
-        with torch.autocast(x.device.type, enabled=False):
-            h = x if norm is None else modulated_norm(x, *norm, eps=eps, dtype=weight.dtype)
-            y = _cublas(h.reshape(-1, h.shape[-1]), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
-            return y if residual is None else gated_residual(residual, y, gate, None).to(residual.dtype)
+            if impl == "reference":
+                y = reference.forward(x, weight, bias, norm, gelu, residual, gate, eps)
+            else:
+                h = x if norm is None else modulated_norm(x, *norm, eps=eps, dtype=weight.dtype)
+                y = _cublas(h.reshape(-1, h.shape[-1]), weight, bias, gelu).view(*x.shape[:-1], weight.shape[0])
+                y = y if residual is None else gated_residual(residual, y, gate, None).to(residual.dtype)
+            return (y, reference.statistics(y).float()) if return_statistics else y
     rows = x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     scale, shift = (None, None) if norm is None else (_dense_rows(vector) for vector in norm)
     gate = None if gate is None else _dense_rows(gate)
     # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
     forward = _linear_cuda if torch.compiler.is_compiling() else cuda.forward
-    y = forward(rows, weight, bias, scale, shift, residual, gate, gelu, eps, overlap)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    tensors = rows, weight, bias, scale, shift, statistics, residual, gate
+    outputs = forward(*tensors, gelu, eps, return_statistics, overlap)
+    outputs = [output.view(*x.shape[:-1], *output.shape[2:]) for output in outputs]
+    return (outputs[0], outputs[1]) if return_statistics else outputs[0]
 
 
 def _check(
@@ -87,6 +98,7 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     norm: tuple[Tensor, Tensor] | None,
+    statistics: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
 ) -> None:
@@ -110,6 +122,15 @@ def _check(
     if residual is not None:
         expected["residual"] = residual, [*x.shape[:2], weight.shape[0]]
         expected["gate"] = gate, [x.shape[0], 1, weight.shape[0]]
+    if statistics is not None:
+        if norm is None:
+            raise ValueError("statistics are for a norm, got them without one; leave them out")
+        shape = [*x.shape[:2], -(-x.shape[2] // reference.TILE), 2]
+        if list(statistics.shape) != shape or statistics.dtype != torch.float32:
+            raise ValueError(
+                f"statistics must be float32 {shape} to go with x {list(x.shape)}, as return_statistics gives them, "
+                f"got {statistics.dtype} {list(statistics.shape)}"
+            )
     for name, (tensor, shape) in expected.items():
         if list(tensor.shape) != shape or not tensor.is_floating_point():
             raise ValueError(
@@ -134,5 +155,6 @@ _linear_cuda = torch.library.custom_op("hmar_kernels::linear_cuda", cuda.forward
 
 
 @_linear_cuda.register_fake
-def _(x, weight, bias, scale, shift, residual, gate, gelu, eps, overlap):
-    return x.new_empty(*x.shape[:2], weight.shape[0], dtype=weight.dtype if residual is None else residual.dtype)
+def _(x, weight, bias, scale, shift, statistics, residual, gate, gelu, eps, return_statistics, overlap):
+    y = x.new_empty(*x.shape[:2], weight.shape[0], dtype=weight.dtype if residual is None else residual.dtype)
+    return [y, cuda.empty_statistics(y)] if return_statistics else [y]

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import extension
+from .reference import TILE
 
 DTYPES = (torch.float16, torch.bfloat16)
-ROWS = (8, 16, 32, 64, 96, 128)  # of the kernels, at most
-MAX_ROWS, STEP, MAX_NORMED = max(ROWS), 8, 8192
+ROWS = (8, 16, 32)  # of the kernels, at most
+# The same of those with a norm within. NOTE: measured at widths of 1024, 1536 and 1920 (reports/data/
+# linear_rows_h100.json, a67dd7c and 6aacedc): us a block with the norm within and as a kernel of its own, of 8 rows
+# 21.6, 34.2, 44.0 and 26.1, 36.5, 47.2; of 18 rows 28.6, 50.9, 64.4 and 29.4, 43.8, 53.0.
+NORMED_ROWS = (8,)
+MAX_ROWS, MAX_NORMED_ROWS, MAX_NORMED, STEP = max(ROWS), max(NORMED_ROWS), 8192, 8
 
 
 def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
@@ -54,60 +59,83 @@ def forward(
     bias: Tensor | None,
     scale: Tensor | None,
     shift: Tensor | None,
+    statistics: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
     gelu: bool,
     eps: float,
+    return_statistics: bool,
     overlap: bool,
-) -> Tensor:
-    """x [B, L, K], weight [N, K], bias [N], scale shift [B, 1, K], residual [B, L, N], gate [B, 1, N] -> [B, L, N]."""
+) -> list[Tensor]:
+    """x [B, L, K], weight [N, K], bias [N], scale shift [B, 1, K], statistics [B, L, ceil(K / 64), 2], residual
+    [B, L, N], gate [B, 1, N] -> y [B, L, N], and its statistics [B, L, ceil(N / 64), 2] if wanted."""
     (batch, length, K), (N, _), rows = x.shape, weight.shape, x.shape[0] * x.shape[1]
-    x, weight = _aligned(x.contiguous()), _aligned(weight.contiguous())
+    given, x = (weight, bias), _aligned(x.contiguous())
+    weight = _aligned(weight.contiguous())
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     common = {
         "bfloat16": weight.dtype == torch.bfloat16,
-        "overlap": overlap,
+        # NOTE: a copy may still be under way where the kernel reads weights without a wait.
+        "overlap": overlap and weight is given[0] and bias is given[1],
         "device": x.device.index,
         "stream": torch.cuda.current_stream(x.device).cuda_stream,
     }
+    norm = (0, 0, 0, 0, 0, 0.0)
     if scale is not None:
         scale, shift = _aligned(scale), _aligned(shift)
-        h = torch.empty(batch, length, K, dtype=weight.dtype, device=x.device)
-        extension.module.norm_rows(
-            x=x.data_ptr(),
-            scale=scale.data_ptr(),
-            shift=shift.data_ptr(),
-            h=h.data_ptr(),
-            scale_stride=scale.stride(0),
-            shift_stride=shift.stride(0),
-            num_rows=rows,
-            num_inputs=K,
-            image_rows=length,
-            eps=eps,
-            float_x=x.dtype == torch.float32,
-            **common,
-        )
-        x = h
+        if statistics is not None and rows <= MAX_NORMED_ROWS:
+            statistics = statistics.contiguous()
+            norm = (*(t.data_ptr() for t in (statistics, scale, shift)), scale.stride(0), shift.stride(0), eps)
+        else:
+            x = _normed(x, scale, shift, weight.dtype, eps, common)
     y = torch.empty(batch, length, N, dtype=weight.dtype if residual is None else residual.dtype, device=x.device)
+    outputs = [y, empty_statistics(y)] if return_statistics else [y]
     extension.module.linear_rows(
         x=x.data_ptr(),
+        norm=norm,
         weight=weight.data_ptr(),
         bias=0 if bias is None else bias.data_ptr(),
         residual=0 if residual is None else residual.data_ptr(),
         gate=0 if gate is None else gate.data_ptr(),
         y=y.data_ptr(),
+        statistics=outputs[1].data_ptr() if return_statistics else 0,
         gate_stride=0 if gate is None else gate.stride(0),
         num_rows=rows,
         num_inputs=K,
         num_outputs=N,
         image_rows=length,
+        float_x=x.dtype == torch.float32,
         float_residual=residual is not None and residual.dtype == torch.float32,
         gelu=gelu,
         kernel_rows=next(most for most in ROWS if rows <= most),
         **common,
     )
-    return y
+    return outputs
+
+
+def empty_statistics(y: Tensor) -> Tensor:
+    """For `reference.statistics` of y."""
+    return y.new_empty(*y.shape[:-1], -(-y.shape[-1] // TILE), 2, dtype=torch.float32)
+
+
+def _normed(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: float, common: dict) -> Tensor:
+    h = torch.empty(x.shape, dtype=dtype, device=x.device)
+    extension.module.norm_rows(
+        x=x.data_ptr(),
+        scale=scale.data_ptr(),
+        shift=shift.data_ptr(),
+        h=h.data_ptr(),
+        scale_stride=scale.stride(0),
+        shift_stride=shift.stride(0),
+        num_rows=x.shape[:-1].numel(),
+        num_inputs=x.shape[-1],
+        image_rows=x.shape[1],
+        eps=eps,
+        float_x=x.dtype == torch.float32,
+        **common,
+    )
+    return h
 
 
 def _aligned(x: Tensor) -> Tensor:
