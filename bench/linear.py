@@ -22,10 +22,9 @@ import torch
 from torch import Tensor
 
 from hmar.config import ModelConfig
-from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock, set_following
+from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock
 from hmar.model import Block, Residual
-from hmar.read_ahead import ReadAhead
-from hmar_kernels import SpanMask, linear, prefetch
+from hmar_kernels import SpanMask, linear
 from hmar_kernels.linear import reference
 from hmar_kernels.linear.cuda import MAX_ROWS
 
@@ -156,24 +155,20 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
         block.modulation.forward = lambda cond, vectors=vectors: vectors
     x = torch.randn(1, rows, width, device=device)
     on_gpu = device.type == "cuda"
-    ahead = ReadAhead(device) if on_gpu and prefetch.unavailable(device) is None else None
-    for products, attention, overlap, reads_ahead in itertools.product(
+    for products, attention, overlap, read_ahead in itertools.product(
         products_of(rows, device), ATTENTIONS if on_gpu else ("separate",), (False, True), (False, True)
     ):
-        if (products == "cublas" and attention == "separate" and overlap) or (reads_ahead and ahead is None):
+        if attention == "separate" and (read_ahead or (products == "cublas" and overlap)):
             continue
-        choices = Choices(MAX_ROWS if products == "cuda" else 0, attention, overlap, ahead if reads_ahead else None)
+        choices = Choices(MAX_ROWS if products == "cuda" else 0, attention, overlap, read_ahead)
         fused = [FusedBlock(block, choices) for block in blocks]
-        set_following(fused, None)
 
-        def run(fused=fused, ahead=choices.ahead):
+        def run(fused=fused):
             stream = Residual(x)
             for block in fused:
                 stream = block(stream, cond, mask)
-            if ahead is not None:
-                ahead.join()
 
-        by = f"{products} {attention}{' overlap' * overlap}{' ahead' * reads_ahead}"
+        by = f"{products} {attention}{' overlap' * overlap}{' ahead' * read_ahead}"
         row = {"layer": "block", "rows": rows, "by": by}
         try:
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):

@@ -71,10 +71,9 @@ from hmar.model import (
     SharedModulation,
 )
 from hmar.pyramid import Pyramid
-from hmar.read_ahead import ReadAhead
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import SpanMask, linear, prefetch, qk_norm_attention, triton_device
+from hmar_kernels import SpanMask, linear, qk_norm_attention, triton_device
 from hmar_kernels.linear import unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
@@ -88,7 +87,7 @@ FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
 # Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
 # program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
-READ_AHEAD_ROWS = 256  # of all images up to which the weights of coming layers are asked for (not measured)
+READ_AHEAD_ROWS = 256  # of all images up to which the weights of a later layer are asked for (not measured)
 DECODERS = ("modules", "fused", "transposed")
 PRODUCTS = ("cublas", "cuda")
 ATTENTIONS = ("separate", "fused")
@@ -187,8 +186,8 @@ class Engine:
             "fused" on a GPU that has it.
         overlap: whether these kernels may start, and read weights, while the kernel before them still runs, on GPUs
             that can (compute capability 9.0).
-        read_ahead: whether weights of coming layers are asked into the L2 cache while rows are few. In a dtype, with
-            CUDA graphs, without `compile`, and on GPUs that can (compute capability 9.0).
+        read_ahead: whether the weights of the MLP are asked into the L2 cache while few rows attend. Where attention
+            is "fused", without `compile`, and on GPUs that can (compute capability 9.0); without effect elsewhere.
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -268,23 +267,13 @@ class Engine:
         reason = unavailable_on(self.device, dtype or torch.float32, self.config.width)
         if products == "cuda" and reason is not None:
             raise ValueError(f'products="cuda" cannot run here: {reason}; products="cublas" would')
-        ahead = None
-        if read_ahead:
-            reason = prefetch.unavailable(self.device)
-            if not self.captures:
-                reason = f"it needs CUDA graphs, got capture={capture} on {self.device}"
-            if reason is None and (dtype is None or compile is not None):
-                reason = "it needs a dtype, and blocks that are not compiled"
-            if reason is not None:
-                raise ValueError(f"read_ahead cannot run here: {reason}; leave it out")
-            ahead = ReadAhead(self.device)
         if dtype is not None:
             has_kernels = self.device.type == "cuda" and triton_device.unavailable(self.device, dtype) is None
             self._fuse(
                 products or ("cublas" if reason else "cuda"),
                 attention or ("fused" if has_kernels and self.config.head_dim <= MAX_HEAD_DIM else "separate"),
                 overlap,
-                ahead,
+                read_ahead,
             )
         if compile is not None:
             for block in self._blocks():
@@ -315,9 +304,9 @@ class Engine:
         self.post_quant_conv = placed(tokenizer.post_quant_conv, lambda p: decoder_dtype, **layout)
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
 
-    def _fuse(self, products: str, attention: str, overlap: bool, ahead: ReadAhead | None) -> None:
+    def _fuse(self, products: str, attention: str, overlap: bool, read_ahead: bool) -> None:
         few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
-        choices = Choices(few_rows if products == "cuda" else 0, attention, overlap, ahead)
+        choices = Choices(few_rows if products == "cuda" else 0, attention, overlap, read_ahead)
         for remembered in self._remembered:
             layer = getattr(remembered.modulation, "linear", remembered.modulation)
             if isinstance(layer, nn.Linear) and remembered is not self.model.shared_modulation:
@@ -327,9 +316,6 @@ class Engine:
                 blocks[i] = FusedBlock(block, choices)
         for name in self._head_names():
             setattr(self.model, name, FusedHead(getattr(self.model, name), choices))
-        # NOTE: what follows the trunk depends on the pass.
-        for blocks, head in zip(reversed(self._block_lists()), (*reversed(self._heads()), None), strict=False):
-            set_following(blocks, head)
 
     def _compile(self, module: nn.Module, backend: str) -> None:
         # NOTE: every scale and batch size is a shape, and a mask, of its own.
@@ -799,7 +785,7 @@ class Choices:
     few_rows: int
     attention: str
     overlap: bool
-    ahead: ReadAhead | None = None
+    read_ahead: bool = False
 
 
 class FusedLinear(nn.Module):
@@ -809,7 +795,6 @@ class FusedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.choices, self.gelu = choices, gelu
-        self.following: list[Tensor] = []  # weights of later layers, to be read while this one computes
 
     def takes(self, x_BLC: Tensor, vector_B1C: Tensor) -> bool:
         """Whether so many rows are few; with norms or gates of these vectors."""
@@ -834,15 +819,9 @@ class FusedLinear(nn.Module):
     def forward(self, x_BLC: Tensor) -> Tensor:
         if x_BLC.shape[:-1].numel() <= self.choices.few_rows:
             return self._few(x_BLC)
-        self._read_ahead(x_BLC)
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu)
 
-    def _read_ahead(self, x_BLC: Tensor) -> None:
-        if self.choices.ahead is not None and x_BLC.shape[:-1].numel() <= READ_AHEAD_ROWS:
-            self.choices.ahead.ask(self.following)
-
     def _few(self, x_BLC: Tensor, **surroundings) -> Tensor | tuple[Tensor, Tensor]:
-        self._read_ahead(x_BLC)
         options = {"impl": "cuda", "overlap": self.choices.overlap}
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, **surroundings, **options)
 
@@ -864,7 +843,8 @@ class FusedBlock(nn.Module):
     def __init__(self, block: Block, choices: Choices):
         super().__init__()
         self.modulation = block.modulation
-        self.attention, self.mlp = FusedAttention(block.attention, choices), FusedMLP(block.mlp, choices)
+        self.mlp = FusedMLP(block.mlp, choices)
+        self.attention = FusedAttention(block.attention, choices, self.mlp.fc1.weight)
 
     def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
@@ -873,11 +853,14 @@ class FusedBlock(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Attention of the tokens of one scale, and of earlier ones where they are cached."""
+    """Attention of the tokens of one scale, and of earlier ones where they are cached.
 
-    def __init__(self, attention: Attention, choices: Choices):
+    later: the weight of the layer behind the projection.
+    """
+
+    def __init__(self, attention: Attention, choices: Choices, later: Tensor):
         super().__init__()
-        self.attention, self.choices = attention, choices
+        self.attention, self.choices, self.later = attention, choices, later
         self.qkv, self.proj = FusedLinear(attention.qkv, choices), FusedLinear(attention.proj, choices)
 
     def forward(
@@ -906,6 +889,7 @@ class FusedAttention(nn.Module):
             max_log_scale=module.MAX_LOG_SCALE,
             impl="triton",
             overlap=self.choices.overlap,
+            ahead=self.later if self.choices.read_ahead and batch * length <= READ_AHEAD_ROWS else None,
         )
 
 
@@ -927,27 +911,9 @@ class FusedHead(nn.Module):
     def __init__(self, head: Head, choices: Choices):
         super().__init__()
         self.modulation, self.linear = head.modulation, FusedLinear(head.linear, choices)
-        self.ahead = choices.ahead
 
     def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
-        logits_BLV = self.linear.normed(stream, *self.modulation(cond_BC))[1]
-        # NOTE: behind the product, which may start before the one kernel that it follows has ended, not before two.
-        if self.ahead is not None:
-            self.ahead.join()
-        return logits_BLV
-
-
-def set_following(blocks: Sequence[FusedBlock], head: FusedHead | None) -> None:
-    """Which weights each layer has read ahead: q, k and v those of the projection and of the MLP's first layer; so on.
-
-    NOTE: at a width of 1920 at most 37 MB at a time, of which an L2 cache has 50.
-    """
-    for block, following in zip(blocks, [*blocks[1:], head], strict=True):
-        attention, mlp = block.attention, block.mlp
-        attention.qkv.following = [attention.proj.weight, mlp.fc1.weight]
-        mlp.fc1.following = [mlp.fc2.weight]
-        layer = following.linear if isinstance(following, FusedHead) else following and following.attention.qkv
-        mlp.fc2.following = [] if layer is None else [layer.weight]
+        return self.linear.normed(stream, *self.modulation(cond_BC))[1]
 
 
 class Remembered(nn.Module):
