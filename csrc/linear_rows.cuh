@@ -34,7 +34,7 @@ struct alignas(8) RowMoments {
   float mean, rstd;
 };
 
-// kRows: of x, a multiple of 8. kNormed: of a norm of x.
+// kRows: of x, a multiple of 8; up to 32 where it is kNormed: of a norm of x.
 template <DType kType_, int kRows_, bool kNormed_>
 struct LinearRowsTile {
   static constexpr DType kType = kType_;
@@ -59,7 +59,8 @@ struct LinearRowsTile {
     // [kRows, kSumsRow], in the place of the rings.
     __device__ __forceinline__ float* sums() { return reinterpret_cast<float*>(weight); }
   };
-  static_assert(kLinearInputs == kPanelColumns && kLinearFeatures == kGroupRows && kRows <= 4 * kNormWarps);
+  static_assert(kLinearInputs == kPanelColumns && kLinearFeatures == kGroupRows);
+  static_assert(!kNormed || kRows <= 4 * kNormWarps);
   static_assert(4 * kRows * kSumsRow <= kStages * kWeightBytes + kXStages * kXBytes);
 };
 

@@ -84,6 +84,7 @@ DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 10
 # at 1536 43.8 (44.3) with 18, 45.9 (45.0) with 32; at 1920 46.2 (53.3) with 2, 55.2 (56.5) with 32, 61.8 (56.8) with
 # 50.
 FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
+FEW_ADDED_ROWS = 0  # the same of products with a residual, where that is more (not measured)
 # Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
 # program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
@@ -306,7 +307,8 @@ class Engine:
 
     def _fuse(self, products: str, attention: str, overlap: bool, read_ahead: bool) -> None:
         few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
-        choices = Choices(few_rows if products == "cuda" else 0, attention, overlap, read_ahead)
+        most = (few_rows, FEW_ADDED_ROWS) if products == "cuda" else (0, 0)
+        choices = Choices(*most, attention, overlap, read_ahead)
         for remembered in self._remembered:
             layer = getattr(remembered.modulation, "linear", remembered.modulation)
             if isinstance(layer, nn.Linear) and remembered is not self.model.shared_modulation:
@@ -780,9 +782,13 @@ class Program:
 
 @dataclass(frozen=True)
 class Choices:
-    """How blocks and heads compute, see `Engine`. few_rows: up to which products are by the kernels for few."""
+    """How blocks and heads compute, see `Engine`. few_rows: up to which products are by the kernels for few.
+
+    few_added_rows: the same of products with a residual, where that is more.
+    """
 
     few_rows: int
+    few_added_rows: int
     attention: str
     overlap: bool
     read_ahead: bool = False
@@ -796,14 +802,14 @@ class FusedLinear(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
         self.choices, self.gelu = choices, gelu
 
-    def takes(self, x_BLC: Tensor, vector_B1C: Tensor) -> bool:
+    def takes(self, x_BLC: Tensor, vector_B1C: Tensor, most: int) -> bool:
         """Whether so many rows are few; with norms or gates of these vectors."""
         # NOTE: modulation that all blocks share is float32, which the kernels do not read.
-        return x_BLC.shape[:-1].numel() <= self.choices.few_rows and vector_B1C.dtype == self.weight.dtype
+        return x_BLC.shape[:-1].numel() <= most and vector_B1C.dtype == self.weight.dtype
 
     def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and this layer of its norm."""
-        if stream.branch_BLC is None and self.takes(stream.x_BLC, scale_B1C):
+        if stream.branch_BLC is None and self.takes(stream.x_BLC, scale_B1C, self.choices.few_rows):
             norm = {"norm": (scale_B1C, shift_B1C), "statistics": stream.statistics_BLT2}
             return stream.x_BLC, self._few(stream.x_BLC, **norm)
         x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
@@ -811,9 +817,12 @@ class FusedLinear(nn.Module):
 
     def added(self, x_BLC: Tensor, gate_B1C: Tensor, h_BLC: Tensor) -> Residual:
         """x + gate times this layer of h."""
-        if self.takes(x_BLC, gate_B1C):
-            y_BLC, statistics_BLT2 = self._few(h_BLC, residual=x_BLC, gate=gate_B1C, return_statistics=True)
+        surroundings = {"residual": x_BLC, "gate": gate_B1C}
+        if self.takes(x_BLC, gate_B1C, self.choices.few_rows):
+            y_BLC, statistics_BLT2 = self._few(h_BLC, **surroundings, return_statistics=True)
             return Residual(y_BLC, statistics_BLT2=statistics_BLT2)
+        if self.takes(x_BLC, gate_B1C, self.choices.few_added_rows):
+            return Residual(self._few(h_BLC, **surroundings))
         return Residual(x_BLC, self(h_BLC), gate_B1C)
 
     def forward(self, x_BLC: Tensor) -> Tensor:

@@ -120,9 +120,8 @@ def test_kernels_of_few_rows_compile_without_spills(ptxas_output):
         num_threads = 416 if tile[3] == "1" else 192
         shares.add(num_threads * -(-numbers["registers"] // 8) * 8)
     assert 2 * max(shares) <= 65536, shares
-    assert found == {
-        (dtype, rows, norm) for dtype in range(len(TYPES)) for rows in linear_cuda.ROWS for norm in range(2)
-    }
+    tiles = [(rows, 0) for rows in linear_cuda.ROWS] + [(rows, 1) for rows in linear_cuda.NORMED_ROWS]
+    assert found == {(dtype, *tile) for dtype in range(len(TYPES)) for tile in tiles}
     assert len(report) == len(found) + len(TYPES)  # and those of statistics
 
 

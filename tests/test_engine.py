@@ -143,6 +143,7 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatc
     the first norm of a pass, and of a masked pass's head. The reference stands for the kernels."""
     few, measured = [], Counter()
     monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 64})
+    monkeypatch.setattr(engine_module, "FEW_ADDED_ROWS", 0)
     model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
 
@@ -175,6 +176,31 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatc
     num_passes = sum(passes.values())
     assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * num_passes
     assert measured == {True: kinds[True, False] - measured[False], False: num_passes + sum(masked.values())}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+def test_more_rows_with_a_residual_than_with_a_norm(monkeypatch):
+    """By the kernels for few rows; what follows them takes the sum as any other, without statistics."""
+    few = set()
+    monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 12})
+    monkeypatch.setattr(engine_module, "FEW_ADDED_ROWS", 54)
+    model, tokenizer, sampling = build("hmar"), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+
+    def seen(x, weight, bias, scale, shift, statistics, residual, gate, gelu, eps, return_statistics, overlap):
+        rows = x.shape[0] * x.shape[1]
+        few.add((rows, scale is not None, residual is not None))
+        assert return_statistics == (residual is not None and rows <= 12)
+        y = reference.forward(x, weight, bias, scale if scale is None else (scale, shift), gelu, residual, gate, eps)
+        return [y, reference.statistics(y)] if return_statistics else [y]
+
+    monkeypatch.setattr(engine_module, "unavailable_on", lambda *_: None)
+    monkeypatch.setattr(cuda, "unavailable", lambda *_, residual: None)
+    monkeypatch.setattr(cuda, "forward", seen)
+    actual = Engine(model, tokenizer, dtype=torch.float16, attention="fused").generate(CLASSES, sampling)
+    assert {rows for rows, _, residual in few if residual} == {3, 12, 24, 27, 54}
+    assert {3, 12} <= {rows for rows, norm, _ in few if norm} <= {3, 9, 12}, "9 before a masked head"
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")

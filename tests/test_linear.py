@@ -36,6 +36,12 @@ PUBLISHED = {
     for C in (1024, 1920)
     for name, (N, K) in LAYERS.items()
 }
+MORE_ROWS = {
+    f"{batch} x {length} of width {C}, K = {K} C": ((batch, length, C, K * C), "residual")
+    for batch, length in ((2, 25), (1, 64), (2, 36), (2, 49), (2, 64))
+    for C in (1024, 1536, 1920, 2304)
+    for K in (1, 4)
+}
 PUBLISHED = {f"{rows} of d16": (rows, 3072, 1024) for rows in (1, 2, 18, 64, 128)} | {"wide": (32, 1920, 7680)}
 
 
@@ -125,7 +131,9 @@ def assert_fused_is_accurate(shape, kind, dtype, impl, device="cpu", **options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["cublas", "cuda"])
 @pytest.mark.parametrize(
-    "shape, kind", [*((shape, "all") for shape in FUSED.values()), *FUSED_PUBLISHED.values()], ids=str
+    "shape, kind",
+    [*((shape, "all") for shape in FUSED.values()), *FUSED_PUBLISHED.values(), *MORE_ROWS.values()],
+    ids=str,
 )
 def test_fused_on_a_gpu(shape, kind, impl, poisoned_memory):
     """The kernels for few rows to the bit whether they overlap or run in turn."""

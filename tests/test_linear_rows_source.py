@@ -145,8 +145,9 @@ def test_product_of_the_source(library, kernel_rows, K, splits, dtype):
     """All rows that a kernel takes and fewer, whole tiles of features and not, chunks of inputs and a part of one."""
     lengths = {"plain": (1, kernel_rows), "gelu": (1, 1), "residual": (3, kernel_rows // 3), "stream": (2, 3)}
     lengths |= {"norm": (2, kernel_rows // 2), "all": (3, 1)}
+    kinds = KINDS if kernel_rows in cuda.NORMED_ROWS else KINDS[:4]
     for N in (3, 128, 139):
-        for kind in KINDS:
+        for kind in kinds:
             arguments, options = arguments_of(*lengths[kind], N, K, kind, dtype)
             launch = {"kernel_rows": kernel_rows, "splits": splits}
             actual = run_linear(library, **arguments, **options, **launch)
@@ -165,7 +166,15 @@ def test_rings_of_the_source_turn_over(library, rows, kind):
         assert_accurate(run_linear(library, **arguments, **options, **launch), arguments, **options)
 
 
-@pytest.mark.parametrize("kernel_rows", cuda.ROWS)
+@pytest.mark.parametrize("rows", [33, 50, 64, 72, 100, 128])
+def test_rings_of_more_rows_turn_over(library, rows):
+    arguments, options = arguments_of(1, rows, 70, 1160, "residual")
+    for splits, last_first in ((0, True), (1, False)):
+        launch = {"splits": splits, "last_first": last_first}
+        assert_accurate(run_linear(library, **arguments, **options, **launch), arguments, **options)
+
+
+@pytest.mark.parametrize("kernel_rows", cuda.NORMED_ROWS)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_rings_turn_over_with_fewer_rows_than_the_kernel_has(library, kernel_rows, rows):
     arguments, options = arguments_of(1, rows, 70, 1160, "norm")
@@ -218,9 +227,10 @@ def test_norms_of_numbers_far_from_zero(library, size):
 LAYERS = {"qkv": (3, 1, "norm"), "proj": (1, 1, "residual"), "fc1": (4, 1, "all"), "fc2": (1, 4, "residual")}
 
 
-@pytest.mark.parametrize("rows", [2, 18, 32])
 @pytest.mark.parametrize("width", [1024, 1536, 1920, 2304])
-@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize(
+    "layer, rows", [*((layer, rows) for layer in LAYERS for rows in (2, 18, 32)), ("proj", 72), ("fc2", 128)]
+)
 def test_published_sums_of_the_source(library, layer, width, rows):
     """K of the published widths, some features: the last blocks of a layer, as many to a cluster as it has."""
     N, K, kind = LAYERS[layer]
@@ -271,7 +281,11 @@ def test_statistics_combine_to_those_of_the_rows():
     "change, reason",
     [
         ({"weight": torch.zeros(4, 32)}, "weights are float16 or bfloat16"),
-        ({"x": torch.zeros(1, 33, 32).bfloat16()}, "at most 32, got 33"),
+        ({"x": torch.zeros(1, 129, 32).bfloat16()}, "at most 128, got 129"),
+        (
+            {"x": torch.zeros(1, 33, 32), "norm": (torch.zeros(1, 1, 32).bfloat16(),) * 2},
+            "at most 32 with a norm, got 33",
+        ),
         ({"x": torch.zeros(1, 2, 12).bfloat16(), "weight": torch.zeros(4, 12).bfloat16()}, "multiple of 8, got 12"),
         ({"x": torch.zeros(1, 2, 32).half()}, "x and residual are float32 or torch.bfloat16"),
         ({"bias": torch.zeros(4)}, "bias, scale, shift and gate are torch.bfloat16"),
@@ -280,8 +294,8 @@ def test_statistics_combine_to_those_of_the_rows():
 )
 def test_what_the_kernels_do_not_take(change, reason):
     tensors = {"x": torch.zeros(1, 2, 32), "weight": torch.zeros(4, 32), "bias": torch.zeros(4)}
-    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()} | change
-    actual = cuda.refusal(tensors["x"], tensors["weight"], tensors["bias"])
+    tensors: dict = {name: tensor.bfloat16() for name, tensor in tensors.items()} | change
+    actual = cuda.refusal(tensors["x"], tensors["weight"], tensors["bias"], *tensors.get("norm", (None, None)))
     assert actual is None if reason is None else reason in actual
     with pytest.raises(ValueError, match='impl="cuda" cannot run here'):
         linear(torch.zeros(1, 2, 32), torch.zeros(4, 32), impl="cuda")

@@ -70,6 +70,8 @@ void run(const LinearRows& call, int kernel_rows, int splits, bool last_thread_f
   const auto either = [&](auto rows) { with(rows, std::false_type()), with(rows, std::true_type()); };
   either(std::integral_constant<int, 8>()), either(std::integral_constant<int, 16>());
   either(std::integral_constant<int, 32>());
+  const auto plain = [&](auto rows) { with(rows, std::false_type()); };
+  plain(std::integral_constant<int, 64>()), plain(std::integral_constant<int, 96>()), plain(std::integral_constant<int, 128>());
 }
 
 }  // namespace

@@ -44,9 +44,10 @@ def linear(
         eps: added to the variance of the norm.
         return_statistics: whether to return statistics of y too, for a norm of it.
         impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel.
-            "cuda" is for at most 32 rows, where the time goes into reading the weight, on GPUs of compute capability
-            9.0: one kernel, and one before it for statistics of x that a norm lacks. Neither has a derivative. "auto"
-            is "cublas" on a GPU where no gradient is needed, else "reference". A named implementation runs or raises.
+            "cuda" is for at most 128 rows, 32 with a norm, where the time goes into reading the weight, on GPUs of
+            compute capability 9.0: one kernel, and one before it for statistics of x that a norm lacks. Neither has a
+            derivative. "auto" is "cublas" on a GPU where no gradient is needed, else "reference". A named
+            implementation runs or raises.
         overlap: of "cuda": the kernel may read weight and bias before the kernels queued before it have ended. For
             weights that no kernel writes which may still run.
     Returns:

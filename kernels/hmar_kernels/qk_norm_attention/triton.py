@@ -35,8 +35,8 @@ class Tile(NamedTuple):
 # multiprocessors are worth more than keys that are normalised once.
 TILES: dict[int, Tile] = {16: Tile(16, 1), 32: Tile(32, 2), 64: Tile(32, 4), 128: Tile(32, 4), 256: Tile(32, 8)}
 MAX_KEYS, MAX_HEAD_DIM = max(TILES), 128
-# Programs that ask for what comes later, at least, and bytes that each of their threads asks for at a time: what is asked
-# for passes through a multiprocessor at 35 GB/s (reports/log.md), so all of them have to ask.
+# Programs that ask for what comes later, at least, and bytes that each of their threads asks for at a time. These pass
+# through a multiprocessor at 35 GB/s (reports/log.md), so all of them have to ask.
 AHEAD_PROGRAMS, AHEAD_CHUNK = 120, 1024
 AHEAD_STEP = 16  # bytes: of addresses and sizes
 
