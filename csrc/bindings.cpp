@@ -167,7 +167,8 @@ void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, c
 using ConvShapeTuple = std::tuple<bool, int, int, int, int, int>;
 
 void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t factors,
-                 uintptr_t offsets, uintptr_t out, uintptr_t means, uintptr_t deviations, int device, uintptr_t stream) {
+                 uintptr_t offsets, uintptr_t residual, uintptr_t shift, uintptr_t out, uintptr_t means, uintptr_t deviations,
+                 int device, uintptr_t stream) {
   const auto [bfloat16, num_images, height, width, in_channels, out_channels] = shape;
   const hmar::HopperConvShape conv_shape{bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
                                          num_images,
@@ -179,7 +180,8 @@ void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t w
   DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape,
                                               {pointer<const void>(x), pointer<const void>(weight),
                                                pointer<const void>(bias), pointer<const float>(factors),
-                                               pointer<const float>(offsets)},
+                                               pointer<const float>(offsets), pointer<const void>(residual),
+                                               pointer<const void>(shift)},
                                               {pointer<void>(out), pointer<float>(means), pointer<float>(deviations)},
                                               reinterpret_cast<cudaStream_t>(stream)),
                      "hopper_conv");

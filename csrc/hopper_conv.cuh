@@ -11,7 +11,8 @@
 // warpgroup begins some steps late and stays behind, so that one multiplies while the other stores. On request each gives the
 // mean and the deviation of what it stores, for a norm. On request x is the norm and SiLU of the map that a kSame kernel is given,
 // silu(factor[n, c] map[n, y, x, c] + offset[n, c]): once for all taps the three warps beside the one that fetches put it in the
-// place of the map in shared memory.
+// place of the map in shared memory. On request a kSame kernel adds residual[n, y, x, o] + shift[o] to the sums, before they are
+// rounded and statistics are made: the residual comes to where the output will be staged.
 #pragma once
 
 #include "hopper_tile.cuh"
@@ -204,57 +205,152 @@ __device__ __forceinline__ uint64_t half_row_descriptor(const uint8_t* rows, int
   return address | uint64_t{1} << 16 | uint64_t(group_bytes >> 4) << 32 | uint64_t{2} << 62;
 }
 
-// Rounds one block of a warpgroup and writes those of its positions and channels that there are. A warp owns two rows.
+// The positions that a warp has of a block: two rows of eight. How many of them, and of their channels, there are.
 template <class Tile>
-__device__ __forceinline__ void store_block(const HopperConvParams& params, const ConvItem<Tile>& item,
-                                            const float (&d)[kConvColumns / 2], uint8_t* staging, int first_row,
-                                            int first_column) {
-  int lane = threadIdx.x % 32;
-  // NOTE: else all that follows from it is computed before the loop over items, where there are no registers to keep it.
-  asm volatile("" : "+r"(lane));
-  uint8_t* matrix_row = staging + (lane % 8 + lane / 8 % 2 * 8) * Tile::kOutBytes + lane / 16 * kChunkBytes;
-  const auto* bias = static_cast<const uint16_t*>(params.bias);
+struct WarpPositions {
+  static constexpr int kChunks = kConvColumns * 2 / kChunkBytes, kNumChunks = Tile::kWarpPositions * kChunks;
+
+  int64_t begin;  // of the output
+  int num_rows, num_columns, num_channels;
+
+  __device__ __forceinline__ WarpPositions(const HopperConvParams& params, const ConvItem<Tile>& item, int block) {
+    const int group = uniform(threadIdx.x / kGroupThreads), warp = uniform(threadIdx.x / 32);
+    const int row = item.row + block * kBlockSide + warp % 4 * 2, column = item.column + group * kBlockSide;
+    begin = item.image * params.image_stride + item.parity_row * params.parity_row_stride +
+            item.parity_column * params.parity_column_stride + row * int64_t{params.row_stride} +
+            column * params.column_stride + item.out_channel;
+    num_rows = params.height - row, num_columns = params.width - column;
+    num_channels = params.out_channels - item.out_channel;
+  }
+  __device__ __forceinline__ bool has(unsigned position, int channel) const {
+    const int row = position / kBlockSide, column = position % kBlockSide;
+    return row < num_rows && column < num_columns && channel < num_channels;
+  }
+  // Of chunks of channels, position by position.
+  __device__ __forceinline__ bool has_chunk(unsigned index) const { return has(index / kChunks, channel_of(index)); }
+  __device__ __forceinline__ int64_t chunk_at(const HopperConvParams& params, unsigned index) const {
+    return at(params, index / kChunks) + channel_of(index);
+  }
+  __device__ __forceinline__ int64_t at(const HopperConvParams& params, unsigned position) const {
+    const int row = position / kBlockSide, column = position % kBlockSide;
+    return begin + row * params.row_stride + column * params.column_stride;
+  }
+  // In the warp's part of shared memory.
+  static __device__ __forceinline__ int staged_chunk(unsigned index) {
+    return index / kChunks * Tile::kOutBytes + index % kChunks * kChunkBytes;
+  }
+  static __device__ __forceinline__ int channel_of(unsigned index) { return index % kChunks * (kChunkBytes / 2); }
+};
+
+// NOTE: else all that follows from it is computed before the loop over items, where there are no registers to keep it.
+__device__ __forceinline__ int opaque_lane() { return int(opaque(threadIdx.x % 32)); }
+
+// Of a lane, the row of `store_matrices` and `ldmatrix_x4` of a warp's positions by 16 channels.
+template <class Tile>
+__device__ __forceinline__ uint8_t* matrix_row(uint8_t* staging, int lane) {
+  return staging + (lane % 8 + lane / 8 % 2 * 8) * Tile::kOutBytes + lane / 16 * kChunkBytes;
+}
+
+template <class Tile>
+__device__ __forceinline__ bool has_residual(const HopperConvParams& params) {
+  return Tile::kResolution == Resolution::kSame && params.residual != nullptr;
+}
+
+// Starts to copy a warp's residual of a block into its part of shared memory; what there is none of will be zero.
+template <class Tile>
+__device__ __forceinline__ void fetch_residual(const HopperConvParams& params, const WarpPositions<Tile>& positions,
+                                               uint8_t* staging) {
+  const auto* residual = static_cast<const uint16_t*>(params.residual);
+  const int lane = opaque_lane();
+  static_assert(WarpPositions<Tile>::kNumChunks % 32 == 0);
+#pragma unroll 5
+  for (int i = 0; i < WarpPositions<Tile>::kNumChunks / 32; ++i) {
+    const int index = lane + 32 * i;
+    const bool exists = positions.has_chunk(index);
+    cp_async_16(shared_address(staging + WarpPositions<Tile>::staged_chunk(index)),
+                residual + (exists ? positions.chunk_at(params, index) : 0), exists);
+  }
+  cp_async_commit();
+}
+
+// Brings it nearer.
+template <class Tile>
+__device__ __forceinline__ void prefetch_residual(const HopperConvParams& params, const WarpPositions<Tile>& positions) {
+  const int position = opaque_lane();
+  if (position < Tile::kWarpPositions && positions.has(position, 0)) {
+    prefetch_bytes(static_cast<const uint16_t*>(params.residual) + positions.at(params, position),
+                   2 * min(kConvColumns, positions.num_channels));
+  }
+}
+
+// Adds what was fetched to the sums of a block.
+template <class Tile>
+__device__ __forceinline__ void add_residual(float (&d)[kConvColumns / 2], uint8_t* staging) {
+  cp_async_wait<0>();
+  __syncwarp();
+  const uint32_t row = shared_address(matrix_row<Tile>(staging, opaque_lane()));
+#pragma unroll
+  for (int n = 0; n < kConvColumns / 8; n += 2) {
+    uint32_t matrices[4];
+    ldmatrix_x4(matrices, row + n * kChunkBytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float low, high;
+      unpack<Tile::kType>(matrices[i], low, high);
+      d[4 * n + 2 * i] += low, d[4 * n + 2 * i + 1] += high;
+    }
+  }
+  __syncwarp();
+}
+
+// Adds to all sums of a channel its number of `constants`, where there are any.
+template <class Tile>
+__device__ __forceinline__ void add_constants(const HopperConvParams& params, const void* constants, int out_channel,
+                                              float (&d)[Tile::kBlocks][kConvColumns / 2]) {
+  if (constants == nullptr) return;
+  const int first = out_channel + opaque_lane() % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kConvColumns / 8; ++n) {
+    float low = 0.0f, high = 0.0f;
+    if (first + 8 * n < params.out_channels) {
+      unpack<Tile::kType>(*reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(constants) + first + 8 * n), low,
+                          high);
+    }
+#pragma unroll
+    for (int block = 0; block < Tile::kBlocks; ++block) {
+      float* pairs = d[block] + 4 * n;
+      pairs[0] += low, pairs[1] += high, pairs[2] += low, pairs[3] += high;
+    }
+  }
+}
+
+// Rounds one block of a warpgroup and writes those of a warp's positions and channels that there are.
+template <class Tile>
+__device__ __forceinline__ void store_block(const HopperConvParams& params, const WarpPositions<Tile>& positions,
+                                            const float (&d)[kConvColumns / 2], uint8_t* staging) {
+  const int lane = opaque_lane();
+  uint8_t* row = matrix_row<Tile>(staging, lane);
 #pragma unroll
   for (int n = 0; n < kConvColumns / 8; n += 2) {
     uint32_t matrices[4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int channel = item.out_channel + 8 * (n + i) + lane % 4 * 2;
-      float low = 0.0f, high = 0.0f;
-      if (bias != nullptr && channel < params.out_channels) {
-        unpack<Tile::kType>(*reinterpret_cast<const uint32_t*>(bias + channel), low, high);
-      }
-      const float* pair = d + 4 * (n + i);
-      matrices[2 * i] = pack<Tile::kType>(pair[0] + low, pair[1] + high);
-      matrices[2 * i + 1] = pack<Tile::kType>(pair[2] + low, pair[3] + high);
-    }
-    store_matrices(matrix_row + n * kChunkBytes, matrices);
+    for (int i = 0; i < 4; ++i) matrices[i] = pack<Tile::kType>(d[4 * n + 2 * i], d[4 * n + 2 * i + 1]);
+    store_matrices(row + n * kChunkBytes, matrices);
   }
   __syncwarp();
-  constexpr int kChunks = kConvColumns * 2 / kChunkBytes;
-  auto* out = static_cast<uint16_t*>(params.out) + item.image * params.image_stride +
-              item.parity_row * params.parity_row_stride + item.parity_column * params.parity_column_stride +
-              first_row * int64_t{params.row_stride} + first_column * params.column_stride + item.out_channel;
-  const int num_rows = params.height - first_row, num_columns = params.width - first_column;
-  const int num_channels = params.out_channels - item.out_channel;
+  auto* out = static_cast<uint16_t*>(params.out);
   constexpr int kAtOnce = 5;
 #pragma unroll 1
-  for (int first = lane; first < Tile::kWarpPositions * kChunks; first += 32 * kAtOnce) {
+  for (int first = lane; first < WarpPositions<Tile>::kNumChunks; first += 32 * kAtOnce) {
     uint4 numbers[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const unsigned index = first + 32 * i;
-      numbers[i] = *reinterpret_cast<const uint4*>(staging + index / kChunks * Tile::kOutBytes +
-                                                   index % kChunks * kChunkBytes);
+      numbers[i] = *reinterpret_cast<const uint4*>(staging + WarpPositions<Tile>::staged_chunk(first + 32 * i));
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const unsigned index = first + 32 * i, position = index / kChunks;
-      const int row = position / kBlockSide, column = position % kBlockSide;
-      const int channel = index % kChunks * (kChunkBytes / 2);
-      if (row < num_rows && column < num_columns && channel < num_channels) {
-        *reinterpret_cast<uint4*>(out + row * params.row_stride + column * params.column_stride + channel) = numbers[i];
-      }
+      const int index = first + 32 * i;
+      if (positions.has_chunk(index)) *reinterpret_cast<uint4*>(out + positions.chunk_at(params, index)) = numbers[i];
     }
   }
   __syncwarp();
@@ -330,6 +426,11 @@ __device__ __forceinline__ void compute_conv(const HopperConvParams& params, typ
   for (int index = blockIdx.x; index < params.num_items; index += gridDim.x) {
     const ConvItem<Tile> item(params, index);
     const bool first_item = index == int(blockIdx.x);
+    // What is added comes while the products are made: of the first block to shared memory, which has no room for the other.
+    if (has_residual<Tile>(params)) {
+      fetch_residual<Tile>(params, {params, item, 0}, shared.out[warp]);
+      if constexpr (Tile::kBlocks > 1) prefetch_residual<Tile>(params, {params, item, 1});
+    }
     if (first_item && group == 1) turn_wait<Tile::kGroups>(1);
     int step = 0;
     for (int chunk = 0; chunk < params.num_chunks; ++chunk) {
@@ -365,14 +466,22 @@ __device__ __forceinline__ void compute_conv(const HopperConvParams& params, typ
     wgmma_wait<0>();
     release(shared.weight_empty[ring.last_stage()]);
     release(shared.map_empty[maps.last_stage()]);
+    if (has_residual<Tile>(params)) {
+      add_residual<Tile>(d[0], shared.out[warp]);
+      if constexpr (Tile::kBlocks > 1) fetch_residual<Tile>(params, {params, item, 1}, shared.out[warp]);
+      add_constants<Tile>(params, params.shift, item.out_channel, d);
+    }
+    add_constants<Tile>(params, params.bias, item.out_channel, d);
+    if constexpr (Tile::kBlocks > 1) {
+      if (has_residual<Tile>(params)) add_residual<Tile>(d[1], shared.out[warp]);
+    }
     if (params.means != nullptr) {
       const int64_t chunk = int64_t{Tile::kGroups} * (index / params.num_column_tiles) + group;
       store_statistics<Tile>(params, item.out_channel, chunk, d, group, shared.out);
     }
 #pragma unroll
     for (int block = 0; block < Tile::kBlocks; ++block) {
-      store_block<Tile>(params, item, d[block], shared.out[warp], item.row + block * kBlockSide + warp % 4 * 2,
-                        item.column + group * kBlockSide);
+      store_block<Tile>(params, {params, item, block}, d[block], shared.out[warp]);
     }
   }
 }

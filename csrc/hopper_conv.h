@@ -43,13 +43,15 @@ inline MapGeometry conv_weight_geometry(const HopperConvShape& shape, const Hopp
           {kConvChannels, 1, kConvColumns}};
 }
 
-// What a kernel reads. bias, factors and offsets: null for none (HopperConvParams).
+// What a kernel reads. All but x and weight: null for none (HopperConvParams).
 struct HopperConvInput {
   const void* x;
   const void* weight;
   const void* bias;
   const float* factors;
   const float* offsets;
+  const void* residual;
+  const void* shift;
 };
 
 // What a kernel writes, contiguous; means and deviations null for none.
@@ -67,6 +69,7 @@ inline HopperConvParams conv_params(const HopperConvShape& shape, const HopperCo
   HopperConvParams params{};
   params.out = output.out, params.bias = input.bias;
   params.factors = input.factors, params.offsets = input.offsets;
+  params.residual = input.residual, params.shift = input.shift;
   params.means = output.means, params.deviations = output.deviations;
   params.image_stride = int64_t{row} * factor * shape.height;
   params.row_stride = factor * row, params.column_stride = factor * shape.out_channels;

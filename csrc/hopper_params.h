@@ -127,11 +127,14 @@ struct HopperConvParams {
   TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
   void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
   const void* bias;    // [O], or null
+  // What is added to the convolution before it is rounded. Not where sides are doubled.
+  const void* residual;  // [N, H, W, O], or null
+  const void* shift;     // [O], or null; only with a residual
   // [N, C]: the convolution is of silu(factors x + offsets), rounded as x is, with zeros around it. Null: of x. Not where sides
   // are doubled.
   const float* factors;
   const float* offsets;
-  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches, without a bias.
+  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches.
   float* deviations;   // the same: sums of squared distances from the mean. A chunk is what a warpgroup has of an item
   int64_t image_stride;
   int32_t row_stride, column_stride;

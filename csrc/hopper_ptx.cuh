@@ -106,6 +106,11 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
+// So many bytes, a multiple of 16, to the second level of the cache.
+__device__ __forceinline__ void prefetch_bytes(const void* src, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(src), "r"(bytes) : "memory");
+}
+
 // One box of a tensor [batch, head, row, column] to `dst`; its bytes count on `barrier`. What lies outside reads as zero.
 __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int column, int row,
                                          int head, int batch) {

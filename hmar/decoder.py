@@ -7,15 +7,15 @@
     attention              scores in chunks; of 640 channels in one head SDPA has no fused kernel
     upsampling             repeat and convolve, or one transposed convolution of 4 taps a pixel instead of 9
     3x3 convolutions       cuDNN's, or of large maps the hand-written ones of `hmar_kernels.conv2d`, which make norm and
-                           SiLU of what they read and statistics of what they write
+                           SiLU of what they read, add the residual and make statistics of what they write
 
 Passes over a map of one residual block (reads and writes of the whole map; the first number is that of the modules, the
 last one that of hand-written convolutions):
 
-    norm1, silu   3 -> 2 -> 0, statistics in the residual       conv1   2, bias 2 -> 0
-    norm2, silu   3 -> 3 -> 0, statistics in conv1              conv2   2, bias 2 -> 0       residual   3
+    norm1, silu   3 -> 2 -> 0, statistics in conv2 before       conv1   2, bias 2 -> 0
+    norm2, silu   3 -> 3 -> 0, statistics in conv1              conv2   2, bias 2 -> 0       residual   3 -> 3 -> 1
 
-17 -> 12 -> 7. At 256 px a bfloat16 map of 160 channels is 21 MB an image, and three blocks and their upsampling run on
+17 -> 12 -> 5. At 256 px a bfloat16 map of 160 channels is 21 MB an image, and three blocks and their upsampling run on
 it.
 
 Weights are those of the decoder, read in place; what is derived from them is made by `derive`. No gradients. Read
@@ -101,6 +101,7 @@ class Unsummed(NamedTuple):
             shift=self.shift_C,
             eps=norm.eps,
             silu=True,
+            statistics=self.statistics,
         )
 
     def total(self) -> Tensor:
@@ -186,7 +187,11 @@ def residual_block(block: ResidualBlock, x: Unsummed, impl: str) -> Unsummed:
     _, h_BChw, norm = h.before(block.conv2, block.norm2, impl)
     if isinstance(block.shortcut, nn.Conv2d):
         x = pointwise(block.shortcut, x)
-    return x.plus(convolved(block.conv2, h_BChw, impl, norm), block.conv2.bias)
+    if norm is None:
+        return x.plus(convolved(block.conv2, h_BChw, impl), block.conv2.bias)
+    conv2, added = block.conv2, {"residual": x.x_BChw, "shift": x.shift_C}
+    x_BChw, statistics = conv2d_with_statistics(h_BChw, conv2.weight, conv2.bias, norm=norm, **added, impl=impl)
+    return Unsummed(x_BChw, statistics=statistics)
 
 
 def pointwise(conv: nn.Conv2d, x: Unsummed) -> Unsummed:
@@ -268,6 +273,6 @@ class TransposedUpsample(nn.Module):
         return Unsummed(out_BCHW, None, self.conv.bias, statistics)
 
 
-def convolved(conv: nn.Conv2d, x_BChw: Tensor, impl: str, norm: NormFactors | None = None) -> Tensor:
+def convolved(conv: nn.Conv2d, x_BChw: Tensor, impl: str) -> Tensor:
     """The 3x3 convolution without its bias."""
-    return conv2d(x_BChw, conv.weight, norm=norm, impl=impl)
+    return conv2d(x_BChw, conv.weight, impl=impl)

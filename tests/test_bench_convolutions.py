@@ -7,7 +7,20 @@ import torch
 
 from bench import convolutions as bench
 from bench.check import CheckFailed
-from bench.convolutions import OF_NORM, Convolution, check, draw, draw_norm, norm_first, of_norm, totals
+from bench.convolutions import (
+    ADDED,
+    OF_NORM,
+    Convolution,
+    check,
+    draw,
+    draw_norm,
+    draw_residual,
+    norm_added,
+    norm_first,
+    norm_then_added,
+    of_norm,
+    totals,
+)
 from hmar.config import PRESETS
 from hmar_kernels import conv2d, conv_transpose2d
 from hmar_kernels.group_norm import group_norm_factors
@@ -68,11 +81,25 @@ def test_a_norm_is_checked(side):
         check(conv2d(x, weight), of, x, weight, factors)
 
 
+def test_a_sum_is_checked():
+    of = Convolution(20, 64, 64, False)
+    x, weight = draw(of, 2, torch.device("cpu"))
+    norm, residual = draw_norm(x), draw_residual(x)
+    assert residual.is_contiguous(memory_format=torch.channels_last)
+    factors = group_norm_factors(x, **norm, impl="reference")
+    for run in (norm_then_added, norm_added):
+        assert 0 < check(run(x, weight, norm, residual, impl="reference"), of, x, weight, factors, residual) < 0.008
+    for wrong in (residual.flip(0), residual.roll(1, 2), residual.roll(1, 1)):
+        with pytest.raises(CheckFailed):
+            check(norm_added(x, weight, norm, wrong, impl="reference"), of, x, weight, factors, residual)
+
+
 def test_implementations_on_a_gpu_are_known():
-    for doubled in (False, True):
-        of = Convolution(16, 160, 160, doubled)
+    for out_channels, doubled in ((160, False), (320, False), (160, True)):
+        of = Convolution(16, 160, out_channels, doubled)
         found = bench.implementations(of, torch.device("cuda"))
         assert set(OF_NORM) & set(found) == (set() if doubled else set(OF_NORM))
+        assert set(ADDED) & set(found) == (set() if doubled or out_channels != 160 else set(ADDED))
         assert {"torch", "auto", "hopper", "with-norm", "hopper-1", "hopper-2"} <= set(found)
 
 

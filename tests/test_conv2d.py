@@ -44,12 +44,14 @@ def torchs(doubled, x, weight, bias):
     return F.conv_transpose2d(x, weight, bias, 2, 1) if doubled else F.conv2d(x, weight, bias, padding=1)
 
 
-def assert_accurate(actual, doubled, x, weight, bias):
+def assert_accurate(actual, doubled, x, weight, bias, residual=None, shift=None):
     """At most rounding of a float32 sum: half a unit of the dtype, with as much again for the order of the sum.
 
     Matrix units cut off what they add up, so that long sums which cancel are off by more than their own rounding.
     """
     expected = torchs(doubled, *(None if t is None else t.double() for t in (x, weight, bias)))
+    if residual is not None:
+        expected += residual.double() + (0 if shift is None else shift.double()[:, None, None])
     assert actual.shape == expected.shape and actual.dtype == x.dtype and actual.isfinite().all()
     error = (actual.double() - expected).abs()
     eps = torch.finfo(x.dtype).eps
@@ -66,12 +68,23 @@ def norm_of(x):
     return NormFactors(*(numbers[: N * C].view(N, C) for numbers in storage.to(x.device)))
 
 
-def assert_norm_is_accurate(actual, x, weight, bias, norm):
+def added_to(x, O):
+    """A residual of the convolution of x, behind it NaN, and a shift. Means are large beside deviations."""
+    (N, _, H, W), generator = x.shape, torch.Generator().manual_seed(3)
+    storage = torch.full((N * H * W * O + 4096,), math.nan)
+    storage[:-4096] = (torch.randn(N, H, W, O, generator=generator) + 3 * torch.randn(O, generator=generator)).flatten()
+    shift = 2 * torch.randn(O, generator=generator)
+    residual = storage.to(x.device, x.dtype)[:-4096].view(N, H, W, O).permute(0, 3, 1, 2)
+    return residual, shift.to(x.device, x.dtype)
+
+
+def assert_norm_is_accurate(actual, x, weight, bias, norm, *added):
     """By the one rule: at most twice the error of the norm written and read again, everywhere too."""
     precise = [None if t is None else t.double() for t in (x, weight, bias)]
-    expected = reference.conv2d(*precise, NormFactors(*(t.double() for t in norm)))
+    expected = reference.conv2d(*precise, NormFactors(*(t.double() for t in norm)), *(t.double() for t in added))
     assert actual.shape == expected.shape and actual.dtype == x.dtype and actual.isfinite().all()
-    error, allowed = ((out.double() - expected).abs() for out in (actual, reference.conv2d(x, weight, bias, norm)))
+    plain = reference.conv2d(x, weight, bias, norm, *added)
+    error, allowed = ((out.double() - expected).abs() for out in (actual, plain))
     eps = torch.finfo(x.dtype).eps
     assert error.norm() <= 2 * allowed.norm() + 0.1 * eps * expected.norm(), (error.norm(), allowed.norm())
     assert error.max() <= 2 * allowed.max() + eps * expected.abs().max(), (error.max(), allowed.max())
@@ -107,6 +120,24 @@ def test_reference_of_a_norm_is_the_norms():
     assert torch.equal(conv2d(*rounded, norm=norm), conv2d(once, rounded[1]))
 
 
+def test_reference_adds_a_residual():
+    """In float32 at least."""
+    x, weight, bias = inputs(False, 2, 3, 5, 4, 6, torch.float64)
+    residual, shift = added_to(x, 5)
+    expected = F.conv2d(x, weight, bias, padding=1) + residual
+    torch.testing.assert_close(conv2d(x, weight, bias, residual=residual), expected)
+    expected += shift[:, None, None]
+    torch.testing.assert_close(conv2d(x, weight, bias, residual=residual, shift=shift), expected)
+    norm = NormFactors(*torch.randn(2, 2, 3, dtype=torch.float64))
+    h = reference.normed(x, norm)
+    actual, statistics = conv2d_with_statistics(x, weight, bias, norm=norm, residual=residual, shift=shift)
+    torch.testing.assert_close(actual, F.conv2d(h, weight, bias, padding=1) + residual + shift[:, None, None])
+    assert statistics is None
+    x, weight, residual, shift = (t.bfloat16() for t in (x, weight, residual, shift))
+    once = (F.conv2d(x, weight, padding=1).float() + residual + shift[:, None, None]).bfloat16()
+    assert torch.equal(conv2d(x, weight, residual=residual, shift=shift), once)
+
+
 def test_transposed_reference_is_its_definition():
     x, weight, bias = inputs(True, 2, 3, 5, 4, 3, torch.float64)
     expected = torch.zeros(2, 5, 10, 8, dtype=torch.float64)  # with the padding around it
@@ -125,16 +156,29 @@ def library(tmp_path_factory):
     return kernel_on_cpu.build(tmp_path_factory.mktemp("hopper_conv"), "hopper_conv", "hopper_ptx.cuh", headers)
 
 
-def on_cpu(library, doubled, blocks, x, weight, bias, *, norm=None, statistics=None, num_blocks=2, schedule="first"):
-    """statistics: two tensors to be filled."""
+def on_cpu(
+    library,
+    doubled,
+    blocks,
+    x,
+    weight,
+    bias,
+    *,
+    norm=None,
+    added=(None, None),
+    statistics=None,
+    num_blocks=2,
+    schedule="first",
+):
+    """added: residual and shift. statistics: two tensors to be filled."""
     entry = library.hopper_conv_on_cpu
     entry.restype = ctypes.c_char_p
     flag, number, pointer = ctypes.c_bool, ctypes.c_int, ctypes.c_void_p
-    entry.argtypes = [*(flag,) * 2, *(number,) * 6, *(pointer,) * 8, number, flag, flag]
+    entry.argtypes = [*(flag,) * 2, *(number,) * 6, *(pointer,) * 10, number, flag, flag]
     (N, C, H, W), O, factor = x.shape, weight.shape[1 if doubled else 0], 2 if doubled else 1
     # NaN everywhere, and behind the numbers that the kernel may write
     storage = torch.full((N * H * W * factor**2 * O + 4096,), math.nan, dtype=x.dtype)
-    tensors = (x, weight, bias, *(norm or (None, None)), storage, *(statistics or (None, None)))
+    tensors = (x, weight, bias, *(norm or (None, None)), *added, storage, *(statistics or (None, None)))
     pointers = [None if t is None else t.data_ptr() for t in tensors]
     kernel = (x.dtype == torch.bfloat16, doubled, blocks)
     failure = entry(*kernel, N, H, W, C, O, *pointers, num_blocks, *SCHEDULES[schedule])
@@ -189,15 +233,50 @@ def test_kernel_source_normalises_in_half_precision(library):
     assert_statistics_are_of(actual, statistics, False, 2)
 
 
-@pytest.mark.parametrize("normed", [False, True], ids=["plain", "norm"])
-def test_kernel_source_has_no_races(library, normed):
+ADDED_SHAPES = CPU_SHAPES | {"several images": (3, 8, 320, 16, 32), "few channels": (2, 32, 40, 17, 9)}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("name", "schedule"), [("bf16", "last"), ("fp16", "first, late")])
+@pytest.mark.parametrize("shape", ADDED_SHAPES.values(), ids=ADDED_SHAPES)
+def test_kernel_source_adds_a_residual(library, shape, name, schedule, blocks):
+    """Rounded once: exactly, where it is added to zeros."""
+    dtype = DTYPES[name]
+    x, weight, bias = inputs(False, *shape, dtype)
+    residual, shift = added_to(x, shape[2])
+    for constant, given in ((bias, (residual, shift)), (None, (residual, None))):
+        actual = on_cpu(library, False, blocks, x, weight, constant, added=given, schedule=schedule)
+        assert_accurate(actual, False, x, weight, constant, *given)
+    actual = on_cpu(library, False, blocks, x, torch.zeros_like(weight), None, added=(residual, shift))
+    assert torch.equal(actual, (residual.float() + shift[:, None, None]).to(dtype))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("O", [40, 160, 320])
+def test_kernel_source_gives_statistics_of_the_sum(library, O, dtype, blocks):
+    """As it is rounded, and of a norm's convolution too."""
+    x, weight, bias = inputs(False, 2, 40, O, 16, 32, dtype)
+    added, norm = added_to(x, O), norm_of(x)
+    statistics = [torch.full((2, 8 // blocks, O), math.nan) for _ in range(2)]
+    actual = on_cpu(library, False, blocks, x, weight, bias, norm=norm, added=added, statistics=statistics)
+    assert_norm_is_accurate(actual, x, weight, bias, norm, *added)
+    assert_statistics_are_of(actual, statistics, False, blocks)
+
+
+CALLS = {"plain": (False, False), "norm": (True, False), "norm and residual": (True, True)}
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("normed", "adds"), CALLS.values(), ids=CALLS)
+def test_kernel_source_has_no_races(library, normed, adds, blocks):
     """Threads run in any order, items in one block or in several: bit-equal."""
     x, weight, bias = inputs(False, 1, 64, 160, 24, 33, torch.bfloat16)
-    norm = norm_of(x) if normed else None
+    options = {"norm": norm_of(x) if normed else None, "added": added_to(x, 160) if adds else (None, None)}
     schedules = [(1, "first"), (1, "last"), (3, "first"), (9, "last"), (2, "first, late")]
     results = [
-        on_cpu(library, False, 1, x, weight, bias, norm=norm, num_blocks=blocks, schedule=schedule)
-        for blocks, schedule in schedules
+        on_cpu(library, False, blocks, x, weight, bias, **options, num_blocks=num_blocks, schedule=schedule)
+        for num_blocks, schedule in schedules
     ]
     for result in results[1:]:
         assert torch.equal(result, results[0])
@@ -307,8 +386,8 @@ class FakeDriver:
 
     def launch(self, function, blocks, threads, shared_bytes, stream, params):
         params = hopper_launch.HopperConvParams.from_address(params)
-        told = (params.bias, params.factors, params.offsets, params.out, params.means, params.deviations)
-        told += (params.num_items,)
+        told = (params.bias, params.factors, params.offsets, params.residual, params.shift)
+        told += (params.out, params.means, params.deviations, params.num_items)
         self.calls.append(("launch", function, blocks, threads, shared_bytes, stream, *told))
 
 
@@ -317,12 +396,12 @@ def test_launch_of_compiled_kernels():
     kernels.__dict__["_cuda"] = driver
     numbers = attention_launch.LaunchNumbers(1000, 384, 384)
     kernels._loaded = lambda key, source, params: (None, key, numbers, 7)
-    kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 48, 80, 64, 128, 256, 5, 99)
+    kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 48, 80, 96, 112, 64, 128, 256, 5, 99)
     swizzle = attention_launch.CudaDriver.SWIZZLE_64B
     x = ("describe", True, 16, *hopper_launch.x_geometry(1, 2, 20, 30, 160), swizzle)
     weight = ("describe", True, 32, *hopper_launch.weight_geometry(False, 160, 320), swizzle)
     items = 2 * 3 * 2 * 2
-    told = (None, 48, 80, 64, 128, 256, items)
+    told = (None, 48, 80, 96, 112, 64, 128, 256, items)
     assert driver.calls == [x, weight, ("launch", (TILES[1], True, 5), 7, 384, 1000, 99, *told)]
 
 
@@ -392,6 +471,15 @@ def zeros(*shape, dtype=torch.bfloat16, layout=torch.channels_last):
         ({"norm": NormFactors(torch.ones(1, 8), torch.ones(8))}, r"got torch.float32 \[1, 8\] .* and .* \[8\] on cpu"),
         ({"norm": NormFactors(*torch.ones(2, 1, 8, requires_grad=True))}, "no derivative"),
         ({"norm": NormFactors(*torch.ones(2, 1, 16)[..., ::2])}, "factors and offsets are not contiguous"),
+        ({"weight": zeros(8, 8, 3, 3).to("meta")}, "weight must be on cpu as x is, got meta"),
+        ({"residual": zeros(1, 8, 4, 5).to("meta")}, "residual must be on cpu"),
+        ({"residual": zeros(1, 16, 4, 5)}, r"residual must be \[1, 8, 4, 5\] .* got \[1, 16, 4, 5\]"),
+        ({"residual": zeros(1, 8, 4, 5, dtype=torch.float32)}, "residual must be torch.bfloat16"),
+        ({"residual": zeros(1, 8, 4, 5, layout=torch.contiguous_format)}, "the residual is not channels-last"),
+        ({"residual": zeros(1, 8, 4, 5).requires_grad_()}, "no derivative"),
+        ({"shift": torch.zeros(8).bfloat16()}, "shift is added to a residual, and there is none"),
+        ({"residual": zeros(1, 8, 4, 5), "shift": torch.zeros(1, 8).bfloat16()}, r"shift must be \[8\], got \[1, 8\]"),
+        ({"residual": zeros(1, 8, 4, 5), "shift": torch.zeros(8)}, "shift must be torch.bfloat16"),
         ({}, "run on CUDA tensors, got cpu"),
     ],
 )
@@ -430,9 +518,12 @@ def test_what_auto_takes(monkeypatch):
     assert "no derivative" in choose(large, weight.requires_grad_(), doubled=False)[1]
     assert choose(small, packed_taps(taps), doubled=True)[0] == "hopper"
     assert "packed_taps(weight) does" in choose(large, taps, doubled=True)[1]
-    monkeypatch.setattr(hopper, "with_statistics", lambda x, weight, *, doubled, norm: ("kernel", norm))
-    norm = NormFactors(*torch.ones(2, 1, 8))
-    assert conv2d_with_statistics(large, weight.detach(), norm=norm) == ("kernel", norm)
+    monkeypatch.setattr(hopper, "with_statistics", lambda x, weight, bias, *, doubled, **others: (bias, others))
+    bias, added = zeros(160, 1, 1, 1).flatten(), {"residual": zeros(1, 160, 128, 128), "shift": None}
+    others = {"norm": NormFactors(*torch.ones(2, 1, 8)), **added}
+    bias_taken, taken = conv2d_with_statistics(large, weight.detach(), bias, **others)
+    assert bias_taken is bias and taken.keys() == others.keys()
+    assert all(taken[name] is given for name, given in others.items())
     assert conv2d_with_statistics(small, weight.detach())[1] is None
 
 
@@ -504,13 +595,40 @@ def test_norms_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
 
 
 @pytest.mark.gpu
-def test_norm_compiled_on_a_gpu(on_hopper):
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("tile", [tile for tile in TILES if not tile.doubled], ids=lambda tile: f"blocks {tile.blocks}")
+@pytest.mark.parametrize("shape", [*GPU_SHAPES.values(), (3, 160, 320, 48, 80), (2, 32, 40, 16, 16)], ids=str)
+def test_residuals_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
+    """Often, and of a norm too. Statistics are of the sum."""
+    x, weight, bias = inputs(False, *shape, dtype, "cuda")
+    residual, shift = added_to(x, shape[2])
+    for constant, given in ((bias, {"residual": residual, "shift": shift}), (None, {"residual": residual})):
+        actual, _ = hopper.forward(x, weight, constant, tile, **given)
+        assert_accurate(actual, False, x, weight, constant, *given.values())
+    exact, _ = hopper.forward(x, torch.zeros_like(weight), None, tile, residual=residual, shift=shift)
+    assert torch.equal(exact, (residual.float() + shift[:, None, None]).to(dtype))
+    options = {"norm": norm_of(x), "residual": residual, "shift": shift}
+    actual, _ = hopper.forward(x, weight, bias, tile, **options)
+    assert_norm_is_accurate(actual, x, weight, bias, *options.values())
+    for _ in range(20):
+        assert torch.equal(hopper.forward(x, weight, bias, tile, **options)[0], actual)
+    if hopper.has_statistics(tile, *x.shape[2:]):
+        again, statistics = hopper.forward(x, weight, bias, tile, **options, statistics=True)
+        assert torch.equal(again, actual)
+        assert_statistics_are_of(actual, statistics[:2], False, tile.blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("adds", [False, True], ids=["alone", "residual"])
+def test_norm_compiled_on_a_gpu(on_hopper, adds):
     """Norm and convolution as one graph, the bits of what runs without."""
     x, weight, bias = inputs(False, 2, 160, 320, 100, 130, torch.bfloat16, "cuda")
     scale, shift = torch.randn(2, 160, device="cuda", dtype=torch.bfloat16)
+    added = dict(zip(("residual", "shift"), added_to(x, 320), strict=True)) if adds else {}
 
     def f(x):
-        return conv2d(x, weight, bias, norm=group_norm_factors(x, 32, scale, shift, shift=scale), impl="hopper")
+        norm = group_norm_factors(x, 32, scale, shift, shift=scale)
+        return conv2d(x, weight, bias, norm=norm, **added, impl="hopper")
 
     assert torch.equal(torch.compile(f, fullgraph=True)(x), f(x))
 

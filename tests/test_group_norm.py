@@ -191,6 +191,11 @@ def test_statistics_of_another_image_are_refused():
             group_norm(x, groups, weight, bias, statistics=wrong)
         with pytest.raises(ValueError, match="statistics must be of whole chunks of x"):
             group_norm_factors(x, groups, weight, bias, statistics=wrong)
+        with pytest.raises(ValueError, match="statistics must be of whole chunks of x"):
+            group_norm_conv(x, groups, weight, bias, torch.zeros(3, 8, 3, 3), statistics=wrong)
+    with pytest.raises(ValueError, match="statistics are of x alone"):
+        right = chunk_statistics(x, 4)
+        group_norm_conv(x, groups, weight, bias, torch.zeros(3, 8, 3, 3), branch=x, statistics=right)
 
 
 # output channels, KY, KX
@@ -232,6 +237,17 @@ def assert_conv_is_accurate(shape, convolution, dtype, device="cpu"):
 @pytest.mark.parametrize("name", SHAPES)
 def test_convolutions_under_the_interpreter(name, convolution, dtype, poisoned_memory):
     assert_conv_is_accurate(SHAPES[name], convolution, dtype)
+
+
+@interpreted
+def test_convolution_of_statistics_from_elsewhere(poisoned_memory):
+    x, groups, weight, bias = inputs((2, 40, 3, 4, 8), torch.float32, mean=30.0)
+    conv_weight = torch.randn(3, 40, 3, 3, generator=torch.Generator().manual_seed(1)) / 19
+    arguments, options = (x, groups, weight, bias, conv_weight), {"shift": weight.flip(0), "silu": True}
+    expected = group_norm_conv(*arguments, **options, impl="triton")
+    for given, same in ((x, True), (2 * x, False)):
+        actual = group_norm_conv(*arguments, **options, statistics=chunk_statistics(given, 4), impl="triton")
+        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3) == same
 
 
 @pytest.mark.gpu

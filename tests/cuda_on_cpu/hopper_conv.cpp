@@ -50,14 +50,17 @@ void run(int blocks, const HopperConvShape& shape, const HopperConvInput& input,
 // Null, or what went wrong. The kernel is that of the extension with fewer stages, so that rings turn over sooner.
 extern "C" const char* hopper_conv_on_cpu(bool bfloat16, bool doubled, int blocks, int num_images, int height, int width,
                                           int in_channels, int out_channels, const void* x, const void* weight,
-                                          const void* bias, const float* factors, const float* offsets, void* out,
-                                          float* means, float* deviations, int num_blocks, bool last_thread_first,
+                                          const void* bias, const float* factors, const float* offsets,
+                                          const void* residual, const void* shift, void* out, float* means,
+                                          float* deviations, int num_blocks, bool last_thread_first,
                                           bool copies_are_late) {
   static Cluster cluster;
   cluster.failure.clear();
   const HopperConvShape shape{bfloat16 ? DType::kBFloat16 : DType::kFloat16, num_images, height, width, in_channels,
                               out_channels};
-  const HopperConvInput input{x, weight, bias, factors, offsets};
+  const auto* added = static_cast<const uint8_t*>(residual);
+  cluster.readable = {{added, added + 2 * int64_t{num_images} * height * width * out_channels}};
+  const HopperConvInput input{x, weight, bias, factors, offsets, residual, shift};
   const HopperConvOutput output{out, means, deviations};
   const Schedule schedule{last_thread_first, copies_are_late};
   const auto call = [&](auto run) { run(blocks, shape, input, output, num_blocks, schedule, cluster); };

@@ -109,6 +109,7 @@ struct Cluster {
   std::function<void()> kernel;
   bool copies_are_late = false;
   uint32_t random = 1;
+  std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;  // by copies without a tensor map; empty where not known
 };
 inline Cluster* cluster;
 inline Block* running;
@@ -274,6 +275,13 @@ inline void fence_barrier_init() {}
 inline void fence_async_proxy() {}
 inline void fence_async_proxy_global() {}
 
+inline void check_readable(const void* src, int bytes) {
+  const auto* begin = static_cast<const uint8_t*>(src);
+  const auto& known = cluster->readable;
+  const auto holds = [&](const auto& range) { return begin >= range.first && begin + bytes <= range.second; };
+  if (!known.empty() && std::none_of(known.begin(), known.end(), holds)) fail("a copy from outside of the tensors");
+}
+
 // A copy, or what follows from copies: now, or when nothing else goes on. key: what lands together.
 inline void land(uintptr_t key, std::function<void()> copy) {
   if (!cluster->copies_are_late) return copy();
@@ -285,6 +293,15 @@ inline void barrier_arrive_after_cp_async(Barrier& barrier) {
     --barrier.pending;
     complete(barrier);
   });
+}
+
+inline void cp_async_commit() {}
+// Groups are those of whole warps: none of theirs are left under way.
+template <int kPending>
+void cp_async_wait() {
+  static_assert(kPending == 0);
+  const uintptr_t warp = threadIdx.x / WARP_SIZE;
+  wait_until([block = running, warp] { return block->copies.count(warp) == 0; });
 }
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
@@ -305,6 +322,10 @@ inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
 
 inline void prefetch_map(const TensorMap&) {}
 inline void prefetch_l2(const void*) {}
+inline void prefetch_bytes(const void* src, int bytes) {
+  if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16 || bytes <= 0) fail("a prefetch that is not of chunks of 16 bytes");
+  check_readable(src, bytes);
+}
 
 inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
   const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
@@ -344,10 +365,15 @@ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates.
 }
 
 inline void copy(uint32_t dst, const void* src, int bytes, bool valid) {
+  if (valid) check_readable(src, bytes);
   land(threadIdx.x / WARP_SIZE, [dst, src, bytes, valid] {
     std::memset(shared_memory + dst, 0, bytes);
     if (valid) std::memcpy(shared_memory + dst, src, bytes);
   });
+}
+inline void cp_async_16(uint32_t dst, const void* src, bool valid) {
+  if (dst % 16 || reinterpret_cast<uintptr_t>(src) % 16) fail("a copy of 16 bytes that is not aligned");
+  copy(dst, src, 16, valid);
 }
 inline void cp_async_8(uint32_t dst, const void* src, bool valid) { copy(dst, src, 8, valid); }
 inline void cp_async_4(uint32_t dst, const void* src, bool valid) { copy(dst, src, 4, valid); }

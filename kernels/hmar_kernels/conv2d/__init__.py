@@ -1,6 +1,6 @@
 """Convolutions of channels-last maps, or of their norms, that keep the resolution, and transposed ones that double it.
 
-Inference only.
+The former add a residual on request. Inference only.
 
 `api.py` checks arguments and picks an implementation; `hopper.py` has the hand-written one.
 """

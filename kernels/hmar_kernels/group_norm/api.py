@@ -95,6 +95,7 @@ def group_norm_conv(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     silu: bool = False,
+    statistics: ChunkStatistics | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The convolution of `group_norm` of x + branch + shift, with zeros around it, to as many positions.
@@ -104,6 +105,7 @@ def group_norm_conv(
         num_groups, weight, bias, shift, eps, silu: as in `group_norm`.
         conv_weight: [O, C, KY, KX] of x's dtype, KY and KX odd.
         conv_bias: [O] or None.
+        statistics: as in `group_norm`; not with a branch.
         impl: as in `group_norm`. "triton" is for few output channels, O KY KX of at most 64: there the norm is neither
             written nor read. Otherwise "auto" is a call of torch after the norm that "auto" takes.
     Returns:
@@ -111,6 +113,9 @@ def group_norm_conv(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the implementation cannot take them.
     """
+    if branch is not None and statistics is not None:
+        raise ValueError("statistics are of x alone, but the norm is of x + branch: leave one of the two out")
+    _check(statistics, x)
     chosen = _select(impl, num_groups, x, branch, weight, bias, shift, conv_weight, conv_bias)
     if conv_weight.ndim != 4 or conv_weight.shape[1] != x.shape[1] or not all(n % 2 for n in conv_weight.shape[2:]):
         raise ValueError(
@@ -123,13 +128,15 @@ def group_norm_conv(
         raise ValueError(f"conv_weight must be {x.dtype} as x is, got {conv_weight.dtype}; conv_weight.to(x.dtype) is")
     reason = triton.unavailable_conv(conv_weight, x.shape[2] * x.shape[3])
     if chosen == "triton" and reason is None:
-        forward = _group_norm_conv_triton if torch.compiler.is_compiling() else triton.conv_forward
-        return forward(x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu)
+        arguments = (x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu)
+        if torch.compiler.is_compiling():
+            return _group_norm_conv_triton(*arguments)
+        return triton.conv_forward(*arguments, statistics)
     if impl == "triton":
         raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" would')
     options = {"shift": shift, "eps": eps, "silu": silu, "impl": impl}
     if branch is None:
-        h = group_norm(x, num_groups, weight, bias, **options)
+        h = group_norm(x, num_groups, weight, bias, **options, statistics=statistics)
     else:
         _, h = residual_group_norm(x, branch, num_groups, weight, bias, **options)
     return F.conv2d(h, conv_weight, conv_bias, padding=tuple(n // 2 for n in conv_weight.shape[2:]))
@@ -294,9 +301,20 @@ def _empty_factors(x: Tensor) -> tuple[Tensor, Tensor]:
     return factor, torch.empty_like(factor)
 
 
-_group_norm_conv_triton = torch.library.custom_op(
-    "hmar_kernels::group_norm_conv_triton", triton.conv_forward, mutates_args=()
-)
+@torch.library.custom_op("hmar_kernels::group_norm_conv_triton", mutates_args=())
+def _group_norm_conv_triton(
+    x: Tensor,
+    branch: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    eps: float,
+    silu: bool,
+) -> Tensor:
+    return triton.conv_forward(x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu)
 
 
 @_group_norm_conv_triton.register_fake

@@ -389,11 +389,12 @@ def conv_forward(
     conv_bias: Tensor | None,
     eps: float,
     silu: bool,
+    statistics: ChunkStatistics | None = None,
 ) -> Tensor:
     """x, branch [N, C, H, W], channels-last, conv_weight [O, C, KY, KX] -> [N, O, H, W], channels-last."""
     N, C, H, W = x.shape
     O, _, KY, KX = conv_weight.shape
-    z, (factor, offset) = factors(x, branch, shift, num_groups, weight, bias, eps)
+    z, (factor, offset) = factors(x, branch, shift, num_groups, weight, bias, eps, statistics)
     taps = torch.empty(N, O * KY * KX, H * W, dtype=torch.float32, device=x.device)
     y = torch.empty(N, H, W, O, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
     with triton_device.on_device(x):
@@ -445,7 +446,10 @@ def factors(
     eps: float,
     statistics: ChunkStatistics | None = None,
 ) -> tuple[Tensor, NormFactors]:
-    """z, which with a branch is written and else x, and the factors of its norm: what they are to be applied to."""
+    """z, which with a branch is written and else x, and the factors of its norm: what they are to be applied to.
+
+    statistics: of x, where there is no branch.
+    """
     N, C, H, W = x.shape
     positions, residual, has_shift = H * W, branch is not None, shift is not None
     z = torch.empty_like(x, memory_format=torch.channels_last) if residual else x
