@@ -166,11 +166,8 @@ __device__ __forceinline__ void release(Barrier& barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// A barrier among the threads of one warpgroup, or of several from this one on.
-template <int kThreads = kGroupThreads>
-__device__ __forceinline__ void group_sync(int group) {
-  named_barrier_sync(group + 1, kThreads);
-}
+// A barrier among the threads of one warpgroup.
+__device__ __forceinline__ void group_sync(int group) { named_barrier_sync(group + 1, kGroupThreads); }
 
 // Warpgroups in turn: `turn_wait` returns once the one before has passed its turn on. The last one starts by passing to
 // the first.

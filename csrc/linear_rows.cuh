@@ -23,10 +23,9 @@
 namespace hmar {
 
 constexpr int kRingBytes = 104 * 1024;  // of two blocks an SM, this kernel's and the next one's
-constexpr int kNormWarps = 8;
+constexpr int kNormWarps = 8, kNormThreads = 32 * kNormWarps;
 constexpr int kPieces = 3;              // of a row, eight numbers each, that a thread of these warps has under way
-constexpr int kTilesAtOnce = 36;        // of a row, whose statistics are read together: all of up to 2304 numbers
-constexpr int kNormThreads = 32 * kNormWarps;
+constexpr int kTilesAtOnce = 3;         // of a row, whose statistics a thread reads together
 constexpr int kNormVectors = 8;         // of four numbers a thread of the norm's own kernel: rows of at most 8192
 
 constexpr int kMomentsBarrier = 2;
@@ -42,7 +41,7 @@ struct LinearRowsTile {
   static constexpr DType kType = kType_;
   static constexpr int kRows = kRows_;
   static constexpr bool kNormed = kNormed_;
-  static constexpr int kNumThreads = kGroupThreads + 32 + 32 * (kNormed ? kNormWarps : 1);
+  static constexpr int kNumThreads = kGroupThreads + 32 + (kNormed ? kNormThreads : 32);
 
   static constexpr int kWeightBytes = kLinearFeatures * kPanelRowBytes, kXBytes = kRows * kPanelRowBytes;
   static constexpr int kXStages = kRows <= 16 ? 8 : 4;
@@ -56,12 +55,13 @@ struct LinearRowsTile {
     alignas(1024) uint8_t x[kXStages][kXBytes];
     Barrier weight_full[kStages], weight_empty[kStages];
     Barrier x_full[kXStages], x_empty[kXStages];
-    RowMoments moments[kRows];
+    RowMoments moments[kNormed ? kRows : 1];
 
     // [kRows, kSumsRow], in the place of the rings.
     __device__ __forceinline__ float* sums() { return reinterpret_cast<float*>(weight); }
   };
-  static_assert(kLinearInputs == kPanelColumns && kLinearFeatures == kGroupRows && kRows <= 4 * kNormWarps);
+  static_assert(kLinearInputs == kPanelColumns && kLinearFeatures == kGroupRows);
+  static_assert(!kNormed || kRows <= 4 * kNormWarps);
   static_assert(4 * kRows * kSumsRow <= kStages * kWeightBytes + kXStages * kXBytes);
 };
 
@@ -146,20 +146,20 @@ __device__ __forceinline__ int warps_of_chunk(int num_rows) {
 // NOTE: sums of distances from the first tile's mean, not of the numbers, so that nothing is lost where means are large.
 template <class Tile>
 __device__ __forceinline__ void find_moments(const LinearRowsParams& params, typename Tile::Shared& shared) {
-  constexpr int kLanes = kGroupThreads / Tile::kRows, kParts = (kTilesAtOnce + kLanes - 1) / kLanes;
+  constexpr int kLanes = kGroupThreads / Tile::kRows;
   const int row = threadIdx.x / kLanes, num_tiles = params.num_chunks, num_columns = params.num_inputs;
   const TileStatistics* tiles = params.norm.statistics + int64_t{min(row, params.num_rows - 1)} * num_tiles;
   wait_for_previous();
   const float origin = tiles[0].mean;
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll 1
-  for (int begin = 0; begin < num_tiles; begin += kParts * kLanes) {
+  for (int begin = 0; begin < num_tiles; begin += kTilesAtOnce * kLanes) {
     const int first = begin + threadIdx.x % kLanes;
-    TileStatistics parts[kParts];
+    TileStatistics parts[kTilesAtOnce];
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) parts[i] = tiles[min(first + i * kLanes, num_tiles - 1)];
+    for (int i = 0; i < kTilesAtOnce; ++i) parts[i] = tiles[min(first + i * kLanes, num_tiles - 1)];
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
+    for (int i = 0; i < kTilesAtOnce; ++i) {
       const int size = tile_size(num_columns, first + i * kLanes);
       const float distance = parts[i].mean - origin;
       if (size > 0) sum += size * distance, squares += parts[i].squares + size * distance * distance;
@@ -228,7 +228,7 @@ __device__ __forceinline__ void norm_x(const LinearRowsParams& params, typename 
   // NOTE: vectors of an image are written long before they are read, and weights have taken their place in the L2 cache.
   for (int image = 0; image < num_images; ++image) {
     for (int at = (chunks.begin + thread) * kLinearInputs; at < chunks.end * kLinearInputs && at < params.num_inputs;
-         at += 32 * kNormWarps * kLinearInputs) {
+         at += kNormThreads * kLinearInputs) {
       prefetch_l2(static_cast<const uint16_t*>(params.norm.scale) + image * params.norm.scale_stride + at);
       prefetch_l2(static_cast<const uint16_t*>(params.norm.shift) + image * params.norm.shift_stride + at);
     }
@@ -239,7 +239,7 @@ __device__ __forceinline__ void norm_x(const LinearRowsParams& params, typename 
   for (int i = 0; i < kPieces; ++i) {
     if (first + i * step < chunks.end) normed.load(params, pieces[i], (first + i * step) * kLinearInputs + column);
   }
-  named_barrier_sync(kMomentsBarrier, kGroupThreads + 32 * kNormWarps);
+  named_barrier_sync(kMomentsBarrier, kGroupThreads + kNormThreads);
   normed.moments = shared.moments[row];
 #pragma unroll 1
   for (int begin = first; begin < chunks.end; begin += kPieces * step) {
@@ -430,7 +430,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, 2) linear_rows_kernel(const
     }
     if constexpr (Tile::kNormed) {
       find_moments<Tile>(params, shared);
-      named_barrier_arrive(kMomentsBarrier, kGroupThreads + 32 * kNormWarps);
+      named_barrier_arrive(kMomentsBarrier, kGroupThreads + kNormThreads);
     }
     float d[Tile::kRows / 2];
     multiply_rows<Tile>(shared, chunks, d);
@@ -448,8 +448,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, 2) linear_rows_kernel(const
 
 // Of all threads of a block, the same for each of them.
 __device__ __forceinline__ float block_sum(float value, float* shared) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+  value = sum_of_lanes<32>(value);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
   float total = 0.0f;

@@ -60,7 +60,7 @@ inline int linear_splits(int num_tiles, int num_chunks, int num_sms) {
 }
 
 #ifndef HMAR_ON_CPU
-// Rows of x, at most, of the kernels, the same for both types.
+// Rows of x, at most, of the kernels without a norm, the same for both types.
 std::vector<int> linear_rows_kernels();
 
 // Put a kernel on a stream: no synchronisation, no allocation, arguments already checked. kernel_rows: of a kernel, at least as

@@ -1,7 +1,7 @@
 """The decoder as the engine runs it: the arithmetic of `hmar.tokenizer.Decoder` in fewer passes over the maps.
 
-    convolution            without its bias, which torch adds in a pass of its own
-    norm1, norm_out        add residual, branch and biases in the pass that takes their statistics
+    convolution            cuDNN's without its bias, which torch adds in a pass of its own
+    norm1, norm_out        add residual, branch and biases in the pass that takes their statistics, where conv2 did not
     norm2                  has the bias of the convolution before it in its factors
     norm_out, conv_out     of few channels: each position is multiplied once, for all of its neighbours
     attention              scores in chunks; of 640 channels in one head SDPA has no fused kernel

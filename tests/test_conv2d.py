@@ -518,6 +518,10 @@ def test_what_auto_takes(monkeypatch):
     assert "no derivative" in choose(large, weight.requires_grad_(), doubled=False)[1]
     assert choose(small, packed_taps(taps), doubled=True)[0] == "hopper"
     assert "packed_taps(weight) does" in choose(large, taps, doubled=True)[1]
+    strided, residual = zeros(320, 1, 1, 1).flatten()[::2], zeros(1, 160, 128, 128)
+    assert "the bias is not contiguous" in choose(large, weight.detach(), strided, doubled=False)[1]
+    added = {"residual": residual, "shift": strided}
+    assert "the shift is not contiguous" in choose(large, weight.detach(), doubled=False, **added)[1]
     monkeypatch.setattr(hopper, "with_statistics", lambda x, weight, bias, *, doubled, **others: (bias, others))
     bias, added = zeros(160, 1, 1, 1).flatten(), {"residual": zeros(1, 160, 128, 128), "shift": None}
     others = {"norm": NormFactors(*torch.ones(2, 1, 8)), **added}

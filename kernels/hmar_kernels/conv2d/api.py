@@ -195,7 +195,7 @@ def _unavailable(
     given = [tensor for tensor in (x, weight, bias, *(norm or ()), residual, shift) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return "the kernels have no derivative"
-    return hopper.unavailable(x, weight, bias, doubled=doubled, norm=norm, residual=residual)
+    return hopper.unavailable(x, weight, bias, doubled=doubled, norm=norm, residual=residual, shift=shift)
 
 
 _conv2d_hopper = torch.library.custom_op("hmar_kernels::conv2d_hopper", hopper.conv2d, mutates_args=())

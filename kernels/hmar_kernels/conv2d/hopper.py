@@ -75,6 +75,7 @@ def unavailable(
     doubled: bool,
     norm: NormFactors | None = None,
     residual: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot run on these tensors, whose shapes and dtypes go together; None when they can."""
     (C, O) = weight.shape[:2] if doubled else weight.shape[1::-1]
@@ -86,6 +87,9 @@ def unavailable(
         return f"the weight does not lie in memory as [{O}, 4, 4, {C}]: packed_taps(weight) does"
     if not doubled and not weight.is_contiguous(memory_format=torch.channels_last):
         return "the weight is not channels-last: weight.contiguous(memory_format=torch.channels_last) is"
+    for name, vector in (("bias", bias), ("shift", shift)):
+        if vector is not None and not vector.is_contiguous():
+            return f"the {name} is not contiguous: {name}.contiguous() is"
     if norm is not None and not (norm.factors.is_contiguous() and norm.offsets.is_contiguous()):
         return "the norm's factors and offsets are not contiguous: .contiguous() makes them"
     if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):

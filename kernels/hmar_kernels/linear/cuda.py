@@ -14,7 +14,8 @@ ROWS = (8, 16, 32)  # of the kernels, at most
 # linear_rows_h100.json, a67dd7c and 6aacedc): us a block with the norm within and as a kernel of its own, of 8 rows
 # 21.6, 34.2, 44.0 and 26.1, 36.5, 47.2; of 18 rows 28.6, 50.9, 64.4 and 29.4, 43.8, 53.0.
 NORMED_ROWS = (8,)
-MAX_ROWS, MAX_NORMED_ROWS, MAX_NORMED, STEP = max(ROWS), max(NORMED_ROWS), 8192, 8
+MAX_ROWS, MAX_NORMED_ROWS, MAX_NORMED_INPUTS, STEP = max(ROWS), max(NORMED_ROWS), 8192, 8
+STATISTICS_BYTES = 8  # of a tile, read at once
 
 
 def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
@@ -48,8 +49,8 @@ def refusal(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor
     rows, K = x.shape[:-1].numel(), x.shape[-1]
     if rows > MAX_ROWS:
         return f"it has few rows, at most {MAX_ROWS}, got {rows}"
-    if K > MAX_NORMED and any(tensor is not None for tensor in vectors[1:3]):
-        return f"K is at most {MAX_NORMED} with a norm, got {K}"
+    if K > MAX_NORMED_INPUTS and any(tensor is not None for tensor in vectors[1:3]):
+        return f"K is at most {MAX_NORMED_INPUTS} with a norm, got {K}"
     return None
 
 
@@ -86,6 +87,7 @@ def forward(
         scale, shift = _aligned(scale), _aligned(shift)
         if statistics is not None and rows <= MAX_NORMED_ROWS:
             statistics = statistics.contiguous()
+            statistics = statistics.clone() if statistics.data_ptr() % STATISTICS_BYTES else statistics
             norm = (*(t.data_ptr() for t in (statistics, scale, shift)), scale.stride(0), shift.stride(0), eps)
         else:
             x = _normed(x, scale, shift, weight.dtype, eps, common)
