@@ -5,11 +5,7 @@ channels-last: torch's (cuDNN with its benchmark on) beside every kernel of `hma
 at the top, in the middle and at the bottom of the first and the last image are held against float64, then a call is
 timed by the method of `timing.py`. At the end, by implementation, the time of all convolutions of a decoding. "auto" is
 what `hmar_kernels.conv2d` takes by itself, "hopper" the kernel that it counts to be faster, "with-norm" the same with
-statistics for the norm behind it, "hopper-2" the kernel of two blocks. "of-norm" is "hopper" of the map's group norm
-and SiLU within it, "norm-first" the norm written and then "hopper", both given statistics of the map. "norm-added" is
-"of-norm" with a residual and statistics of the sum for the factors of the next norm, "norm-then-added" is "of-norm" and
-then a pass for the sum and these: both only where channels stay as many, as in a residual block's second convolution.
-Results are one JSON file, kind "convolutions".
+statistics for the norm behind it, "hopper-2" the kernel of two blocks. Results are one JSON file, kind "convolutions".
 """
 
 from __future__ import annotations
@@ -26,9 +22,8 @@ from torch import Tensor
 
 from hmar.config import PRESETS, TokenizerConfig
 from hmar.tokenizer import Decoder, Upsample
-from hmar_kernels import conv2d, conv_transpose2d, group_norm
-from hmar_kernels.conv2d import conv2d_with_statistics, hopper, packed_taps, reference
-from hmar_kernels.group_norm import ChunkStatistics, NormFactors, group_norm_factors, residual_group_norm_factors
+from hmar_kernels import conv2d, conv_transpose2d
+from hmar_kernels.conv2d import hopper, packed_taps, reference
 
 from .check import CheckFailed
 from .environment import environment
@@ -92,35 +87,7 @@ def draw(of: Convolution, images: int, device: torch.device) -> tuple[Tensor, Te
     return x, packed_taps(weight) if of.doubled else weight.contiguous(memory_format=torch.channels_last)
 
 
-OF_NORM = ("norm-first", "of-norm")
-ADDED = ("norm-then-added", "norm-added")
-CHUNK = 128  # positions that a convolution has statistics of, at most
-
-
-def draw_norm(x: Tensor) -> dict:
-    """What `group_norm` of a map takes: 32 groups as the decoder has, parameters, statistics."""
-    generator = torch.Generator(x.device).manual_seed(1)
-    weight, bias = torch.randn(2, x.shape[1], generator=generator, device=x.device, dtype=x.dtype)
-    size = math.gcd(x.shape[2] * x.shape[3], CHUNK)
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(1, (-1, size)).float()
-    variances, means = torch.var_mean(rows, 2, correction=0)
-    statistics = ChunkStatistics(means, variances * size, size)
-    return {"num_groups": math.gcd(x.shape[1], 32), "weight": 1 + 0.1 * weight, "bias": bias, "statistics": statistics}
-
-
-def draw_residual(x: Tensor) -> Tensor:
-    """Of a convolution to as many channels."""
-    return torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed(2))
-
-
-def check(
-    actual: Tensor,
-    of: Convolution,
-    x: Tensor,
-    weight: Tensor,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-) -> float:
+def check(actual: Tensor, of: Convolution, x: Tensor, weight: Tensor) -> float:
     """The error of some rows, relative to their norm. CheckFailed where it is more than rounding."""
     plain, factor = (reference.conv_transpose2d, 2) if of.doubled else (reference.conv2d, 1)
     worst, eps = 0.0, torch.finfo(actual.dtype).eps
@@ -128,13 +95,8 @@ def check(
         for first in {0, max(0, of.side // 2 - 1), max(0, of.side - CHECKED_ROWS)}:
             last = min(first + CHECKED_ROWS, of.side)
             above = max(first - 1, 0)
-            part = x[image : image + 1, :, above : last + 1].double()
-            if norm is not None:
-                part = reference.normed(part, NormFactors(*(t[image : image + 1].double() for t in norm)))
-            part = plain(part, weight.double(), None)
+            part = plain(x[image : image + 1, :, above : last + 1].double(), weight.double(), None)
             expected = part[0, :, factor * (first - above) : factor * (last - above)]
-            if residual is not None:
-                expected = expected + residual[image, :, first:last].double()
             error = (actual[image, :, factor * first : factor * last].double() - expected).norm() / expected.norm()
             if not error <= eps:
                 raise CheckFailed(f"rows {first} to {last} of image {image} are off by {error:.3g}, not by {eps:.3g}")
@@ -142,8 +104,7 @@ def check(
     return worst
 
 
-def implementations(of: Convolution, device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """Of a map, a weight and, those OF_NORM and ADDED, what `draw_norm` and, the latter, `draw_residual` give."""
+def implementations(of: Convolution, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     operator = conv_transpose2d if of.doubled else conv2d
     found = {"torch": lambda x, weight: operator(x, weight, impl="reference")}
     if device.type == "cuda":
@@ -153,31 +114,7 @@ def implementations(of: Convolution, device: torch.device) -> dict[str, Callable
         for tile in hopper.TILES:
             if tile.doubled == of.doubled:
                 found[f"hopper-{tile.blocks}"] = lambda x, weight, tile=tile: hopper.forward(x, weight, None, tile)[0]
-    if device.type == "cuda" and not of.doubled:
-        found |= dict(zip(OF_NORM, (norm_first, of_norm), strict=True))
-        if of.in_channels == of.out_channels:
-            found |= dict(zip(ADDED, (norm_then_added, norm_added), strict=True))
     return found
-
-
-def norm_first(x: Tensor, weight: Tensor, norm: dict, impl: str = "hopper") -> Tensor:
-    return conv2d(group_norm(x, **norm, silu=True), weight, impl=impl)
-
-
-def of_norm(x: Tensor, weight: Tensor, norm: dict, impl: str = "hopper") -> Tensor:
-    return conv2d(x, weight, norm=group_norm_factors(x, **norm), impl=impl)
-
-
-def norm_then_added(x: Tensor, weight: Tensor, norm: dict, residual: Tensor, impl: str = "hopper") -> Tensor:
-    of_sum = {name: given for name, given in norm.items() if name != "statistics"}
-    return residual_group_norm_factors(residual, of_norm(x, weight, norm, impl), **of_sum)[0]
-
-
-def norm_added(x: Tensor, weight: Tensor, norm: dict, residual: Tensor, impl: str = "hopper") -> Tensor:
-    of_x = group_norm_factors(x, **norm)
-    total, statistics = conv2d_with_statistics(x, weight, norm=of_x, residual=residual, impl=impl)
-    group_norm_factors(total, **norm | {"statistics": statistics})
-    return total
 
 
 NUMBERS = ("ms", "p10_ms", "p90_ms", "rounds", "host_us", "error")
@@ -186,7 +123,7 @@ NUMBERS = ("ms", "p10_ms", "p90_ms", "rounds", "host_us", "error")
 def examine(
     of: Convolution,
     impl: str,
-    run: Callable[..., Tensor],
+    run: Callable[[Tensor, Tensor], Tensor],
     images: int,
     stopwatch: Stopwatch,
     budget: float,
@@ -197,22 +134,15 @@ def examine(
         x, weight = draw(of, images, stopwatch.device)
         if of.doubled and impl == "torch":
             weight = weight.contiguous(memory_format=torch.channels_last)  # as the decoder has it then
-        arguments, expected = [x, weight], [x, weight]
-        if impl in OF_NORM + ADDED:
-            arguments.append(draw_norm(x))
-            expected.append(group_norm_factors(x, **arguments[-1], impl="reference"))
-        if impl in ADDED:
-            arguments.append(draw_residual(x))
-            expected.append(arguments[-1])
-        found["error"] = check(run(*arguments), of, *expected)
-        found |= stopwatch.measure(lambda _: run(*arguments), lambda: None, budget)
+        found["error"] = check(run(x, weight), of, x, weight)
+        found |= stopwatch.measure(lambda _: run(x, weight), lambda: None, budget)
     except ERRORS as error:
         found["status"], found["reason"] = failure(error)
     return found
 
 
 def line(row: dict, of: Convolution) -> str:
-    place = f"{row['pixels']:>5} px x{row['images']:<3} {row['calls']:>2} x {of} {row['impl']:<15}"
+    place = f"{row['pixels']:>5} px x{row['images']:<3} {row['calls']:>2} x {of} {row['impl']:<9}"
     if row["status"] != "ok":
         return f"{place} {row['status']}: {row['reason']}"
     return f"{place} {row['ms']:8.4f} ms {row['flops'] / row['ms'] / 1e9:6.1f} TFLOP/s {row['host_us']:5.0f} us host"
@@ -220,9 +150,7 @@ def line(row: dict, of: Convolution) -> str:
 
 def totals(rows: list[dict]) -> dict[str, float]:
     """Milliseconds of all convolutions of a decoding, of the implementations that could do all."""
-    asked = Counter(row["impl"] for row in rows)
-    done = Counter(row["impl"] for row in rows if row["ms"] is not None)
-    whole = {impl for impl, number in done.items() if number == max(asked.values())}
+    whole = {row["impl"] for row in rows} - {row["impl"] for row in rows if row["ms"] is None}
     return {impl: sum(row["calls"] * row["ms"] for row in rows if row["impl"] == impl) for impl in sorted(whole)}
 
 
@@ -231,12 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_device(parser)
     parser.add_argument("--resolutions", type=integers, metavar="N,N", help="pixels; default: all of CELLS")
     parser.add_argument("--images", type=integers, metavar="N,N", help="images at once, for every resolution")
-    parser.add_argument(
-        "--impl",
-        type=names,
-        help="default: torch, auto, hopper, with-norm, norm-first, of-norm, norm-then-added, norm-added, and every "
-        "kernel by name",
-    )
+    parser.add_argument("--impl", type=names, help="default: torch, auto, hopper, with-norm, and every kernel by name")
     parser.add_argument("--seconds", type=float, default=0.2, help="time to spend on one measurement (default 0.2)")
     add_record(parser)
     options = parser.parse_args(arguments)
@@ -273,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(line(rows[-1], of), flush=True)
             write(options.output, {**head, "complete": False}, rows)
         for impl, ms in totals(rows[begin:]).items():
-            print(f"{pixels:>5} px x{images:<3} all convolutions by {impl:<15} {ms:8.3f} ms", flush=True)
+            print(f"{pixels:>5} px x{images:<3} all convolutions by {impl:<9} {ms:8.3f} ms", flush=True)
     write(options.output, {**head, "complete": True}, rows)
     return int(any(row["status"] != "ok" for row in rows))
 

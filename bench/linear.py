@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from hmar.config import ModelConfig
-from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock
+from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock, set_following
 from hmar.model import Block, Residual
-from hmar_kernels import SpanMask, linear
+from hmar.read_ahead import ReadAhead
+from hmar_kernels import SpanMask, linear, prefetch
 from hmar_kernels.linear import reference
-from hmar_kernels.linear.cuda import MAX_NORMED_ROWS, MAX_ROWS
+from hmar_kernels.linear.cuda import MAX_ROWS
 
 from .environment import environment
 from .options import add_device, add_record, find_device, integers, names
@@ -114,16 +115,15 @@ def microseconds(run: Callable[[], object], device: torch.device) -> float:
     return sorted(samples)[ROUNDS // 2]
 
 
-def products_of(rows: int, normed: bool, device: torch.device) -> tuple[str, ...]:
-    """Of PRODUCTS those that take so many rows there, with a norm or without."""
-    most = MAX_NORMED_ROWS if normed else MAX_ROWS
-    return PRODUCTS if rows <= most and device.type == "cuda" else ("cublas",)
+def products_of(rows: int, device: torch.device) -> tuple[str, ...]:
+    """Of PRODUCTS those that take so many rows there."""
+    return PRODUCTS if rows <= MAX_ROWS and device.type == "cuda" else ("cublas",)
 
 
 def try_layer(layer: str, rows: int, width: int, device: torch.device) -> Iterator[dict]:
     """Microseconds of a call by each implementation."""
     weights, arguments = weights_of(layer, width, device), arguments_of(layer, rows, width, device)
-    for impl in products_of(rows, "norm" in arguments, device) if device.type == "cuda" else ("reference",):
+    for impl in products_of(rows, device) if device.type == "cuda" else ("reference",):
         options = {"impl": impl, "overlap": impl == "cuda"}
         if impl == "cuda":
             options["return_statistics"] = "residual" in arguments
@@ -156,21 +156,24 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
         block.modulation.forward = lambda cond, vectors=vectors: vectors
     x = torch.randn(1, rows, width, device=device)
     on_gpu = device.type == "cuda"
-    for products, attention, overlap, read_ahead in itertools.product(
-        products_of(rows, False, device), ATTENTIONS if on_gpu else ("separate",), (False, True), (False, True)
+    ahead = ReadAhead(device) if on_gpu and prefetch.unavailable(device) is None else None
+    for products, attention, overlap, reads_ahead in itertools.product(
+        products_of(rows, device), ATTENTIONS if on_gpu else ("separate",), (False, True), (False, True)
     ):
-        if attention == "separate" and (read_ahead or (products == "cublas" and overlap)):
+        if (products == "cublas" and attention == "separate" and overlap) or (reads_ahead and ahead is None):
             continue
-        most = (MAX_NORMED_ROWS, MAX_ROWS) if products == "cuda" else (0, 0)
-        choices = Choices(*most, attention, overlap, read_ahead)
+        choices = Choices(MAX_ROWS if products == "cuda" else 0, attention, overlap, ahead if reads_ahead else None)
         fused = [FusedBlock(block, choices) for block in blocks]
+        set_following(fused, None)
 
-        def run(fused=fused):
+        def run(fused=fused, ahead=choices.ahead):
             stream = Residual(x)
             for block in fused:
                 stream = block(stream, cond, mask)
+            if ahead is not None:
+                ahead.join()
 
-        by = f"{products} {attention}{' overlap' * overlap}{' ahead' * read_ahead}"
+        by = f"{products} {attention}{' overlap' * overlap}{' ahead' * reads_ahead}"
         row = {"layer": "block", "rows": rows, "by": by}
         try:
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):

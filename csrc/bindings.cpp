@@ -166,9 +166,8 @@ void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, c
 // bfloat16, images, height, width, input and output channels.
 using ConvShapeTuple = std::tuple<bool, int, int, int, int, int>;
 
-void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t factors,
-                 uintptr_t offsets, uintptr_t residual, uintptr_t shift, uintptr_t out, uintptr_t means, uintptr_t deviations,
-                 int device, uintptr_t stream) {
+void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t weight, uintptr_t bias, uintptr_t out,
+                 uintptr_t means, uintptr_t deviations, int device, uintptr_t stream) {
   const auto [bfloat16, num_images, height, width, in_channels, out_channels] = shape;
   const hmar::HopperConvShape conv_shape{bfloat16 ? hmar::DType::kBFloat16 : hmar::DType::kFloat16,
                                          num_images,
@@ -177,11 +176,8 @@ void hopper_conv(int tile, const ConvShapeTuple& shape, uintptr_t x, uintptr_t w
                                          in_channels,
                                          out_channels};
   const DeviceGuard guard(device);
-  DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape,
-                                              {pointer<const void>(x), pointer<const void>(weight),
-                                               pointer<const void>(bias), pointer<const float>(factors),
-                                               pointer<const float>(offsets), pointer<const void>(residual),
-                                               pointer<const void>(shift)},
+  DeviceGuard::check(hmar::launch_hopper_conv(tile, conv_shape, pointer<const void>(x), pointer<const void>(weight),
+                                              pointer<const void>(bias),
                                               {pointer<void>(out), pointer<float>(means), pointer<float>(deviations)},
                                               reinterpret_cast<cudaStream_t>(stream)),
                      "hopper_conv");
@@ -272,6 +268,7 @@ void bind_hopper(py::module_& module) {
              py::arg("num_rows"), py::arg("num_inputs"), py::arg("num_outputs"), py::arg("image_rows"), py::arg("float_x"),
              py::arg("float_residual"), py::arg("gelu"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("overlap"),
              py::arg("device"), py::arg("stream"), "Puts a linear layer of few rows on a stream.");
+  module.def("set_ahead", [](uintptr_t next, int64_t bytes, int mode, int step, int pace) { hmar::ahead() = {reinterpret_cast<const uint8_t*>(next), bytes, mode, step, pace}; });
   module.def("row_statistics", &row_statistics, py::kw_only(), py::arg("x"), py::arg("statistics"), py::arg("num_rows"),
              py::arg("num_inputs"), py::arg("num_tiles"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),
              py::arg("device"), py::arg("stream"), "Puts the statistics of the tiles of a few rows on a stream.");

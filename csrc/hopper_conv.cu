@@ -47,14 +47,14 @@ std::vector<HopperConvKernel> hopper_conv_kernels() {
   return kernels;
 }
 
-cudaError_t launch_hopper_conv(int kernel, const HopperConvShape& shape, const HopperConvInput& input,
-                               const HopperConvOutput& output, cudaStream_t stream) {
+cudaError_t launch_hopper_conv(int kernel, const HopperConvShape& shape, const void* x, const void* weight,
+                               const void* bias, const HopperConvOutput& output, cudaStream_t stream) {
   if (kernel < 0 || kernel >= int(std::size(KERNELS))) return cudaErrorInvalidValue;
   const Instance& instance = KERNELS[kernel];
-  HopperConvParams params = conv_params(shape, instance.kernel, input, output);
-  cudaError_t error = describe(&params.x, shape.dtype, input.x, conv_x_geometry(shape, instance.kernel));
+  HopperConvParams params = conv_params(shape, instance.kernel, bias, output);
+  cudaError_t error = describe(&params.x, shape.dtype, x, conv_x_geometry(shape, instance.kernel));
   if (error == cudaSuccess) {
-    error = describe(&params.weight, shape.dtype, input.weight, conv_weight_geometry(shape, instance.kernel));
+    error = describe(&params.weight, shape.dtype, weight, conv_weight_geometry(shape, instance.kernel));
   }
   int device, num_sms;
   if (error == cudaSuccess) error = cudaGetDevice(&device);

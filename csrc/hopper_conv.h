@@ -43,17 +43,6 @@ inline MapGeometry conv_weight_geometry(const HopperConvShape& shape, const Hopp
           {kConvChannels, 1, kConvColumns}};
 }
 
-// What a kernel reads. All but x and weight: null for none (HopperConvParams).
-struct HopperConvInput {
-  const void* x;
-  const void* weight;
-  const void* bias;
-  const float* factors;
-  const float* offsets;
-  const void* residual;
-  const void* shift;
-};
-
 // What a kernel writes, contiguous; means and deviations null for none.
 struct HopperConvOutput {
   void* out;
@@ -61,22 +50,20 @@ struct HopperConvOutput {
   float* deviations;
 };
 
-// All but the tensor maps.
-inline HopperConvParams conv_params(const HopperConvShape& shape, const HopperConvKernel& kernel,
-                                    const HopperConvInput& input, const HopperConvOutput& output) {
+// All but the tensor maps. bias: null for none.
+inline HopperConvParams conv_params(const HopperConvShape& shape, const HopperConvKernel& kernel, const void* bias,
+                                    const HopperConvOutput& output) {
   const auto divided = [](int a, int b) { return (a + b - 1) / b; };
   const int factor = kernel.doubled ? 2 : 1, row = factor * shape.width * shape.out_channels;
   HopperConvParams params{};
-  params.out = output.out, params.bias = input.bias;
-  params.factors = input.factors, params.offsets = input.offsets;
-  params.residual = input.residual, params.shift = input.shift;
+  params.out = output.out, params.bias = bias;
   params.means = output.means, params.deviations = output.deviations;
   params.image_stride = int64_t{row} * factor * shape.height;
   params.row_stride = factor * row, params.column_stride = factor * shape.out_channels;
   params.parity_row_stride = row, params.parity_column_stride = shape.out_channels;
   params.height = shape.height, params.width = shape.width;
   params.num_chunks = divided(shape.in_channels, kConvChannels);
-  params.in_channels = shape.in_channels, params.out_channels = shape.out_channels;
+  params.out_channels = shape.out_channels;
   params.num_patch_rows = divided(shape.height, kBlockSide * kernel.blocks);
   params.num_patch_columns = divided(shape.width, kPatchColumns);
   params.num_column_tiles = divided(shape.out_channels, kConvColumns);
@@ -89,8 +76,8 @@ inline HopperConvParams conv_params(const HopperConvShape& shape, const HopperCo
 std::vector<HopperConvKernel> hopper_conv_kernels();
 
 // Puts a kernel on a stream: no synchronisation, no allocation, arguments already checked.
-cudaError_t launch_hopper_conv(int kernel, const HopperConvShape& shape, const HopperConvInput& input,
-                               const HopperConvOutput& output, cudaStream_t stream);
+cudaError_t launch_hopper_conv(int kernel, const HopperConvShape& shape, const void* x, const void* weight,
+                               const void* bias, const HopperConvOutput& output, cudaStream_t stream);
 #endif
 
 }  // namespace hmar

@@ -127,21 +127,14 @@ struct HopperConvParams {
   TensorMap weight;    // boxes of 32 channels, one tap and 160 output channels
   void* out;           // [N, H, W, O], or [N, 2 H, 2 W, O]
   const void* bias;    // [O], or null
-  // What is added to the convolution before it is rounded. Not where sides are doubled.
-  const void* residual;  // [N, H, W, O], or null
-  const void* shift;     // [O], or null; only with a residual
-  // [N, C]: the convolution is of silu(factors x + offsets), rounded as x is, with zeros around it. Null: of x. Not where sides
-  // are doubled.
-  const float* factors;
-  const float* offsets;
-  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches.
+  float* means;        // [N, chunks, O] of the output as it is rounded, or null: for maps of whole patches, without a bias.
   float* deviations;   // the same: sums of squared distances from the mean. A chunk is what a warpgroup has of an item
   int64_t image_stride;
   int32_t row_stride, column_stride;
   int32_t parity_row_stride, parity_column_stride;
   int32_t height, width;  // of x
   int32_t num_chunks;     // of 32 input channels
-  int32_t in_channels, out_channels;
+  int32_t out_channels;
   int32_t num_patch_rows, num_patch_columns, num_column_tiles;
   int32_t num_items;
 };
@@ -179,6 +172,9 @@ struct LinearRowsParams {
   int32_t num_chunks;  // of 64 inputs
   int32_t image_rows;  // rows of an image
   bool float_x, float_residual, gelu;
+  const uint8_t* next;
+  int64_t next_bytes;
+  int32_t next_mode, next_step, next_pace;
 };
 
 // Statistics of rows that no such layer has written.

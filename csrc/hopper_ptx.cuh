@@ -50,6 +50,11 @@ __device__ __forceinline__ void count_release(int32_t* counter) {
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;\n"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
 
+__device__ __forceinline__ void prefetch_bulk(const void* address, int bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(address), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;\n" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;\n" ::: "memory"); }
 // Fetches a line of global memory into the L2 cache, and nothing nearer: what it holds may still change.
 __device__ __forceinline__ void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address)); }
 
@@ -106,11 +111,6 @@ __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
-// So many bytes, a multiple of 16, to the second level of the cache.
-__device__ __forceinline__ void prefetch_bytes(const void* src, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(src), "r"(bytes) : "memory");
-}
-
 // One box of a tensor [batch, head, row, column] to `dst`; its bytes count on `barrier`. What lies outside reads as zero.
 __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int column, int row,
                                          int head, int batch) {
@@ -163,13 +163,6 @@ __device__ __forceinline__ void unpack(uint32_t packed, float& low, float& high)
 }
 
 __device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
-
-// Off by 2^-11 of its value at most.
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Adds `bytes` bytes of float32 numbers in shared memory to global memory, both at multiples of 16. Committed in groups, for
 // which the thread that started them waits: until the copy engine has read them, or until the sums are in global memory.

@@ -21,15 +21,14 @@ constexpr Instance instance() {
   return {kType, kRows, kNormed, Tile::kNumThreads, sizeof(typename Tile::Shared), linear_rows_kernel<Tile>};
 }
 
-// What linear/cuda.py's ROWS and NORMED_ROWS name.
+// What linear/cuda.py's ROWS name.
 constexpr auto kFloat16 = DType::kFloat16, kBFloat16 = DType::kBFloat16;
 const Instance INSTANCES[] = {
-    instance<kFloat16, 8, false>(),   instance<kFloat16, 16, false>(),  instance<kFloat16, 32, false>(),
-    instance<kFloat16, 64, false>(),  instance<kFloat16, 96, false>(),  instance<kFloat16, 128, false>(),
-    instance<kFloat16, 8, true>(),    instance<kFloat16, 16, true>(),   instance<kFloat16, 32, true>(),
-    instance<kBFloat16, 8, false>(),  instance<kBFloat16, 16, false>(), instance<kBFloat16, 32, false>(),
+    instance<kFloat16, 8, false>(),  instance<kFloat16, 16, false>(),  instance<kFloat16, 32, false>(),
     instance<kBFloat16, 64, false>(), instance<kBFloat16, 96, false>(), instance<kBFloat16, 128, false>(),
-    instance<kBFloat16, 8, true>(),   instance<kBFloat16, 16, true>(),  instance<kBFloat16, 32, true>(),
+    instance<kFloat16, 8, true>(),   instance<kFloat16, 16, true>(),   instance<kFloat16, 32, true>(),
+    instance<kBFloat16, 8, false>(), instance<kBFloat16, 16, false>(), instance<kBFloat16, 32, false>(),
+    instance<kBFloat16, 8, true>(),  instance<kBFloat16, 16, true>(),  instance<kBFloat16, 32, true>(),
 };
 
 cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {

@@ -24,7 +24,7 @@ namespace hmar {
 constexpr int kRingBytes = 104 * 1024;  // of two blocks an SM, this kernel's and the next one's
 constexpr int kNormWarps = 8;
 constexpr int kPieces = 3;              // of a row, eight numbers each, that a thread of these warps has under way
-constexpr int kTilesAtOnce = 36;        // of a row, whose statistics are read together: all of up to 2304 numbers
+constexpr int kTilesAtOnce = 9;         // of a row, whose statistics a thread reads together: all of up to 2304 numbers
 constexpr int kStatisticsWarps = 8;
 
 constexpr int kMomentsBarrier = 2;
@@ -34,7 +34,7 @@ struct alignas(8) RowMoments {
   float mean, rstd;
 };
 
-// kRows: of x, a multiple of 8; up to 32 where it is kNormed: of a norm of x.
+// kRows: of x, a multiple of 8. kNormed: of a norm of x.
 template <DType kType_, int kRows_, bool kNormed_>
 struct LinearRowsTile {
   static constexpr DType kType = kType_;
@@ -46,7 +46,7 @@ struct LinearRowsTile {
   static constexpr int kXStages = kRows <= 16 ? 8 : 4;
   static constexpr int kStages = (kRingBytes - kXStages * kXBytes) / kWeightBytes;
 
-  static constexpr int kRowsAtOnce = kNormed ? 1 : 2;   // of which a warp reads the parts together
+  static constexpr int kRowsAtOnce = 2;                 // of which a warp reads the parts together
   static constexpr int kSumsRow = kLinearFeatures + 4;  // so that the lanes of a warp write to 32 banks
 
   struct Shared {
@@ -59,8 +59,7 @@ struct LinearRowsTile {
     // [kRows, kSumsRow], in the place of the rings.
     __device__ __forceinline__ float* sums() { return reinterpret_cast<float*>(weight); }
   };
-  static_assert(kLinearInputs == kPanelColumns && kLinearFeatures == kGroupRows);
-  static_assert(!kNormed || kRows <= 4 * kNormWarps);
+  static_assert(kLinearInputs == kPanelColumns && kLinearFeatures == kGroupRows && (!kNormed || kRows <= 4 * kNormWarps));
   static_assert(4 * kRows * kSumsRow <= kStages * kWeightBytes + kXStages * kXBytes);
 };
 
@@ -145,20 +144,20 @@ __device__ __forceinline__ int warps_of_chunk(int num_rows) {
 // NOTE: sums of distances from the first tile's mean, not of the numbers, so that nothing is lost where means are large.
 template <class Tile>
 __device__ __forceinline__ void find_moments(const LinearRowsParams& params, typename Tile::Shared& shared) {
-  constexpr int kLanes = kGroupThreads / Tile::kRows, kParts = (kTilesAtOnce + kLanes - 1) / kLanes;
+  constexpr int kLanes = kGroupThreads / Tile::kRows;
   const int row = threadIdx.x / kLanes, num_tiles = params.num_chunks, num_columns = params.num_inputs;
   const TileStatistics* tiles = params.norm.statistics + int64_t{min(row, params.num_rows - 1)} * num_tiles;
   wait_for_previous();
   const float origin = tiles[0].mean;
   float sum = 0.0f, squares = 0.0f;
 #pragma unroll 1
-  for (int begin = 0; begin < num_tiles; begin += kParts * kLanes) {
+  for (int begin = 0; begin < num_tiles; begin += kTilesAtOnce * kLanes) {
     const int first = begin + threadIdx.x % kLanes;
-    TileStatistics parts[kParts];
+    TileStatistics parts[kTilesAtOnce];
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) parts[i] = tiles[min(first + i * kLanes, num_tiles - 1)];
+    for (int i = 0; i < kTilesAtOnce; ++i) parts[i] = tiles[min(first + i * kLanes, num_tiles - 1)];
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
+    for (int i = 0; i < kTilesAtOnce; ++i) {
       const int size = tile_size(num_columns, first + i * kLanes);
       const float distance = parts[i].mean - origin;
       if (size > 0) sum += size * distance, squares += parts[i].squares + size * distance * distance;
@@ -252,6 +251,28 @@ __device__ __forceinline__ void norm_x(const LinearRowsParams& params, typename 
       barrier_wait(shared.x_empty[stage], turn / Tile::kXStages % 2 ^ 1);
       *reinterpret_cast<uint4*>(shared.x[stage] + place * kPanelRowBytes + (column / 8 ^ place % 8) * 16) = h;
       release(shared.x_full[stage]);
+    }
+  }
+}
+
+__device__ __forceinline__ void pace(int cycles) {
+  const long long begin = clock64();
+  while (clock64() - begin < cycles) {}
+}
+__device__ __forceinline__ void read_ahead(const LinearRowsParams& params) {
+  const int lane = threadIdx.x % 32, mode = params.next_mode;
+  if (mode == 1 && lane == 0) {
+#pragma unroll 1
+    for (int64_t at = int64_t{blockIdx.x} * params.next_step; at < params.next_bytes; at += int64_t{gridDim.x} * params.next_step) {
+      prefetch_bulk(params.next + at, params.next_step);
+      if (params.next_pace > 0) pace(params.next_pace);
+    }
+  }
+  if (mode == 2) {
+#pragma unroll 1
+    for (int64_t at = int64_t{blockIdx.x} * 4096 + lane * 128; at < params.next_bytes; at += int64_t{gridDim.x} * 4096) {
+      prefetch_l2(params.next + at);
+      if (params.next_pace > 0) pace(params.next_pace);
     }
   }
 }
@@ -417,7 +438,12 @@ __global__ void __launch_bounds__(Tile::kNumThreads, 2) linear_rows_kernel(const
     } else {
       if (threadIdx.x == kGroupThreads + 32) fetch_x<Tile>(params, shared, chunks);
     }
-    cluster_sync();
+    cluster_arrive();
+    if (threadIdx.x < kGroupThreads + 32 && params.next_mode > 0) {
+      __syncwarp();
+      read_ahead(params);
+    }
+    cluster_wait();
   } else {
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, feature = first_feature + lane;
     const int first_row = rank + splits * warp, row_step = splits * (kGroupThreads / 32);

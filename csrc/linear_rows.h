@@ -37,6 +37,15 @@ inline MapGeometry linear_geometry(int num_rows, int num_inputs, int box_rows) {
           {uint32_t{kLinearInputs}, uint32_t(box_rows)}};
 }
 
+struct Ahead {
+  const uint8_t* next;
+  int64_t bytes;
+  int mode, step, pace;
+};
+inline Ahead& ahead() {
+  static Ahead value{};
+  return value;
+}
 // All but the tensor maps.
 inline LinearRowsParams linear_rows_params(const LinearRows& call) {
   LinearRowsParams params{};
@@ -48,6 +57,8 @@ inline LinearRowsParams linear_rows_params(const LinearRows& call) {
   params.num_chunks = divided(call.num_inputs, kLinearInputs);
   params.image_rows = call.image_rows;
   params.float_residual = call.float_residual, params.gelu = call.gelu;
+  const Ahead& a = ahead();
+  params.next = a.next, params.next_bytes = a.bytes, params.next_mode = a.mode, params.next_step = a.step, params.next_pace = a.pace;
   return params;
 }
 

@@ -6,17 +6,14 @@
     norm_out, conv_out     of few channels: each position is multiplied once, for all of its neighbours
     attention              scores in chunks; of 640 channels in one head SDPA has no fused kernel
     upsampling             repeat and convolve, or one transposed convolution of 4 taps a pixel instead of 9
-    3x3 convolutions       cuDNN's, or of large maps the hand-written ones of `hmar_kernels.conv2d`, which make norm and
-                           SiLU of what they read, add the residual and make statistics of what they write
+    3x3 convolutions       cuDNN's, or of large maps the hand-written ones of `hmar_kernels.conv2d`
 
-Passes over a map of one residual block (reads and writes of the whole map; the first number is that of the modules, the
-last one that of hand-written convolutions):
+Passes over a map of one residual block (reads and writes of the whole map; the first number is that of the modules):
 
-    norm1, silu   3 -> 2 -> 0, statistics in conv2 before       conv1   2, bias 2 -> 0
-    norm2, silu   3 -> 3 -> 0, statistics in conv1              conv2   2, bias 2 -> 0       residual   3 -> 3 -> 1
+    norm1, silu   3 -> 2, in the residual       conv1   2, bias 2 -> 0
+    norm2, silu   3 -> 3                        conv2   2, bias 2 -> 0       residual   3 -> 3, with statistics
 
-17 -> 12 -> 5. At 256 px a bfloat16 map of 160 channels is 21 MB an image, and three blocks and their upsampling run on
-it.
+17 -> 12. At 256 px a bfloat16 map of 160 channels is 21 MB an image, and three blocks and their upsampling run on it.
 
 Weights are those of the decoder, read in place; what is derived from them is made by `derive`. No gradients. Read
 `hmar.engine` for who calls it.
@@ -39,18 +36,12 @@ from torch import Tensor
 from hmar.tokenizer import Decoder, Level, ResidualBlock, SpatialAttention, Upsample
 from hmar_kernels import conv2d, group_norm, group_norm_conv, residual_group_norm
 from hmar_kernels.conv2d import (
-    choose,
     conv2d_with_statistics,
     conv_transpose2d_with_statistics,
     packed_taps,
     unavailable_on,
 )
-from hmar_kernels.group_norm import (
-    ChunkStatistics,
-    NormFactors,
-    group_norm_factors,
-    residual_group_norm_factors,
-)
+from hmar_kernels.group_norm import ChunkStatistics
 
 SCORE_BYTES = 256 << 20  # of attention's scores, at once
 CONVOLUTIONS = {"torch": "reference", "hopper": "auto"}
@@ -70,23 +61,14 @@ class Unsummed(NamedTuple):
 
     def norm(self, norm: nn.GroupNorm, silu: bool = False) -> tuple[Unsummed, Tensor]:
         """The map, added up where that costs nothing, and its norm."""
-        arguments, options = (norm.num_groups, norm.weight, norm.bias), {"shift": self.shift_C, "eps": norm.eps}
+        arguments = {"shift": self.shift_C, "eps": norm.eps, "silu": silu}
         if self.branch_BChw is None:
-            return self, group_norm(self.x_BChw, *arguments, **options, silu=silu, statistics=self.statistics)
-        x_BChw, h_BChw = residual_group_norm(self.x_BChw, self.branch_BChw, *arguments, **options, silu=silu)
+            arguments["statistics"] = self.statistics
+            return self, group_norm(self.x_BChw, norm.num_groups, norm.weight, norm.bias, **arguments)
+        x_BChw, h_BChw = residual_group_norm(
+            self.x_BChw, self.branch_BChw, norm.num_groups, norm.weight, norm.bias, **arguments
+        )
         return Unsummed(x_BChw), h_BChw
-
-    def before(self, conv: nn.Conv2d, norm: nn.GroupNorm, impl: str) -> tuple[Unsummed, Tensor, NormFactors | None]:
-        """The map, added up where that costs nothing, and what `conv2d` takes for the convolution of its norm and SiLU:
-        the norm, or a map and factors where the kernel applies them to what it reads."""
-        if impl != "auto" or choose(self.x_BChw, conv.weight, doubled=False)[0] != "hopper":
-            return *self.norm(norm, silu=True), None
-        arguments, options = (norm.num_groups, norm.weight, norm.bias), {"shift": self.shift_C, "eps": norm.eps}
-        if self.branch_BChw is None:
-            factors = group_norm_factors(self.x_BChw, *arguments, **options, statistics=self.statistics)
-            return self, self.x_BChw, factors
-        x_BChw, factors = residual_group_norm_factors(self.x_BChw, self.branch_BChw, *arguments, **options)
-        return Unsummed(x_BChw), x_BChw, factors
 
     def convolved_norm(self, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
         """The convolution of its norm and SiLU."""
@@ -101,7 +83,6 @@ class Unsummed(NamedTuple):
             shift=self.shift_C,
             eps=norm.eps,
             silu=True,
-            statistics=self.statistics,
         )
 
     def total(self) -> Tensor:
@@ -181,17 +162,22 @@ def blocks_of(level: Level, x: Unsummed, impl: str) -> Unsummed:
 
 
 def residual_block(block: ResidualBlock, x: Unsummed, impl: str) -> Unsummed:
-    x, h_BChw, norm = x.before(block.conv1, block.norm1, impl)
-    h_BChw, statistics = conv2d_with_statistics(h_BChw, block.conv1.weight, norm=norm, impl=impl)
-    h = Unsummed(h_BChw, None, block.conv1.bias, statistics)
-    _, h_BChw, norm = h.before(block.conv2, block.norm2, impl)
+    x, h_BChw = x.norm(block.norm1, silu=True)
+    norm2 = block.norm2
+    h_BChw, statistics = conv2d_with_statistics(h_BChw, block.conv1.weight, impl=impl)
+    h_BChw = group_norm(
+        h_BChw,
+        norm2.num_groups,
+        norm2.weight,
+        norm2.bias,
+        shift=block.conv1.bias,
+        eps=norm2.eps,
+        silu=True,
+        statistics=statistics,
+    )
     if isinstance(block.shortcut, nn.Conv2d):
         x = pointwise(block.shortcut, x)
-    if norm is None:
-        return x.plus(convolved(block.conv2, h_BChw, impl), block.conv2.bias)
-    conv2, added = block.conv2, {"residual": x.x_BChw, "shift": x.shift_C}
-    x_BChw, statistics = conv2d_with_statistics(h_BChw, conv2.weight, conv2.bias, norm=norm, **added, impl=impl)
-    return Unsummed(x_BChw, statistics=statistics)
+    return x.plus(convolved(block.conv2, h_BChw, impl), block.conv2.bias)
 
 
 def pointwise(conv: nn.Conv2d, x: Unsummed) -> Unsummed:

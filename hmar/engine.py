@@ -71,9 +71,10 @@ from hmar.model import (
     SharedModulation,
 )
 from hmar.pyramid import Pyramid
+from hmar.read_ahead import ReadAhead
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import SpanMask, linear, qk_norm_attention, triton_device
+from hmar_kernels import SpanMask, linear, prefetch, qk_norm_attention, triton_device
 from hmar_kernels.linear import unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
@@ -84,11 +85,11 @@ DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 10
 # at 1536 43.8 (44.3) with 18, 45.9 (45.0) with 32; at 1920 46.2 (53.3) with 2, 55.2 (56.5) with 32, 61.8 (56.8) with
 # 50.
 FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
-FEW_ADDED_ROWS = 0  # the same of products with a residual, where that is more (not measured)
 # Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
 # program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
-READ_AHEAD_ROWS = 256  # of all images up to which the weights of a later layer are asked for (not measured)
+READ_AHEAD_ROWS = 256  # of all images up to which the weights of coming layers are asked for (not measured)
+ADDED = 32
 DECODERS = ("modules", "fused", "transposed")
 PRODUCTS = ("cublas", "cuda")
 ATTENTIONS = ("separate", "fused")
@@ -187,8 +188,8 @@ class Engine:
             "fused" on a GPU that has it.
         overlap: whether these kernels may start, and read weights, while the kernel before them still runs, on GPUs
             that can (compute capability 9.0).
-        read_ahead: whether the weights of the MLP are asked into the L2 cache while few rows attend. Where attention
-            is "fused", without `compile`, and on GPUs that can (compute capability 9.0); without effect elsewhere.
+        read_ahead: whether weights of coming layers are asked into the L2 cache while rows are few. In a dtype, with
+            CUDA graphs, without `compile`, and on GPUs that can (compute capability 9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -268,13 +269,23 @@ class Engine:
         reason = unavailable_on(self.device, dtype or torch.float32, self.config.width)
         if products == "cuda" and reason is not None:
             raise ValueError(f'products="cuda" cannot run here: {reason}; products="cublas" would')
+        ahead = None
+        if read_ahead:
+            reason = prefetch.unavailable(self.device)
+            if not self.captures:
+                reason = f"it needs CUDA graphs, got capture={capture} on {self.device}"
+            if reason is None and (dtype is None or compile is not None):
+                reason = "it needs a dtype, and blocks that are not compiled"
+            if reason is not None:
+                raise ValueError(f"read_ahead cannot run here: {reason}; leave it out")
+            ahead = ReadAhead(self.device)
         if dtype is not None:
             has_kernels = self.device.type == "cuda" and triton_device.unavailable(self.device, dtype) is None
             self._fuse(
                 products or ("cublas" if reason else "cuda"),
                 attention or ("fused" if has_kernels and self.config.head_dim <= MAX_HEAD_DIM else "separate"),
                 overlap,
-                read_ahead,
+                ahead,
             )
         if compile is not None:
             for block in self._blocks():
@@ -305,10 +316,9 @@ class Engine:
         self.post_quant_conv = placed(tokenizer.post_quant_conv, lambda p: decoder_dtype, **layout)
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
 
-    def _fuse(self, products: str, attention: str, overlap: bool, read_ahead: bool) -> None:
+    def _fuse(self, products: str, attention: str, overlap: bool, ahead: ReadAhead | None) -> None:
         few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
-        most = (few_rows, FEW_ADDED_ROWS) if products == "cuda" else (0, 0)
-        choices = Choices(*most, attention, overlap, read_ahead)
+        choices = Choices(few_rows if products == "cuda" else 0, attention, overlap, ahead)
         for remembered in self._remembered:
             layer = getattr(remembered.modulation, "linear", remembered.modulation)
             if isinstance(layer, nn.Linear) and remembered is not self.model.shared_modulation:
@@ -318,6 +328,9 @@ class Engine:
                 blocks[i] = FusedBlock(block, choices)
         for name in self._head_names():
             setattr(self.model, name, FusedHead(getattr(self.model, name), choices))
+        # NOTE: what follows the trunk depends on the pass.
+        for blocks, head in zip(reversed(self._block_lists()), (*reversed(self._heads()), None), strict=False):
+            set_following(blocks, head)
 
     def _compile(self, module: nn.Module, backend: str) -> None:
         # NOTE: every scale and batch size is a shape, and a mask, of its own.
@@ -782,16 +795,12 @@ class Program:
 
 @dataclass(frozen=True)
 class Choices:
-    """How blocks and heads compute, see `Engine`. few_rows: up to which products are by the kernels for few.
-
-    few_added_rows: the same of products with a residual, where that is more.
-    """
+    """How blocks and heads compute, see `Engine`. few_rows: up to which products are by the kernels for few."""
 
     few_rows: int
-    few_added_rows: int
     attention: str
     overlap: bool
-    read_ahead: bool = False
+    ahead: ReadAhead | None = None
 
 
 class FusedLinear(nn.Module):
@@ -801,15 +810,16 @@ class FusedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.choices, self.gelu = choices, gelu
+        self.following: list[Tensor] = []  # weights of later layers, to be read while this one computes
 
-    def takes(self, x_BLC: Tensor, vector_B1C: Tensor, most: int) -> bool:
+    def takes(self, x_BLC: Tensor, vector_B1C: Tensor) -> bool:
         """Whether so many rows are few; with norms or gates of these vectors."""
         # NOTE: modulation that all blocks share is float32, which the kernels do not read.
-        return x_BLC.shape[:-1].numel() <= most and vector_B1C.dtype == self.weight.dtype
+        return x_BLC.shape[:-1].numel() <= self.choices.few_rows and vector_B1C.dtype == self.weight.dtype
 
     def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and this layer of its norm."""
-        if stream.branch_BLC is None and self.takes(stream.x_BLC, scale_B1C, self.choices.few_rows):
+        if stream.branch_BLC is None and self.takes(stream.x_BLC, scale_B1C):
             norm = {"norm": (scale_B1C, shift_B1C), "statistics": stream.statistics_BLT2}
             return stream.x_BLC, self._few(stream.x_BLC, **norm)
         x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
@@ -817,20 +827,23 @@ class FusedLinear(nn.Module):
 
     def added(self, x_BLC: Tensor, gate_B1C: Tensor, h_BLC: Tensor) -> Residual:
         """x + gate times this layer of h."""
-        surroundings = {"residual": x_BLC, "gate": gate_B1C}
-        if self.takes(x_BLC, gate_B1C, self.choices.few_rows):
-            y_BLC, statistics_BLT2 = self._few(h_BLC, **surroundings, return_statistics=True)
+        if x_BLC.shape[:-1].numel() <= ADDED and gate_B1C.dtype == self.weight.dtype:
+            y_BLC, statistics_BLT2 = self._few(h_BLC, residual=x_BLC, gate=gate_B1C, return_statistics=True)
             return Residual(y_BLC, statistics_BLT2=statistics_BLT2)
-        if self.takes(x_BLC, gate_B1C, self.choices.few_added_rows):
-            return Residual(self._few(h_BLC, **surroundings))
         return Residual(x_BLC, self(h_BLC), gate_B1C)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         if x_BLC.shape[:-1].numel() <= self.choices.few_rows:
             return self._few(x_BLC)
+        self._read_ahead(x_BLC)
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu)
 
+    def _read_ahead(self, x_BLC: Tensor) -> None:
+        if self.choices.ahead is not None and x_BLC.shape[:-1].numel() <= READ_AHEAD_ROWS:
+            self.choices.ahead.ask(self.following)
+
     def _few(self, x_BLC: Tensor, **surroundings) -> Tensor | tuple[Tensor, Tensor]:
+        self._read_ahead(x_BLC)
         options = {"impl": "cuda", "overlap": self.choices.overlap}
         return linear(x_BLC, self.weight, self.bias, gelu=self.gelu, **surroundings, **options)
 
@@ -852,8 +865,7 @@ class FusedBlock(nn.Module):
     def __init__(self, block: Block, choices: Choices):
         super().__init__()
         self.modulation = block.modulation
-        self.mlp = FusedMLP(block.mlp, choices)
-        self.attention = FusedAttention(block.attention, choices, self.mlp.fc1.weight)
+        self.attention, self.mlp = FusedAttention(block.attention, choices), FusedMLP(block.mlp, choices)
 
     def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
@@ -862,14 +874,11 @@ class FusedBlock(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """Attention of the tokens of one scale, and of earlier ones where they are cached.
+    """Attention of the tokens of one scale, and of earlier ones where they are cached."""
 
-    later: the weight of the layer behind the projection.
-    """
-
-    def __init__(self, attention: Attention, choices: Choices, later: Tensor):
+    def __init__(self, attention: Attention, choices: Choices):
         super().__init__()
-        self.attention, self.choices, self.later = attention, choices, later
+        self.attention, self.choices = attention, choices
         self.qkv, self.proj = FusedLinear(attention.qkv, choices), FusedLinear(attention.proj, choices)
 
     def forward(
@@ -898,7 +907,6 @@ class FusedAttention(nn.Module):
             max_log_scale=module.MAX_LOG_SCALE,
             impl="triton",
             overlap=self.choices.overlap,
-            ahead=self.later if self.choices.read_ahead and batch * length <= READ_AHEAD_ROWS else None,
         )
 
 
@@ -920,9 +928,27 @@ class FusedHead(nn.Module):
     def __init__(self, head: Head, choices: Choices):
         super().__init__()
         self.modulation, self.linear = head.modulation, FusedLinear(head.linear, choices)
+        self.ahead = choices.ahead
 
     def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
-        return self.linear.normed(stream, *self.modulation(cond_BC))[1]
+        logits_BLV = self.linear.normed(stream, *self.modulation(cond_BC))[1]
+        # NOTE: behind the product, which may start before the one kernel that it follows has ended, not before two.
+        if self.ahead is not None:
+            self.ahead.join()
+        return logits_BLV
+
+
+def set_following(blocks: Sequence[FusedBlock], head: FusedHead | None) -> None:
+    """Which weights each layer has read ahead: q, k and v those of the projection and of the MLP's first layer; so on.
+
+    NOTE: at a width of 1920 at most 37 MB at a time, of which an L2 cache has 50.
+    """
+    for block, following in zip(blocks, [*blocks[1:], head], strict=True):
+        attention, mlp = block.attention, block.mlp
+        attention.qkv.following = [attention.proj.weight, mlp.fc1.weight]
+        mlp.fc1.following = [mlp.fc2.weight]
+        layer = following.linear if isinstance(following, FusedHead) else following and following.attention.qkv
+        mlp.fc2.following = [] if layer is None else [layer.weight]
 
 
 class Remembered(nn.Module):

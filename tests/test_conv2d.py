@@ -21,9 +21,8 @@ import torch.nn.functional as F
 import kernel_on_cpu
 from hmar_kernels import conv2d, conv_transpose2d, group_norm
 from hmar_kernels.attention import hopper_launch as attention_launch
-from hmar_kernels.conv2d import choose, conv2d_with_statistics, hopper, hopper_launch, packed_taps, reference
+from hmar_kernels.conv2d import choose, conv2d_with_statistics, hopper, hopper_launch, packed_taps
 from hmar_kernels.conv2d.hopper import TILES, Tile
-from hmar_kernels.group_norm import NormFactors, group_norm_factors
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,50 +43,17 @@ def torchs(doubled, x, weight, bias):
     return F.conv_transpose2d(x, weight, bias, 2, 1) if doubled else F.conv2d(x, weight, bias, padding=1)
 
 
-def assert_accurate(actual, doubled, x, weight, bias, residual=None, shift=None):
+def assert_accurate(actual, doubled, x, weight, bias):
     """At most rounding of a float32 sum: half a unit of the dtype, with as much again for the order of the sum.
 
     Matrix units cut off what they add up, so that long sums which cancel are off by more than their own rounding.
     """
     expected = torchs(doubled, *(None if t is None else t.double() for t in (x, weight, bias)))
-    if residual is not None:
-        expected += residual.double() + (0 if shift is None else shift.double()[:, None, None])
     assert actual.shape == expected.shape and actual.dtype == x.dtype and actual.isfinite().all()
     error = (actual.double() - expected).abs()
     eps = torch.finfo(x.dtype).eps
     assert (error <= eps * expected.abs() + 5e-5 * expected.abs().max()).all(), error.max()
     assert error.norm() <= 0.5 * eps * expected.norm()
-
-
-def norm_of(x):
-    """Of each image and channel another one; behind them NaN. SiLU of the offsets is not zero."""
-    N, C, *_ = x.shape
-    storage = torch.full((2, N * C + 64), math.nan)
-    storage[0, : N * C] = 1 + 0.3 * torch.randn(N * C, generator=torch.Generator().manual_seed(1))
-    storage[1, : N * C] = torch.randn(N * C, generator=torch.Generator().manual_seed(2))
-    return NormFactors(*(numbers[: N * C].view(N, C) for numbers in storage.to(x.device)))
-
-
-def added_to(x, O):
-    """A residual of the convolution of x, behind it NaN, and a shift. Means are large beside deviations."""
-    (N, _, H, W), generator = x.shape, torch.Generator().manual_seed(3)
-    storage = torch.full((N * H * W * O + 4096,), math.nan)
-    storage[:-4096] = (torch.randn(N, H, W, O, generator=generator) + 3 * torch.randn(O, generator=generator)).flatten()
-    shift = 2 * torch.randn(O, generator=generator)
-    residual = storage.to(x.device, x.dtype)[:-4096].view(N, H, W, O).permute(0, 3, 1, 2)
-    return residual, shift.to(x.device, x.dtype)
-
-
-def assert_norm_is_accurate(actual, x, weight, bias, norm, *added):
-    """By the one rule: at most twice the error of the norm written and read again, everywhere too."""
-    precise = [None if t is None else t.double() for t in (x, weight, bias)]
-    expected = reference.conv2d(*precise, NormFactors(*(t.double() for t in norm)), *(t.double() for t in added))
-    assert actual.shape == expected.shape and actual.dtype == x.dtype and actual.isfinite().all()
-    plain = reference.conv2d(x, weight, bias, norm, *added)
-    error, allowed = ((out.double() - expected).abs() for out in (actual, plain))
-    eps = torch.finfo(x.dtype).eps
-    assert error.norm() <= 2 * allowed.norm() + 0.1 * eps * expected.norm(), (error.norm(), allowed.norm())
-    assert error.max() <= 2 * allowed.max() + eps * expected.abs().max(), (error.max(), allowed.max())
 
 
 def test_reference_is_its_definition():
@@ -100,42 +66,6 @@ def test_reference_is_its_definition():
     torch.testing.assert_close(conv2d(x, weight, bias), expected)
     torch.testing.assert_close(conv2d(x, weight, impl="reference"), expected - bias[:, None, None])
     assert torch.autograd.gradcheck(lambda x: conv2d(x, weight), x[:1, :, :2, :2].clone().requires_grad_())
-
-
-def test_reference_of_a_norm_is_the_norms():
-    x, weight, bias = inputs(False, 2, 12, 5, 4, 6, torch.float64)
-    scale, shift, constant = torch.randn(3, 12, dtype=torch.float64)
-    norm = group_norm_factors(x, 3, scale, shift, shift=constant, eps=1e-6)
-    h = group_norm(x, 3, scale, shift, shift=constant, eps=1e-6, silu=True)
-    expected = F.conv2d(h, weight, bias, padding=1)
-    actual = conv2d(x, weight, bias, norm=norm)
-    torch.testing.assert_close(actual, expected)
-    assert actual.is_contiguous(memory_format=torch.channels_last)
-    actual, statistics = conv2d_with_statistics(x, weight, norm=norm)
-    torch.testing.assert_close(actual, expected - bias[:, None, None])
-    assert statistics is None
-    rounded = [t.bfloat16() for t in (x, weight)]
-    norm = NormFactors(*(t.float() for t in norm))
-    once = F.silu(rounded[0].float() * norm.factors[:, :, None, None] + norm.offsets[:, :, None, None]).bfloat16()
-    assert torch.equal(conv2d(*rounded, norm=norm), conv2d(once, rounded[1]))
-
-
-def test_reference_adds_a_residual():
-    """In float32 at least."""
-    x, weight, bias = inputs(False, 2, 3, 5, 4, 6, torch.float64)
-    residual, shift = added_to(x, 5)
-    expected = F.conv2d(x, weight, bias, padding=1) + residual
-    torch.testing.assert_close(conv2d(x, weight, bias, residual=residual), expected)
-    expected += shift[:, None, None]
-    torch.testing.assert_close(conv2d(x, weight, bias, residual=residual, shift=shift), expected)
-    norm = NormFactors(*torch.randn(2, 2, 3, dtype=torch.float64))
-    h = reference.normed(x, norm)
-    actual, statistics = conv2d_with_statistics(x, weight, bias, norm=norm, residual=residual, shift=shift)
-    torch.testing.assert_close(actual, F.conv2d(h, weight, bias, padding=1) + residual + shift[:, None, None])
-    assert statistics is None
-    x, weight, residual, shift = (t.bfloat16() for t in (x, weight, residual, shift))
-    once = (F.conv2d(x, weight, padding=1).float() + residual + shift[:, None, None]).bfloat16()
-    assert torch.equal(conv2d(x, weight, residual=residual, shift=shift), once)
 
 
 def test_transposed_reference_is_its_definition():
@@ -156,39 +86,22 @@ def library(tmp_path_factory):
     return kernel_on_cpu.build(tmp_path_factory.mktemp("hopper_conv"), "hopper_conv", "hopper_ptx.cuh", headers)
 
 
-def on_cpu(
-    library,
-    doubled,
-    blocks,
-    x,
-    weight,
-    bias,
-    *,
-    norm=None,
-    added=(None, None),
-    statistics=None,
-    num_blocks=2,
-    schedule="first",
-):
-    """added: residual and shift. statistics: two tensors to be filled."""
+def on_cpu(library, doubled, blocks, x, weight, bias, *, statistics=None, num_blocks=2, last_thread_first=False):
+    """statistics: two tensors to be filled."""
     entry = library.hopper_conv_on_cpu
     entry.restype = ctypes.c_char_p
     flag, number, pointer = ctypes.c_bool, ctypes.c_int, ctypes.c_void_p
-    entry.argtypes = [*(flag,) * 2, *(number,) * 6, *(pointer,) * 10, number, flag, flag]
+    entry.argtypes = [*(flag,) * 2, *(number,) * 6, *(pointer,) * 6, number, flag]
     (N, C, H, W), O, factor = x.shape, weight.shape[1 if doubled else 0], 2 if doubled else 1
     # NaN everywhere, and behind the numbers that the kernel may write
     storage = torch.full((N * H * W * factor**2 * O + 4096,), math.nan, dtype=x.dtype)
-    tensors = (x, weight, bias, *(norm or (None, None)), *added, storage, *(statistics or (None, None)))
-    pointers = [None if t is None else t.data_ptr() for t in tensors]
+    pointers = [None if t is None else t.data_ptr() for t in (x, weight, bias, storage, *(statistics or (None, None)))]
     kernel = (x.dtype == torch.bfloat16, doubled, blocks)
-    failure = entry(*kernel, N, H, W, C, O, *pointers, num_blocks, *SCHEDULES[schedule])
+    failure = entry(*kernel, N, H, W, C, O, *pointers, num_blocks, last_thread_first)
     assert failure is None, failure.decode()
     assert storage[-4096:].isnan().all()
     return storage[:-4096].view(N, factor * H, factor * W, O).permute(0, 3, 1, 2)
 
-
-# Of the emulation: whether last threads come first, and copies land late.
-SCHEDULES = {"first": (False, False), "last": (True, True), "first, late": (False, True)}
 
 # N, C, O, H, W
 CPU_SHAPES = {
@@ -213,70 +126,13 @@ def test_kernel_source_on_cpu_in_half_precision_without_bias(library):
     assert_accurate(on_cpu(library, False, 2, x, weight, None), False, x, weight, None)
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("shape", CPU_SHAPES.values(), ids=CPU_SHAPES)
-def test_kernel_source_normalises_what_it_reads(library, shape, schedule, blocks):
-    """With zeros around the norm, not around the map."""
-    x, weight, bias = inputs(False, *shape, torch.bfloat16)
-    norm = norm_of(x)
-    actual = on_cpu(library, False, blocks, x, weight, bias, norm=norm, schedule=schedule)
-    assert_norm_is_accurate(actual, x, weight, bias, norm)
-
-
-def test_kernel_source_normalises_in_half_precision(library):
-    """And gives statistics of what comes of it."""
-    x, weight, _ = inputs(False, 2, 40, 168, 32, 16, torch.float16)
-    norm, statistics = norm_of(x), [torch.full((2, 4, 168), math.nan) for _ in range(2)]
-    actual = on_cpu(library, False, 2, x, weight, None, norm=norm, statistics=statistics)
-    assert_norm_is_accurate(actual, x, weight, None, norm)
-    assert_statistics_are_of(actual, statistics, False, 2)
-
-
-ADDED_SHAPES = CPU_SHAPES | {"several images": (3, 8, 320, 16, 32), "few channels": (2, 32, 40, 17, 9)}
-
-
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize(("name", "schedule"), [("bf16", "last"), ("fp16", "first, late")])
-@pytest.mark.parametrize("shape", ADDED_SHAPES.values(), ids=ADDED_SHAPES)
-def test_kernel_source_adds_a_residual(library, shape, name, schedule, blocks):
-    """Rounded once: exactly, where it is added to zeros."""
-    dtype = DTYPES[name]
-    x, weight, bias = inputs(False, *shape, dtype)
-    residual, shift = added_to(x, shape[2])
-    for constant, given in ((bias, (residual, shift)), (None, (residual, None))):
-        actual = on_cpu(library, False, blocks, x, weight, constant, added=given, schedule=schedule)
-        assert_accurate(actual, False, x, weight, constant, *given)
-    actual = on_cpu(library, False, blocks, x, torch.zeros_like(weight), None, added=(residual, shift))
-    assert torch.equal(actual, (residual.float() + shift[:, None, None]).to(dtype))
-
-
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("O", [40, 160, 320])
-def test_kernel_source_gives_statistics_of_the_sum(library, O, dtype, blocks):
-    """As it is rounded, and of a norm's convolution too."""
-    x, weight, bias = inputs(False, 2, 40, O, 16, 32, dtype)
-    added, norm = added_to(x, O), norm_of(x)
-    statistics = [torch.full((2, 8 // blocks, O), math.nan) for _ in range(2)]
-    actual = on_cpu(library, False, blocks, x, weight, bias, norm=norm, added=added, statistics=statistics)
-    assert_norm_is_accurate(actual, x, weight, bias, norm, *added)
-    assert_statistics_are_of(actual, statistics, False, blocks)
-
-
-CALLS = {"plain": (False, False), "norm": (True, False), "norm and residual": (True, True)}
-
-
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize(("normed", "adds"), CALLS.values(), ids=CALLS)
-def test_kernel_source_has_no_races(library, normed, adds, blocks):
-    """Threads run in any order, items in one block or in several: bit-equal."""
+def test_kernel_source_has_no_races(library):
+    """Threads run first to last or last to first, items in one block or in several: bit-equal."""
     x, weight, bias = inputs(False, 1, 64, 160, 24, 33, torch.bfloat16)
-    options = {"norm": norm_of(x) if normed else None, "added": added_to(x, 160) if adds else (None, None)}
-    schedules = [(1, "first"), (1, "last"), (3, "first"), (9, "last"), (2, "first, late")]
+    schedules = [(1, False), (1, True), (3, False), (9, True)]
     results = [
-        on_cpu(library, False, blocks, x, weight, bias, **options, num_blocks=num_blocks, schedule=schedule)
-        for num_blocks, schedule in schedules
+        on_cpu(library, False, 1, x, weight, bias, num_blocks=blocks, last_thread_first=reverse)
+        for blocks, reverse in schedules
     ]
     for result in results[1:]:
         assert torch.equal(result, results[0])
@@ -320,10 +176,6 @@ def test_padding_is_not_read(library, doubled):
     x[0], x[2] = math.nan, math.nan
     actual = on_cpu(library, doubled, 2, x, weight, bias)
     assert_accurate(actual[1:2], doubled, x[1:2], weight, bias)
-    if not doubled:
-        norm = norm_of(x)
-        actual = on_cpu(library, False, 2, x, weight, bias, norm=norm)
-        assert_norm_is_accurate(actual[1:2], x[1:2], weight, bias, NormFactors(*(t[1:2] for t in norm)))
 
 
 # --- what a launch is told --------------------------------------------------------------------------------------------
@@ -386,8 +238,7 @@ class FakeDriver:
 
     def launch(self, function, blocks, threads, shared_bytes, stream, params):
         params = hopper_launch.HopperConvParams.from_address(params)
-        told = (params.bias, params.factors, params.offsets, params.residual, params.shift)
-        told += (params.out, params.means, params.deviations, params.num_items)
+        told = (params.out, params.bias, params.means, params.deviations, params.num_items)
         self.calls.append(("launch", function, blocks, threads, shared_bytes, stream, *told))
 
 
@@ -396,13 +247,12 @@ def test_launch_of_compiled_kernels():
     kernels.__dict__["_cuda"] = driver
     numbers = attention_launch.LaunchNumbers(1000, 384, 384)
     kernels._loaded = lambda key, source, params: (None, key, numbers, 7)
-    kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 48, 80, 96, 112, 64, 128, 256, 5, 99)
+    kernels.hopper_conv(1, (True, 2, 20, 30, 160, 320), 16, 32, 0, 64, 128, 256, 5, 99)
     swizzle = attention_launch.CudaDriver.SWIZZLE_64B
     x = ("describe", True, 16, *hopper_launch.x_geometry(1, 2, 20, 30, 160), swizzle)
     weight = ("describe", True, 32, *hopper_launch.weight_geometry(False, 160, 320), swizzle)
     items = 2 * 3 * 2 * 2
-    told = (None, 48, 80, 96, 112, 64, 128, 256, items)
-    assert driver.calls == [x, weight, ("launch", (TILES[1], True, 5), 7, 384, 1000, 99, *told)]
+    assert driver.calls == [x, weight, ("launch", (TILES[1], True, 5), 7, 384, 1000, 99, 64, None, 128, 256, items)]
 
 
 def test_tiles_fill_the_multiprocessors():
@@ -467,19 +317,6 @@ def zeros(*shape, dtype=torch.bfloat16, layout=torch.channels_last):
             {"x": zeros(1, 8, 4, 5, dtype=torch.float32), "weight": zeros(8, 8, 3, 3, dtype=torch.float32)},
             "bfloat16, got",
         ),
-        ({"norm": NormFactors(torch.ones(1, 8), torch.ones(1, 8).half())}, r"norm must be two torch.float32 \[1, 8\]"),
-        ({"norm": NormFactors(torch.ones(1, 8), torch.ones(8))}, r"got torch.float32 \[1, 8\] .* and .* \[8\] on cpu"),
-        ({"norm": NormFactors(*torch.ones(2, 1, 8, requires_grad=True))}, "no derivative"),
-        ({"norm": NormFactors(*torch.ones(2, 1, 16)[..., ::2])}, "factors and offsets are not contiguous"),
-        ({"weight": zeros(8, 8, 3, 3).to("meta")}, "weight must be on cpu as x is, got meta"),
-        ({"residual": zeros(1, 8, 4, 5).to("meta")}, "residual must be on cpu"),
-        ({"residual": zeros(1, 16, 4, 5)}, r"residual must be \[1, 8, 4, 5\] .* got \[1, 16, 4, 5\]"),
-        ({"residual": zeros(1, 8, 4, 5, dtype=torch.float32)}, "residual must be torch.bfloat16"),
-        ({"residual": zeros(1, 8, 4, 5, layout=torch.contiguous_format)}, "the residual is not channels-last"),
-        ({"residual": zeros(1, 8, 4, 5).requires_grad_()}, "no derivative"),
-        ({"shift": torch.zeros(8).bfloat16()}, "shift is added to a residual, and there is none"),
-        ({"residual": zeros(1, 8, 4, 5), "shift": torch.zeros(1, 8).bfloat16()}, r"shift must be \[8\], got \[1, 8\]"),
-        ({"residual": zeros(1, 8, 4, 5), "shift": torch.zeros(8)}, "shift must be torch.bfloat16"),
         ({}, "run on CUDA tensors, got cpu"),
     ],
 )
@@ -518,12 +355,8 @@ def test_what_auto_takes(monkeypatch):
     assert "no derivative" in choose(large, weight.requires_grad_(), doubled=False)[1]
     assert choose(small, packed_taps(taps), doubled=True)[0] == "hopper"
     assert "packed_taps(weight) does" in choose(large, taps, doubled=True)[1]
-    monkeypatch.setattr(hopper, "with_statistics", lambda x, weight, bias, *, doubled, **others: (bias, others))
-    bias, added = zeros(160, 1, 1, 1).flatten(), {"residual": zeros(1, 160, 128, 128), "shift": None}
-    others = {"norm": NormFactors(*torch.ones(2, 1, 8)), **added}
-    bias_taken, taken = conv2d_with_statistics(large, weight.detach(), bias, **others)
-    assert bias_taken is bias and taken.keys() == others.keys()
-    assert all(taken[name] is given for name, given in others.items())
+    monkeypatch.setattr(hopper, "with_statistics", lambda x, weight, *, doubled: ("kernel", "statistics"))
+    assert conv2d_with_statistics(large, weight.detach()) == ("kernel", "statistics")
     assert conv2d_with_statistics(small, weight.detach())[1] is None
 
 
@@ -574,63 +407,6 @@ def test_statistics_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
     scale, shift = torch.randn(2, shape[2], device="cuda", dtype=dtype)
     norms = [group_norm(out, 8, scale, shift, statistics=given, impl="triton") for given in (statistics, None)]
     torch.testing.assert_close(*norms, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("tile", [tile for tile in TILES if not tile.doubled], ids=lambda tile: f"blocks {tile.blocks}")
-@pytest.mark.parametrize("shape", GPU_SHAPES.values(), ids=GPU_SHAPES)
-def test_norms_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
-    """Often, because a fence that is missing shows on a GPU only, and not every time. Statistics are of the result."""
-    x, weight, bias = inputs(False, *shape, dtype, "cuda")
-    norm = norm_of(x)
-    actual, _ = hopper.forward(x, weight, bias, tile, norm=norm)
-    assert_norm_is_accurate(actual, x, weight, bias, norm)
-    for _ in range(20):
-        assert torch.equal(hopper.forward(x, weight, bias, tile, norm=norm)[0], actual)
-    if hopper.has_statistics(tile, *x.shape[2:]):
-        actual, statistics = hopper.forward(x, weight, None, tile, norm=norm, statistics=True)
-        assert torch.equal(actual, hopper.forward(x, weight, None, tile, norm=norm)[0])
-        assert_statistics_are_of(actual, statistics[:2], False, tile.blocks)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("tile", [tile for tile in TILES if not tile.doubled], ids=lambda tile: f"blocks {tile.blocks}")
-@pytest.mark.parametrize("shape", [*GPU_SHAPES.values(), (3, 160, 320, 48, 80), (2, 32, 40, 16, 16)], ids=str)
-def test_residuals_on_a_gpu(on_hopper, poisoned_memory, shape, tile, dtype):
-    """Often, and of a norm too. Statistics are of the sum."""
-    x, weight, bias = inputs(False, *shape, dtype, "cuda")
-    residual, shift = added_to(x, shape[2])
-    for constant, given in ((bias, {"residual": residual, "shift": shift}), (None, {"residual": residual})):
-        actual, _ = hopper.forward(x, weight, constant, tile, **given)
-        assert_accurate(actual, False, x, weight, constant, *given.values())
-    exact, _ = hopper.forward(x, torch.zeros_like(weight), None, tile, residual=residual, shift=shift)
-    assert torch.equal(exact, (residual.float() + shift[:, None, None]).to(dtype))
-    options = {"norm": norm_of(x), "residual": residual, "shift": shift}
-    actual, _ = hopper.forward(x, weight, bias, tile, **options)
-    assert_norm_is_accurate(actual, x, weight, bias, *options.values())
-    for _ in range(20):
-        assert torch.equal(hopper.forward(x, weight, bias, tile, **options)[0], actual)
-    if hopper.has_statistics(tile, *x.shape[2:]):
-        again, statistics = hopper.forward(x, weight, bias, tile, **options, statistics=True)
-        assert torch.equal(again, actual)
-        assert_statistics_are_of(actual, statistics[:2], False, tile.blocks)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("adds", [False, True], ids=["alone", "residual"])
-def test_norm_compiled_on_a_gpu(on_hopper, adds):
-    """Norm and convolution as one graph, the bits of what runs without."""
-    x, weight, bias = inputs(False, 2, 160, 320, 100, 130, torch.bfloat16, "cuda")
-    scale, shift = torch.randn(2, 160, device="cuda", dtype=torch.bfloat16)
-    added = dict(zip(("residual", "shift"), added_to(x, 320), strict=True)) if adds else {}
-
-    def f(x):
-        norm = group_norm_factors(x, 32, scale, shift, shift=scale)
-        return conv2d(x, weight, bias, norm=norm, **added, impl="hopper")
-
-    assert torch.equal(torch.compile(f, fullgraph=True)(x), f(x))
 
 
 @pytest.mark.gpu

@@ -107,8 +107,8 @@ def test_all_compiled_kernels_are_known(ptxas_report):
 
 
 def test_kernels_of_few_rows_compile_without_spills(ptxas_output):
-    """They are those of linear/cuda.py's table, with a norm and without. Two blocks an SM, for the next kernel's to
-    find room beside the running one's."""
+    """They are those of linear/cuda.py's table, with a norm and without. Two blocks an SM, of
+    either, for the next kernel's to find room beside the running one's."""
     report, found, shares = dict(kernels_of(ptxas_output["linear_rows", "90a"])), set(), set()
     for name, numbers in report.items():
         tile = re.search(r"LinearRowsTileILNS_\d+DTypeE(\d)ELi(\d+)ELb(\d)E", name)
@@ -120,8 +120,9 @@ def test_kernels_of_few_rows_compile_without_spills(ptxas_output):
         num_threads = 416 if tile[3] == "1" else 192
         shares.add(num_threads * -(-numbers["registers"] // 8) * 8)
     assert 2 * max(shares) <= 65536, shares
-    tiles = [(rows, 0) for rows in linear_cuda.ROWS] + [(rows, 1) for rows in linear_cuda.NORMED_ROWS]
-    assert found == {(dtype, *tile) for dtype in range(len(TYPES)) for tile in tiles}
+    assert found == {
+        (dtype, rows, norm) for dtype in range(len(TYPES)) for rows in linear_cuda.ROWS for norm in range(2)
+    }
     assert len(report) == len(found) + len(TYPES)  # and those of statistics
 
 

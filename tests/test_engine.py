@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -26,9 +27,9 @@ from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
 from hmar.generate import SamplingConfig, even_schedule
-from hmar.model import HMAR, Attention, MaskedTransformer
+from hmar.model import HMAR, Attention, Block, Head, MaskedTransformer, Residual
 from hmar.tokenizer import Upsample
-from hmar_kernels import triton_device
+from hmar_kernels import SpanMask, linear, triton_device
 from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
 
@@ -143,7 +144,6 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatc
     the first norm of a pass, and of a masked pass's head. The reference stands for the kernels."""
     few, measured = [], Counter()
     monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 64})
-    monkeypatch.setattr(engine_module, "FEW_ADDED_ROWS", 0)
     model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
     expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
 
@@ -178,29 +178,60 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(kind, monkeypatc
     assert measured == {True: kinds[True, False] - measured[False], False: num_passes + sum(masked.values())}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
-def test_more_rows_with_a_residual_than_with_a_norm(monkeypatch):
-    """By the kernels for few rows; what follows them takes the sum as any other, without statistics."""
-    few = set()
-    monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 12})
-    monkeypatch.setattr(engine_module, "FEW_ADDED_ROWS", 54)
-    model, tokenizer, sampling = build("hmar"), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
-    expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+class Order:
+    """In place of `ReadAhead`: what was asked for, and when."""
 
-    def seen(x, weight, bias, scale, shift, statistics, residual, gate, gelu, eps, return_statistics, overlap):
-        rows = x.shape[0] * x.shape[1]
-        few.add((rows, scale is not None, residual is not None))
-        assert return_statistics == (residual is not None and rows <= 12)
-        y = reference.forward(x, weight, bias, scale if scale is None else (scale, shift), gelu, residual, gate, eps)
-        return [y, reference.statistics(y)] if return_statistics else [y]
+    def __init__(self):
+        self.events = []
 
-    monkeypatch.setattr(engine_module, "unavailable_on", lambda *_: None)
-    monkeypatch.setattr(cuda, "unavailable", lambda *_, residual: None)
-    monkeypatch.setattr(cuda, "forward", seen)
-    actual = Engine(model, tokenizer, dtype=torch.float16, attention="fused").generate(CLASSES, sampling)
-    assert {rows for rows, _, residual in few if residual} == {3, 12, 24, 27, 54}
-    assert {3, 12} <= {rows for rows, norm, _ in few if norm} <= {3, 9, 12}, "9 before a masked head"
-    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
+    def ask(self, weights):
+        self.events += [("asked", id(weight)) for weight in weights]
+
+    def join(self):
+        self.events.append(("joined", None))
+
+
+def test_weights_are_read_ahead_of_their_layers(monkeypatch):
+    """Of few rows: all but those of the first layer, once each, and before their product."""
+    order, config = Order(), CONFIG
+    choices = engine_module.Choices(0, "separate", False, order)
+    blocks = [engine_module.FusedBlock(Block(config, 1, "reference"), choices) for _ in range(2)]
+    head = engine_module.FusedHead(Head(config), choices)
+    engine_module.set_following(blocks, head)
+    vectors = torch.randn(6, 1, 1, config.width)
+    for module, count in ((blocks[0], 6), (blocks[1], 6), (head, 2)):
+        module.modulation.forward = partial(lambda count, cond: tuple(vectors[:count]), count)
+    layers = [layer for b in blocks for layer in (b.attention.qkv, b.attention.proj, b.mlp.fc1, b.mlp.fc2)]
+
+    def product(x, weight, bias, **others):
+        order.events.append(("read", id(weight)))
+        return linear(x, weight, bias, **others)
+
+    monkeypatch.setattr(engine_module, "linear", product)
+
+    def run(rows):
+        order.events.clear()
+        mask, stream = SpanMask.block_diagonal([rows]), Residual(torch.randn(1, rows, config.width))
+        for block in blocks:
+            stream = block(stream, None, mask)
+        head(stream, None)
+        return list(order.events)
+
+    events, weights = run(9), [id(layer.weight) for layer in (*layers, head.linear)]
+    assert [weight for kind, weight in events if kind == "read"] == weights
+    assert sorted(weight for kind, weight in events if kind == "asked") == sorted(weights[1:])
+    for weight in weights[1:]:
+        assert events.index(("asked", weight)) < events.index(("read", weight))
+    last_asked = max(i for i, (kind, _) in enumerate(events) if kind == "asked")
+    assert events.index(("joined", None)) > max(last_asked, events.index(("read", weights[-1])))
+    assert {kind for kind, _ in run(engine_module.READ_AHEAD_ROWS + 1)} == {"read", "joined"}
+
+
+def test_reading_ahead_needs_graphs():
+    with pytest.raises(
+        ValueError, match="read_ahead cannot run here: it needs CUDA graphs, got capture=None on cpu; leave"
+    ):
+        Engine(build("hmar"), build_tokenizer(), dtype=torch.bfloat16, read_ahead=True, device="cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
@@ -217,30 +248,6 @@ def test_short_images_are_attended_by_one_kernel(monkeypatch):
         assert {tuple(shape) for shape in shapes} == seen
         assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
         shapes.clear()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
-@pytest.mark.parametrize("read_ahead", [False, True])
-def test_attention_of_few_rows_asks_for_the_weight_behind_the_projection(read_ahead, monkeypatch):
-    asked = {}
-
-    def seen(qkv, *rest):
-        asked.setdefault(qkv.shape[0] * qkv.shape[1], []).append(rest[-1])
-        return attend(qkv, *rest)
-
-    monkeypatch.setattr(attention, "forward", seen)
-    monkeypatch.setattr(engine_module, "READ_AHEAD_ROWS", 24)
-    model, tokenizer, sampling = build("hmar"), build_tokenizer(), SamplingConfig(cfg=2.0, cfg_ramp="constant")
-    engine = Engine(model, tokenizer, dtype=torch.float16, attention="fused", read_ahead=read_ahead)
-    engine.generate(CLASSES, sampling)
-    assert min(asked) <= 24 < max(asked)
-    weights = [block.mlp.fc1.weight for block in engine._blocks()]
-    for rows, tensors in asked.items():
-        for tensor in tensors:
-            assert (tensor is not None) == (read_ahead and rows <= 24)
-            assert tensor is None or any(tensor is weight for weight in weights)
-    if read_ahead:
-        assert len({id(tensor) for tensor in asked[min(asked)]}) == CONFIG.depth
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_engine_gpu.py runs the kernels")

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hmar_kernels import group_norm, group_norm_conv, residual_group_norm
-from hmar_kernels.group_norm import ChunkStatistics, group_norm_factors, residual_group_norm_factors
+from hmar_kernels.group_norm import ChunkStatistics
 from hmar_kernels.group_norm import triton as kernels
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
@@ -139,63 +139,11 @@ def test_statistics_from_elsewhere(chunks, poisoned_memory):
     assert not torch.allclose(group_norm(x, groups, weight, bias, statistics=wrong, **options), actual, atol=0.1)
 
 
-def assert_factors_are_those_of_the_norm(shape, dtype, impl, device="cpu"):
-    x, groups, weight, bias = inputs(shape, dtype, device)
-    branch, shift = x.flip(0, 1).contiguous(memory_format=torch.channels_last), torch.roll(weight, 1)
-    options = {"eps": 1e-6, "impl": impl}
-
-    def assert_applied(of, norm, constant):
-        actual = of.double() * norm.factors.double()[:, :, None, None] + norm.offsets.double()[:, :, None, None]
-        wanted = exact(of.double() + constant.double()[:, None, None], groups, weight, bias, False)
-        floor = 64 * torch.finfo(torch.float32).eps * wanted.numel() ** 0.5
-        assert (actual - wanted).norm() <= 0.1 * torch.finfo(dtype).eps * wanted.norm() + floor
-        assert {t.dtype for t in norm} == {torch.promote_types(dtype, torch.float32)}
-        assert all(t.shape == x.shape[:2] and t.is_contiguous() for t in norm)
-
-    assert_applied(x, group_norm_factors(x, groups, weight, bias, **options), torch.zeros_like(shift))
-    if impl == "triton":  # the reference rounds x + shift
-        assert_applied(x, group_norm_factors(x, groups, weight, bias, shift=shift, **options), shift)
-    z, norm = residual_group_norm_factors(x, branch, groups, weight, bias, shift=shift, **options)
-    assert torch.equal(z, residual_group_norm(x, branch, groups, weight, bias, shift=shift, **options)[0])
-    assert all(map(torch.equal, norm, group_norm_factors(z, groups, weight, bias, **options)))
-    assert_applied(z, norm, torch.zeros_like(shift))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_reference_factors_are_those_of_the_norm(name, dtype):
-    assert_factors_are_those_of_the_norm(SHAPES[name], dtype, "reference")
-
-
-@interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_factors_under_the_interpreter(name, dtype, poisoned_memory):
-    assert_factors_are_those_of_the_norm(SHAPES[name], dtype, "triton")
-
-
-@interpreted
-def test_factors_of_statistics_from_elsewhere(poisoned_memory):
-    x, groups, weight, bias = inputs((2, 40, 3, 4, 8), torch.float32, mean=30.0)
-    options = {"shift": weight.flip(0), "eps": 1e-6, "impl": "triton"}
-    expected = group_norm_factors(x, groups, weight, bias, **options)
-    for given, same in ((x, True), (2 * x, False)):
-        actual = group_norm_factors(x, groups, weight, bias, statistics=chunk_statistics(given, 4), **options)
-        assert torch.allclose(actual.factors, expected.factors, rtol=1e-4, atol=1e-4) == same
-
-
 def test_statistics_of_another_image_are_refused():
     x, groups, weight, bias = inputs((2, 8, 4, 4, 2), torch.float32)
     for wrong in (chunk_statistics(x[:1], 4), chunk_statistics(x, 4)._replace(chunk_size=8)):
         with pytest.raises(ValueError, match="statistics must be of whole chunks of x"):
             group_norm(x, groups, weight, bias, statistics=wrong)
-        with pytest.raises(ValueError, match="statistics must be of whole chunks of x"):
-            group_norm_factors(x, groups, weight, bias, statistics=wrong)
-        with pytest.raises(ValueError, match="statistics must be of whole chunks of x"):
-            group_norm_conv(x, groups, weight, bias, torch.zeros(3, 8, 3, 3), statistics=wrong)
-    with pytest.raises(ValueError, match="statistics are of x alone"):
-        right = chunk_statistics(x, 4)
-        group_norm_conv(x, groups, weight, bias, torch.zeros(3, 8, 3, 3), branch=x, statistics=right)
 
 
 # output channels, KY, KX
@@ -237,17 +185,6 @@ def assert_conv_is_accurate(shape, convolution, dtype, device="cpu"):
 @pytest.mark.parametrize("name", SHAPES)
 def test_convolutions_under_the_interpreter(name, convolution, dtype, poisoned_memory):
     assert_conv_is_accurate(SHAPES[name], convolution, dtype)
-
-
-@interpreted
-def test_convolution_of_statistics_from_elsewhere(poisoned_memory):
-    x, groups, weight, bias = inputs((2, 40, 3, 4, 8), torch.float32, mean=30.0)
-    conv_weight = torch.randn(3, 40, 3, 3, generator=torch.Generator().manual_seed(1)) / 19
-    arguments, options = (x, groups, weight, bias, conv_weight), {"shift": weight.flip(0), "silu": True}
-    expected = group_norm_conv(*arguments, **options, impl="triton")
-    for given, same in ((x, True), (2 * x, False)):
-        actual = group_norm_conv(*arguments, **options, statistics=chunk_statistics(given, 4), impl="triton")
-        assert torch.allclose(actual, expected, rtol=1e-3, atol=1e-3) == same
 
 
 @pytest.mark.gpu
@@ -303,25 +240,6 @@ def test_convolutions_that_do_not_fit_are_refused(conv_weight, conv_bias, messag
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (4, 160, 256, 256, 32), (2, 640, 16, 16, 32)], ids=str)
 def test_residuals_and_shifts_on_a_gpu(shape, dtype, poisoned_memory):
     assert_residual_is_accurate(shape, dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("shape", [*SHAPES.values(), (4, 160, 256, 256, 32), (2, 640, 16, 16, 32)], ids=str)
-def test_factors_on_a_gpu(shape, dtype, poisoned_memory):
-    assert_factors_are_those_of_the_norm(shape, dtype, "triton", "cuda")
-
-
-@pytest.mark.gpu
-def test_factors_compiled_on_a_gpu():
-    x, groups, weight, bias = inputs(SHAPES["160 of 32"], torch.bfloat16, "cuda")
-
-    def both(x):
-        z, norm = residual_group_norm_factors(x, x, groups, weight, bias, shift=bias)
-        return z, *norm, *group_norm_factors(x, groups, weight, bias, shift=bias)
-
-    for actual, expected in zip(torch.compile(both, fullgraph=True)(x), both(x), strict=True):
-        assert torch.equal(actual, expected)
 
 
 @pytest.mark.gpu

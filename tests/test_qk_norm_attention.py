@@ -72,36 +72,6 @@ def test_tokens_are_apart():
 
 
 @interpreted
-@pytest.mark.parametrize("programs", [1, 9])
-@pytest.mark.parametrize("num_bytes, begin", [(15, 0), (16, 0), (200_001, 1), (1 << 19, 8)])
-def test_every_byte_of_what_comes_later_is_asked_for_once(num_bytes, begin, programs, monkeypatch):
-    """In pieces of 16, of the largest part that has them, by programs beside those that attend."""
-    asked = []
-    monkeypatch.setattr(
-        kernels, "_ask", lambda *pairs: asked.extend(zip(*(x.handle.data.tolist() for x in pairs), strict=True))
-    )
-    monkeypatch.setattr(kernels, "asks", lambda device: True)
-    monkeypatch.setattr(kernels, "AHEAD_PROGRAMS", programs)
-    inputs = qkv_inputs(3, 20, 2, 32, dtype=torch.float16)
-    memory = torch.zeros(num_bytes + 32, dtype=torch.uint8)
-    first = -memory.data_ptr() % 16 + begin
-    ahead = memory[first : first + num_bytes]
-    assert torch.equal(run(inputs, "triton", ahead=ahead)["out"], run(inputs, "triton")["out"])
-    end = ahead.data_ptr() + -begin % 16
-    for address, size in sorted((address, size) for address, size in asked if size > 0):
-        assert address == end and size % 16 == 0 and size <= kernels.AHEAD_CHUNK
-        end += size
-    assert 0 <= ahead.data_ptr() + num_bytes - end < 16
-
-
-@interpreted
-def test_what_cannot_be_asked_for():
-    inputs = qkv_inputs(1, 5, 1, 16, dtype=torch.float16)
-    with pytest.raises(ValueError, match=r"ahead must be contiguous, on cpu as qkv, got \[2, 3\] of strides \(1, 2\)"):
-        run(inputs, "triton", ahead=torch.zeros(4, 2).mT[:, :3])
-
-
-@interpreted
 def test_traced_without_a_graph_break():
     inputs = qkv_inputs(2, 9, 2, 32, dtype=torch.float16)
     compiled = torch.compile(lambda: run(inputs, "triton")["out"], fullgraph=True, backend="aot_eager")
@@ -130,17 +100,6 @@ def test_kernel_on_a_gpu(name, dtype, poisoned_memory):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_shapes_on_a_gpu(name, overlap, poisoned_memory):
     assert_accurate(PUBLISHED[name], torch.bfloat16, "cuda", overlap=overlap)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("numbers, begin", [(1, 0), (12_345, 3), (7680 * 1920, 0)])
-@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapping"])
-def test_asking_for_what_comes_later_changes_nothing_on_a_gpu(numbers, begin, overlap, poisoned_memory):
-    inputs = qkv_inputs(2, 9, 30, 64, dtype=torch.bfloat16, device="cuda")
-    ahead = torch.randn(numbers + begin, device="cuda", dtype=torch.bfloat16)[begin:]
-    before, expected = ahead.clone(), run(inputs, "triton")["out"]
-    assert torch.equal(run(inputs, "triton", ahead=ahead, overlap=overlap)["out"], expected)
-    assert torch.equal(ahead, before)
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
 behind, keeping less for the backward; linear, qk_norm_attention: for generation, where rows are few; sampling: from
-logits to codes; group_norm, conv2d: for the decoder. Each in `api.py` of its folder.
+logits to codes; group_norm, conv2d: for the decoder. Each in `api.py` of its folder. prefetch.py: weights asked for
+ahead.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable

@@ -60,7 +60,7 @@ extern "C" const char* run_on_cpu(const char* name, const void* params, int num_
   cluster.kernel = [&] { kernel.run(params); };
   gridDim.x = unsigned(num_blocks);
   for (int block = 0; block < num_blocks && cluster.failure.empty(); ++block) {
-    run_cluster(cluster, block, 1, kernel.num_threads, int(kernel.shared_bytes), {last_thread_first, last_thread_first});
+    run_cluster(cluster, block, 1, kernel.num_threads, int(kernel.shared_bytes), last_thread_first);
   }
   maps.clear();
   return cluster.failure.empty() ? nullptr : cluster.failure.c_str();

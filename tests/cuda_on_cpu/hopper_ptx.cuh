@@ -3,9 +3,8 @@
 // and what it leaves outside of a tensor are written down a second time, element by element as in the PTX ISA. Products and bulk
 // additions read shared memory as late as their thread lets them. With first threads first, a copy lands when it is issued: a
 // buffer given back too early shows in the result. With last threads first copies land when no thread can go on without, those
-// of one barrier at a time, whichever: a wait for them that is missing shows. A kernel may ask for late copies with first threads
-// first, too: then those who shall wait for what later threads make of a copy come before them. Fences do nothing here, threads
-// take turns in these orders only, and the compiler is another one: what is wrong there does not show.
+// of one barrier at a time, whichever: a wait for them that is missing shows. Fences do nothing here, threads take turns in these
+// two orders only, and the compiler is another one: what is wrong there does not show.
 #pragma once
 
 #include <ucontext.h>
@@ -109,7 +108,6 @@ struct Cluster {
   std::function<void()> kernel;
   bool copies_are_late = false;
   uint32_t random = 1;
-  std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;  // by copies without a tensor map; empty where not known
 };
 inline Cluster* cluster;
 inline Block* running;
@@ -216,12 +214,6 @@ inline void pin(float&) {}
 inline uint32_t opaque(uint32_t x) { return x; }
 inline int32_t load_acquire(const int32_t* counter) { return *counter; }
 inline void count_release(int32_t* counter) { ++*counter; }
-// As far off as it may be: eleven bits are kept.
-inline float tanh_approx(float x) {
-  int exponent;
-  const float fraction = std::frexp(std::tanh(x), &exponent);
-  return std::ldexp(std::round(std::ldexp(fraction, 11)), exponent - 11);
-}
 inline float exp2_approx(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 inline uint32_t shared_address(const void* pointer) {
@@ -275,13 +267,6 @@ inline void fence_barrier_init() {}
 inline void fence_async_proxy() {}
 inline void fence_async_proxy_global() {}
 
-inline void check_readable(const void* src, int bytes) {
-  const auto* begin = static_cast<const uint8_t*>(src);
-  const auto& known = cluster->readable;
-  const auto holds = [&](const auto& range) { return begin >= range.first && begin + bytes <= range.second; };
-  if (!known.empty() && std::none_of(known.begin(), known.end(), holds)) fail("a copy from outside of the tensors");
-}
-
 // A copy, or what follows from copies: now, or when nothing else goes on. key: what lands together.
 inline void land(uintptr_t key, std::function<void()> copy) {
   if (!cluster->copies_are_late) return copy();
@@ -293,15 +278,6 @@ inline void barrier_arrive_after_cp_async(Barrier& barrier) {
     --barrier.pending;
     complete(barrier);
   });
-}
-
-inline void cp_async_commit() {}
-// Groups are those of whole warps: none of theirs are left under way.
-template <int kPending>
-void cp_async_wait() {
-  static_assert(kPending == 0);
-  const uintptr_t warp = threadIdx.x / WARP_SIZE;
-  wait_until([block = running, warp] { return block->copies.count(warp) == 0; });
 }
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
@@ -322,10 +298,6 @@ inline uint32_t swizzled(uint32_t address, uint32_t row_bytes) {
 
 inline void prefetch_map(const TensorMap&) {}
 inline void prefetch_l2(const void*) {}
-inline void prefetch_bytes(const void* src, int bytes) {
-  if (reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16 || bytes <= 0) fail("a prefetch that is not of chunks of 16 bytes");
-  check_readable(src, bytes);
-}
 
 inline void copy_box(uint8_t* dst, const TensorMap& map, Barrier& barrier, std::vector<int> begin) {
   const auto& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
@@ -365,15 +337,10 @@ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates.
 }
 
 inline void copy(uint32_t dst, const void* src, int bytes, bool valid) {
-  if (valid) check_readable(src, bytes);
   land(threadIdx.x / WARP_SIZE, [dst, src, bytes, valid] {
     std::memset(shared_memory + dst, 0, bytes);
     if (valid) std::memcpy(shared_memory + dst, src, bytes);
   });
-}
-inline void cp_async_16(uint32_t dst, const void* src, bool valid) {
-  if (dst % 16 || reinterpret_cast<uintptr_t>(src) % 16) fail("a copy of 16 bytes that is not aligned");
-  copy(dst, src, 16, valid);
 }
 inline void cp_async_8(uint32_t dst, const void* src, bool valid) { copy(dst, src, 8, valid); }
 inline void cp_async_4(uint32_t dst, const void* src, bool valid) { copy(dst, src, 4, valid); }
@@ -624,16 +591,12 @@ inline bool ended(const Block& block) {
   return std::all_of(block.threads.begin(), block.threads.end(), [](const Thread& thread) { return thread.done; });
 }
 
-struct Schedule {
-  bool last_thread_first, copies_are_late;
-};
-
 // One cluster, whose first block has this index.
 inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes,
-                        Schedule schedule) {
+                        bool last_thread_first) {
   cluster = &run;
   run.barrier = {};
-  run.copies_are_late = schedule.copies_are_late;
+  run.copies_are_late = last_thread_first;
   run.blocks.resize(num_blocks);
   for (Block& block : run.blocks) {
     block.shared_memory.assign(shared_bytes, 0xff);  // NaN in every format
@@ -658,7 +621,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
   const auto in_turn = [&](auto act) {
     bool any = false;
     for (int i = 0; i < num_blocks && run.failure.empty(); ++i) {
-      const int rank = schedule.last_thread_first ? num_blocks - 1 - i : i;
+      const int rank = last_thread_first ? num_blocks - 1 - i : i;
       running = &run.blocks[rank];
       blockIdx.x = unsigned(first_block + rank);
       std::memcpy(shared_memory, running->shared_memory.data(), shared_bytes);
@@ -669,7 +632,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
     }
     return any && run.failure.empty();
   };
-  const auto advance = [&](Block&) { return advance_block(schedule.last_thread_first); };
+  const auto advance = [&](Block&) { return advance_block(last_thread_first); };
   const auto land_copies = [&run](Block& block) {
     if (block.copies.empty()) return false;
     run.random = run.random * 1664525 + 1013904223;

@@ -49,8 +49,7 @@ void run(const LinearRows& call, int splits, bool last_thread_first, Cluster& cl
   const int num_tiles = divided(call.num_outputs, kLinearFeatures);
   if (splits == 0) splits = linear_splits(num_tiles, params.num_chunks, 132);
   for (int block = 0; block < num_tiles * splits && cluster.failure.empty(); block += splits) {
-    run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared),
-                {last_thread_first, last_thread_first});
+    run_cluster(cluster, block, splits, Tile::kNumThreads, sizeof(typename Tile::Shared), last_thread_first);
     if (!cluster.failure.empty()) return;
     for (const Block& of_cluster : cluster.blocks) {
       if (of_cluster.launches != 1) cluster.failure = "the next kernel is not let start once";
@@ -70,8 +69,6 @@ void run(const LinearRows& call, int kernel_rows, int splits, bool last_thread_f
   const auto either = [&](auto rows) { with(rows, std::false_type()), with(rows, std::true_type()); };
   either(std::integral_constant<int, 8>()), either(std::integral_constant<int, 16>());
   either(std::integral_constant<int, 32>());
-  const auto plain = [&](auto rows) { with(rows, std::false_type()); };
-  plain(std::integral_constant<int, 64>()), plain(std::integral_constant<int, 96>()), plain(std::integral_constant<int, 128>());
 }
 
 }  // namespace
@@ -102,7 +99,7 @@ extern "C" const char* row_statistics_on_cpu(const RowStatisticsParams* params, 
   };
   const int num_blocks = num_rows * divided(params->num_tiles, kStatisticsWarps);
   for (int block = 0; block < num_blocks && cluster.failure.empty(); ++block) {
-    run_cluster(cluster, block, 1, 32 * kStatisticsWarps, 0, {last_thread_first, last_thread_first});
+    run_cluster(cluster, block, 1, 32 * kStatisticsWarps, 0, last_thread_first);
   }
   return message(cluster);
 }

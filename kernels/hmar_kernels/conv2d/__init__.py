@@ -1,6 +1,4 @@
-"""Convolutions of channels-last maps, or of their norms, that keep the resolution, and transposed ones that double it.
-
-The former add a residual on request. Inference only.
+"""Convolutions of channels-last maps that keep the resolution, and transposed ones that double it. Inference only.
 
 `api.py` checks arguments and picks an implementation; `hopper.py` has the hand-written one.
 """

@@ -8,37 +8,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..group_norm import ChunkStatistics, NormFactors
+from ..group_norm import ChunkStatistics
 from . import hopper, reference
 
 IMPLEMENTATIONS = ("reference", "hopper")
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-    shift: Tensor | None = None,
-    impl: str = "auto",
-) -> Tensor:
-    """The convolution of 3x3 taps, stride 1 and padding 1, of x or of its norm and SiLU, plus a residual if given.
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
+    """The convolution of 3x3 taps, stride 1 and padding 1.
 
-    out[:, :, y, x] = bias + sum over i, j of weight[:, :, i, j] x[:, :, y + i - 1, x + j - 1], which is 0 outside of x,
-                      + residual[:, :, y, x] + shift
+    out[:, :, y, x] = bias + sum over i, j of weight[:, :, i, j] x[:, :, y + i - 1, x + j - 1], which is 0 outside of x.
 
     Args:
         x: [N, C, H, W].
         weight: [O, C, 3, 3] of x's dtype.
         bias: [O] of x's dtype, or None.
-        norm: `group_norm_factors` of x, [N, C] in float32 (float64 of such x): the convolution is of
-            silu(factors x + offsets), rounded to x's dtype. "hopper" makes that of what it reads, and it is not
-            written.
-        residual: [N, O, H, W] of x's dtype, or None. Of "hopper" the sum is rounded once.
-        shift: [O] of x's dtype, or None: what the residual still lacks, the bias of the convolution that made it.
-        impl: "auto", "reference" (torch) or "hopper": float16 and bfloat16, maps and weight channels-last, C and O in
+        impl: "auto", "reference" (torch) or "hopper": float16 and bfloat16, x and weight channels-last, C and O in
             multiples of 8, compute capability 9.0, no gradients. A named implementation runs or raises; `choose` tells
             what "auto" takes.
     Returns:
@@ -46,11 +31,11 @@ def conv2d(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the implementation cannot take them.
     """
-    if _select(impl, x, weight, bias, doubled=False, norm=norm, residual=residual, shift=shift) == "reference":
-        return reference.conv2d(x, weight, bias, norm, residual, shift)
+    if _select(impl, x, weight, bias, doubled=False) == "reference":
+        return reference.conv2d(x, weight, bias)
     # NOTE: the operator's dispatch takes the host longer than small kernels take, so it is there for tracing only.
     forward = _conv2d_hopper if torch.compiler.is_compiling() else hopper.conv2d
-    return forward(x, weight, bias, *(norm or (None, None)), residual, shift)
+    return forward(x, weight, bias)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, impl: str = "auto") -> Tensor:
@@ -75,50 +60,31 @@ def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, i
     return forward(x, weight, bias)
 
 
-def conv2d_with_statistics(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-    shift: Tensor | None = None,
-    impl: str = "auto",
-) -> tuple[Tensor, ChunkStatistics | None]:
-    """`conv2d`, and statistics of it for the `group_norm` behind.
+def conv2d_with_statistics(x: Tensor, weight: Tensor, *, impl: str = "auto") -> tuple[Tensor, ChunkStatistics | None]:
+    """`conv2d` without a bias, and statistics of it for the `group_norm` behind.
 
     They come without another pass of "hopper" for maps that its patches fill (sides in multiples of 16 always are);
     otherwise, and under torch.compile, they are None.
     """
-    options = {"norm": norm, "residual": residual, "shift": shift}
-    impl = _select(impl, x, weight, bias, doubled=False, **options)
+    impl = _select(impl, x, weight, None, doubled=False)
     if impl == "hopper" and not torch.compiler.is_compiling():
-        return hopper.with_statistics(x, weight, bias, doubled=False, **options)
-    return conv2d(x, weight, bias, **options, impl=impl), None
+        return hopper.with_statistics(x, weight, doubled=False)
+    return conv2d(x, weight, impl=impl), None
 
 
 def conv_transpose2d_with_statistics(
     x: Tensor, weight: Tensor, *, impl: str = "auto"
 ) -> tuple[Tensor, ChunkStatistics | None]:
-    """The same of `conv_transpose2d`, without a bias."""
+    """The same of `conv_transpose2d`."""
     impl = _select(impl, x, weight, None, doubled=True)
     if impl == "hopper" and not torch.compiler.is_compiling():
         return hopper.with_statistics(x, weight, doubled=True)
     return conv_transpose2d(x, weight, impl=impl), None
 
 
-def choose(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    doubled: bool,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[str, str]:
+def choose(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, doubled: bool) -> tuple[str, str]:
     """What impl="auto" takes for arguments that go together, and the reason. doubled: of `conv_transpose2d`."""
-    reason = _unavailable(x, weight, bias, doubled, norm, residual, shift)
+    reason = _unavailable(x, weight, bias, doubled)
     if reason is not None:
         return "reference", f"torch's convolution: {reason}"
     if doubled:
@@ -134,17 +100,7 @@ def packed_taps(weight: Tensor) -> Tensor:
     return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
 
 
-def _select(
-    impl: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    doubled: bool,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> str:
+def _select(impl: str, x: Tensor, weight: Tensor, bias: Tensor | None, *, doubled: bool) -> str:
     """The implementation to run; ValueError for arguments that do not go together, or that it cannot take."""
     if x.ndim != 4 or 0 in x.shape or not x.is_floating_point():
         raise ValueError(f"x must be floats [N, C, H, W], none of them 0, got {x.dtype} {list(x.shape)}")
@@ -152,50 +108,26 @@ def _select(
     if weight.ndim != 4 or weight.shape[2:] != taps or weight.shape[inner] != x.shape[1] or 0 in weight.shape:
         expected = f"[{x.shape[1]}, O, 4, 4]" if doubled else f"[O, {x.shape[1]}, 3, 3]"
         raise ValueError(f"weight must be {expected} to go with x {list(x.shape)}, got {list(weight.shape)}")
-    out_channels = weight.shape[outer]
-    for name, tensor in (("bias", bias), ("shift", shift)):
-        if tensor is not None and tensor.shape != (out_channels,):
-            raise ValueError(f"{name} must be [{out_channels}], got {list(tensor.shape)}")
-    out_shape = (x.shape[0], out_channels, *x.shape[2:])
-    if residual is not None and residual.shape != out_shape:
-        raise ValueError(f"residual must be {list(out_shape)} as the convolution is, got {list(residual.shape)}")
-    if residual is None and shift is not None:
-        raise ValueError("shift is added to a residual, and there is none: bias is added to a convolution alone")
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual), ("shift", shift)):
+    if bias is not None and bias.shape != (weight.shape[outer],):
+        raise ValueError(f"bias must be [{weight.shape[outer]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise ValueError(f"{name} must be {x.dtype} as x is, got {tensor.dtype}; {name}.to(x.dtype) is")
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as x is, got {tensor.device}; {name}.to(x.device) is")
-    if norm is not None:
-        expected = x.shape[:2], torch.promote_types(x.dtype, torch.float32), x.device
-        if any((tensor.shape, tensor.dtype, tensor.device) != expected for tensor in norm):
-            raise ValueError(
-                f"norm must be two {expected[1]} {list(x.shape[:2])} on {x.device}, as group_norm_factors of x is, "
-                f"got {' and '.join(f'{t.dtype} {list(t.shape)} on {t.device}' for t in norm)}"
-            )
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
     if impl == "auto":
-        return choose(x, weight, bias, doubled=doubled, norm=norm, residual=residual, shift=shift)[0]
-    reason = _unavailable(x, weight, bias, doubled, norm, residual, shift) if impl == "hopper" else None
+        return choose(x, weight, bias, doubled=doubled)[0]
+    reason = _unavailable(x, weight, bias, doubled) if impl == "hopper" else None
     if reason is not None:
         raise ValueError(f'impl="hopper" cannot run here: {reason}; impl="auto" would take "reference"')
     return impl
 
 
-def _unavailable(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    doubled: bool,
-    norm: NormFactors | None,
-    residual: Tensor | None,
-    shift: Tensor | None,
-) -> str | None:
-    given = [tensor for tensor in (x, weight, bias, *(norm or ()), residual, shift) if tensor is not None]
+def _unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> str | None:
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return "the kernels have no derivative"
-    return hopper.unavailable(x, weight, bias, doubled=doubled, norm=norm, residual=residual)
+    return hopper.unavailable(x, weight, bias, doubled=doubled)
 
 
 _conv2d_hopper = torch.library.custom_op("hmar_kernels::conv2d_hopper", hopper.conv2d, mutates_args=())
@@ -205,7 +137,7 @@ _conv_transpose2d_hopper = torch.library.custom_op(
 
 
 @_conv2d_hopper.register_fake
-def _(x, weight, bias, factors=None, offsets=None, residual=None, shift=None):
+def _(x, weight, bias):
     return hopper.empty_output(x, weight.shape[0], 1)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..group_norm import ChunkStatistics, NormFactors
+from ..group_norm import ChunkStatistics
 from .hopper_launch import BLOCK_SIDE, OUT_CHANNELS, PATCH_COLUMNS, ConvKernels
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -67,15 +67,7 @@ def is_large(N: int, H: int, W: int, O: int, num_sms: int) -> bool:
     return num_items(select_tile(False, N, H, W, O, num_sms), N, H, W, O) >= LEAST_FILLED * num_sms
 
 
-def unavailable(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    doubled: bool,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-) -> str | None:
+def unavailable(x: Tensor, weight: Tensor, bias: Tensor | None, *, doubled: bool) -> str | None:
     """Why the kernels cannot run on these tensors, whose shapes and dtypes go together; None when they can."""
     (C, O) = weight.shape[:2] if doubled else weight.shape[1::-1]
     if C % CHANNELS or O % CHANNELS:
@@ -86,10 +78,6 @@ def unavailable(
         return f"the weight does not lie in memory as [{O}, 4, 4, {C}]: packed_taps(weight) does"
     if not doubled and not weight.is_contiguous(memory_format=torch.channels_last):
         return "the weight is not channels-last: weight.contiguous(memory_format=torch.channels_last) is"
-    if norm is not None and not (norm.factors.is_contiguous() and norm.offsets.is_contiguous()):
-        return "the norm's factors and offsets are not contiguous: .contiguous() makes them"
-    if residual is not None and not residual.is_contiguous(memory_format=torch.channels_last):
-        return "the residual is not channels-last: residual.contiguous(memory_format=torch.channels_last) is"
     if (4 if doubled else 1) * x.shape[3] * O > MAX_NUMBERS or x.numel() // C > MAX_NUMBERS:
         return f"a map of {list(x.shape)} exceeds 32-bit offsets"
     return unavailable_on(x.device, x.dtype)
@@ -108,22 +96,9 @@ def unavailable_on(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"the kernels cannot run on {device}: {error}" if error else None
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Tensor | None = None,
-    offsets: Tensor | None = None,
-    residual: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> Tensor:
-    """x [N, C, H, W], weight [O, C, 3, 3], both channels-last -> [N, O, H, W], channels-last.
-
-    factors, offsets: of a norm, [N, C] float32, or both None. residual: as the result, or None.
-    """
-    norm = None if factors is None else NormFactors(factors, offsets)
-    options = {"norm": norm, "residual": residual, "shift": shift}
-    return forward(x, weight, bias, _chosen(False, x, weight.shape[0]), **options)[0]
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [N, C, H, W], weight [O, C, 3, 3], both channels-last -> [N, O, H, W], channels-last."""
+    return forward(x, weight, bias, _chosen(False, x, weight.shape[0]))[0]
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,20 +106,10 @@ def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return forward(x, weight, bias, _chosen(True, x, weight.shape[1]))[0]
 
 
-def with_statistics(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    doubled: bool,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, ChunkStatistics | None]:
-    """`conv2d` or `conv_transpose2d`, and statistics of the result where the map has whole patches."""
+def with_statistics(x: Tensor, weight: Tensor, *, doubled: bool) -> tuple[Tensor, ChunkStatistics | None]:
+    """`conv2d` or `conv_transpose2d` without a bias, and statistics of the result where the map has whole patches."""
     tile = _chosen(doubled, x, weight.shape[1 if doubled else 0])
-    options = {"norm": norm, "residual": residual, "shift": shift}
-    return forward(x, weight, bias, tile, **options, statistics=has_statistics(tile, *x.shape[2:]))
+    return forward(x, weight, None, tile, statistics=has_statistics(tile, *x.shape[2:]))
 
 
 def has_statistics(tile: Tile, H: int, W: int) -> bool:
@@ -152,30 +117,15 @@ def has_statistics(tile: Tile, H: int, W: int) -> bool:
 
 
 def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tile: Tile,
-    *,
-    norm: NormFactors | None = None,
-    residual: Tensor | None = None,
-    shift: Tensor | None = None,
-    statistics: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None, tile: Tile, *, statistics: bool = False
 ) -> tuple[Tensor, ChunkStatistics | None]:
-    """The convolution by one kernel of TILES, and statistics of what is returned if wanted.
-
-    norm: whose SiLU is convolved; residual and shift: what is added. Of tiles that do not double.
+    """The convolution by one kernel of TILES, and statistics of it if wanted, for which there is no bias.
 
     Raises:
         ValueError: a tensor does not start at a multiple of 16 bytes.
         RuntimeError: the launch failed; the CUDA error is named.
     """
-    assert norm is residual is None or not tile.doubled, "transposed convolutions are of x itself, and nothing is added"
-    assert shift is None or residual is not None, "the kernels add a shift to a residual only"
-    factors, offsets = norm or (None, None)
-    given = {"x": x, "weight": weight, "bias": bias, "norm.factors": factors, "norm.offsets": offsets}
-    given |= {"residual": residual, "shift": shift}
-    for name, tensor in given.items():
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(
                 f"{name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; {name}.clone() works"
@@ -183,14 +133,16 @@ def forward(
     (N, C, H, W), O = x.shape, weight.shape[1 if tile.doubled else 0]
     out, found = empty_output(x, O, 2 if tile.doubled else 1), None
     if statistics:
-        assert has_statistics(tile, H, W), "statistics are of whole patches"
+        assert bias is None and has_statistics(tile, H, W), "statistics are of whole patches, without a bias"
         size = BLOCK_SIDE**2 * tile.blocks
         means, deviations = torch.empty(2, N, out[0, 0].numel() // size, O, dtype=torch.float32, device=x.device)
         found = ChunkStatistics(means, deviations, size)
     _kernels.hopper_conv(
         _kernels.hopper_conv_tiles.index(tuple(tile)),
         (x.dtype == torch.bfloat16, N, H, W, C, O),
-        *(0 if tensor is None else tensor.data_ptr() for tensor in given.values()),
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
         *((means.data_ptr(), deviations.data_ptr()) if statistics else (0, 0)),
         x.device.index,

@@ -22,11 +22,10 @@ OUT_CHANNELS, PATCH_COLUMNS, BLOCK_SIDE, IN_CHANNELS = 160, 16, 8, 32  # csrc/ho
 class HopperConvParams(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("x", "weight")),
-        *((name, c_void_p) for name in ("out", "bias", "residual", "shift", "factors", "offsets")),
-        *((name, c_void_p) for name in ("means", "deviations")),
+        *((name, c_void_p) for name in ("out", "bias", "means", "deviations")),
         ("image_stride", c_int64),
         *((name, c_int32) for name in ("row_stride", "column_stride", "parity_row_stride", "parity_column_stride")),
-        *((name, c_int32) for name in ("height", "width", "num_chunks", "in_channels", "out_channels")),
+        *((name, c_int32) for name in ("height", "width", "num_chunks", "out_channels")),
         *((name, c_int32) for name in ("num_patch_rows", "num_patch_columns", "num_column_tiles", "num_items")),
     )
 
@@ -70,7 +69,6 @@ def numbers_of(doubled: bool, blocks: int, N: int, H: int, W: int, C: int, O: in
         "height": H,
         "width": W,
         "num_chunks": math.ceil(C / IN_CHANNELS),
-        "in_channels": C,
         "out_channels": O,
         **patches,
         "num_items": N * math.prod(patches.values()) * factor**2,
@@ -98,16 +96,12 @@ class ConvKernels(CompiledKernels):
         super().__init__()
         self.hopper_conv_tiles = [tuple(tile) for tile in tiles]
 
-    def hopper_conv(
-        self, tile, shape, x, weight, bias, factors, offsets, residual, shift, out, means, deviations, device, stream
-    ) -> None:
+    def hopper_conv(self, tile, shape, x, weight, bias, out, means, deviations, device, stream) -> None:
         tile = self.hopper_conv_tiles[tile]
         doubled, blocks, *_ = tile
         bfloat16, N, H, W, C, O = shape
         params = aligned(HopperConvParams)
-        params.bias, params.factors, params.offsets = bias, factors, offsets
-        params.residual, params.shift = residual, shift
-        params.out, params.means, params.deviations = out, means, deviations
+        params.out, params.bias, params.means, params.deviations = out, bias, means, deviations
         for name, number in numbers_of(doubled, blocks, N, H, W, C, O).items():
             setattr(params, name, number)
         maps = {

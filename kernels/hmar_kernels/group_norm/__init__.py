@@ -1,25 +1,8 @@
-"""Group norm of channels-last images, with the residual before it, SiLU and a convolution to few channels behind;
-or factors alone, for what applies them itself.
+"""Group norm of channels-last images, with the residual before it, SiLU and a convolution to few channels behind.
 
 `api.py` checks arguments and picks an implementation.
 """
 
-from .api import (
-    ChunkStatistics,
-    NormFactors,
-    group_norm,
-    group_norm_conv,
-    group_norm_factors,
-    residual_group_norm,
-    residual_group_norm_factors,
-)
+from .api import ChunkStatistics, group_norm, group_norm_conv, residual_group_norm
 
-__all__ = [
-    "ChunkStatistics",
-    "NormFactors",
-    "group_norm",
-    "group_norm_conv",
-    "group_norm_factors",
-    "residual_group_norm",
-    "residual_group_norm_factors",
-]
+__all__ = ["ChunkStatistics", "group_norm", "group_norm_conv", "residual_group_norm"]

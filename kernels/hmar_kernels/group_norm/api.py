@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference, triton
-from .triton import ChunkStatistics, NormFactors
+from .triton import ChunkStatistics
 
 IMPLEMENTATIONS = ("reference", "triton")
 
@@ -44,7 +44,14 @@ def group_norm(
     Raises:
         ValueError: shapes do not fit together, or the implementation cannot take them.
     """
-    _check(statistics, x)
+    if statistics is not None:
+        chunks = x.shape[2] * x.shape[3] / statistics.chunk_size if x.ndim == 4 else 0
+        expected = (x.shape[0], chunks, x.shape[1])
+        if statistics.means.shape != expected or statistics.deviations.shape != expected:
+            raise ValueError(
+                f"statistics must be of whole chunks of x {list(x.shape)}, got {list(statistics.means.shape)} of "
+                f"{statistics.chunk_size} positions each"
+            )
     if _select(impl, num_groups, x, None, weight, bias, shift) == "reference":
         return reference.forward(x, shift, num_groups, weight, bias, eps, silu)
     # NOTE: the operator's dispatch takes the host longer than small kernels take, so it is there for tracing only.
@@ -95,7 +102,6 @@ def group_norm_conv(
     shift: Tensor | None = None,
     eps: float = 1e-5,
     silu: bool = False,
-    statistics: ChunkStatistics | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The convolution of `group_norm` of x + branch + shift, with zeros around it, to as many positions.
@@ -105,7 +111,6 @@ def group_norm_conv(
         num_groups, weight, bias, shift, eps, silu: as in `group_norm`.
         conv_weight: [O, C, KY, KX] of x's dtype, KY and KX odd.
         conv_bias: [O] or None.
-        statistics: as in `group_norm`; not with a branch.
         impl: as in `group_norm`. "triton" is for few output channels, O KY KX of at most 64: there the norm is neither
             written nor read. Otherwise "auto" is a call of torch after the norm that "auto" takes.
     Returns:
@@ -113,9 +118,6 @@ def group_norm_conv(
     Raises:
         ValueError: shapes or dtypes do not fit together, or the implementation cannot take them.
     """
-    if branch is not None and statistics is not None:
-        raise ValueError("statistics are of x alone, but the norm is of x + branch: leave one of the two out")
-    _check(statistics, x)
     chosen = _select(impl, num_groups, x, branch, weight, bias, shift, conv_weight, conv_bias)
     if conv_weight.ndim != 4 or conv_weight.shape[1] != x.shape[1] or not all(n % 2 for n in conv_weight.shape[2:]):
         raise ValueError(
@@ -128,75 +130,16 @@ def group_norm_conv(
         raise ValueError(f"conv_weight must be {x.dtype} as x is, got {conv_weight.dtype}; conv_weight.to(x.dtype) is")
     reason = triton.unavailable_conv(conv_weight, x.shape[2] * x.shape[3])
     if chosen == "triton" and reason is None:
-        arguments = (x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu)
-        if torch.compiler.is_compiling():
-            return _group_norm_conv_triton(*arguments)
-        return triton.conv_forward(*arguments, statistics)
+        forward = _group_norm_conv_triton if torch.compiler.is_compiling() else triton.conv_forward
+        return forward(x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu)
     if impl == "triton":
         raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" would')
     options = {"shift": shift, "eps": eps, "silu": silu, "impl": impl}
     if branch is None:
-        h = group_norm(x, num_groups, weight, bias, **options, statistics=statistics)
+        h = group_norm(x, num_groups, weight, bias, **options)
     else:
         _, h = residual_group_norm(x, branch, num_groups, weight, bias, **options)
     return F.conv2d(h, conv_weight, conv_bias, padding=tuple(n // 2 for n in conv_weight.shape[2:]))
-
-
-def group_norm_factors(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    shift: Tensor | None = None,
-    eps: float = 1e-5,
-    statistics: ChunkStatistics | None = None,
-    impl: str = "auto",
-) -> NormFactors:
-    """`group_norm` without SiLU as a factor and an offset for each image and channel, for what applies them itself.
-
-    Arguments and errors are those of `group_norm`. The factors are to be applied to x, to which no shift was added.
-    """
-    _check(statistics, x)
-    if _select(impl, num_groups, x, None, weight, bias, shift) == "reference":
-        return NormFactors(*reference.factors(x, shift, num_groups, weight, bias, eps))
-    if torch.compiler.is_compiling():
-        return NormFactors(*_group_norm_factors_triton(x, shift, num_groups, weight, bias, eps))
-    return triton.factors(x, None, shift, num_groups, weight, bias, eps, statistics)[1]
-
-
-def residual_group_norm_factors(
-    x: Tensor,
-    branch: Tensor,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    shift: Tensor | None = None,
-    eps: float = 1e-5,
-    impl: str = "auto",
-) -> tuple[Tensor, NormFactors]:
-    """z = x + branch + shift as of `residual_group_norm`, and `group_norm_factors` of z."""
-    if _select(impl, num_groups, x, branch, weight, bias, shift) == "reference":
-        z = reference.total(x, branch, shift)
-        return z, NormFactors(*reference.factors(z, None, num_groups, weight, bias, eps))
-    if torch.compiler.is_compiling():
-        z, *found = _residual_group_norm_factors_triton(x, branch, shift, num_groups, weight, bias, eps)
-        return z, NormFactors(*found)
-    return triton.factors(x, branch, shift, num_groups, weight, bias, eps)
-
-
-def _check(statistics: ChunkStatistics | None, x: Tensor) -> None:
-    """ValueError where they are not of x."""
-    if statistics is None:
-        return
-    chunks = x.shape[2] * x.shape[3] / statistics.chunk_size if x.ndim == 4 else 0
-    expected = (x.shape[0], chunks, x.shape[1])
-    if statistics.means.shape != expected or statistics.deviations.shape != expected:
-        raise ValueError(
-            f"statistics must be of whole chunks of x {list(x.shape)}, got {list(statistics.means.shape)} of "
-            f"{statistics.chunk_size} positions each"
-        )
 
 
 def _select(
@@ -271,50 +214,9 @@ def _(x, branch, shift, num_groups, weight, bias, eps, silu):
     return z, torch.empty_like(z)
 
 
-@torch.library.custom_op("hmar_kernels::group_norm_factors_triton", mutates_args=())
-def _group_norm_factors_triton(
-    x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return triton.factors(x, None, shift, num_groups, weight, bias, eps)[1]
-
-
-@_group_norm_factors_triton.register_fake
-def _(x, shift, num_groups, weight, bias, eps):
-    return _empty_factors(x)
-
-
-@torch.library.custom_op("hmar_kernels::residual_group_norm_factors_triton", mutates_args=())
-def _residual_group_norm_factors_triton(
-    x: Tensor, branch: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    z, found = triton.factors(x, branch, shift, num_groups, weight, bias, eps)
-    return z, *found
-
-
-@_residual_group_norm_factors_triton.register_fake
-def _(x, branch, shift, num_groups, weight, bias, eps):
-    return torch.empty_like(x, memory_format=torch.channels_last), *_empty_factors(x)
-
-
-def _empty_factors(x: Tensor) -> tuple[Tensor, Tensor]:
-    factor = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return factor, torch.empty_like(factor)
-
-
-@torch.library.custom_op("hmar_kernels::group_norm_conv_triton", mutates_args=())
-def _group_norm_conv_triton(
-    x: Tensor,
-    branch: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    weight: Tensor,
-    bias: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    eps: float,
-    silu: bool,
-) -> Tensor:
-    return triton.conv_forward(x, branch, shift, num_groups, weight, bias, conv_weight, conv_bias, eps, silu)
+_group_norm_conv_triton = torch.library.custom_op(
+    "hmar_kernels::group_norm_conv_triton", triton.conv_forward, mutates_args=()
+)
 
 
 @_group_norm_conv_triton.register_fake

@@ -6,7 +6,6 @@ positions and channels of a group.
 Any memory format, differentiated by autograd. On CUDA torch brings channels-last images into another order and back.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,18 +15,6 @@ def forward(
 ) -> Tensor:
     y = F.group_norm(total(x, None, shift), num_groups, weight, bias, eps)
     return F.silu(y) if silu else y
-
-
-def factors(
-    x: Tensor, shift: Tensor | None, num_groups: int, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """factor, offset [N, C], in float32 at least: without SiLU y = factor x + offset."""
-    groups = total(x, None, shift).to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (num_groups, -1))
-    variance, mean = torch.var_mean(groups, (2, 3, 4), correction=0)
-    size = x.shape[1] // num_groups
-    factor = (variance + eps).rsqrt().repeat_interleave(size, 1) * weight
-    mean = mean.repeat_interleave(size, 1) - (0 if shift is None else shift)
-    return factor, bias - mean * factor
 
 
 def total(x: Tensor, branch: Tensor | None, shift: Tensor | None) -> Tensor:

@@ -7,8 +7,8 @@
 A shift of the channels is part of the factors and costs nothing. A residual z = x + branch + shift is added by the
 first kernel, which then reads two images and writes z; the last one reads z.
 
-Without the last kernel the factors are for what reads the image next to apply. A convolution behind the norm, to few
-channels such as those of a picture, takes its place, and the norm is never written:
+A convolution behind it, to few channels such as those of a picture, takes the place of the last kernel, and the norm is
+never written:
 
     taps        y times the convolution's weights [taps x channels out], at the position where y is: one small product
     gather      every position sums its taps' products, found at its neighbours
@@ -53,16 +53,6 @@ class ChunkStatistics(NamedTuple):
     means: Tensor
     deviations: Tensor
     chunk_size: int
-
-
-class NormFactors(NamedTuple):
-    """Group norm of an image [N, C, H, W]: factors x + offsets, each a number for an image and channel.
-
-    factors, offsets: [N, C], contiguous, float32 (of float64 images float64).
-    """
-
-    factors: Tensor
-    offsets: Tensor
 
 
 @triton.jit
@@ -360,7 +350,7 @@ def forward(
     statistics: ChunkStatistics | None = None,
 ) -> Tensor:
     """x [N, C, H, W], channels-last -> y of the same shape, dtype and format."""
-    return _apply(*factors(x, None, shift, num_groups, weight, bias, eps, statistics), silu)
+    return _apply(x, *_factors(x, None, shift, None, num_groups, weight, bias, eps, statistics), silu)
 
 
 def residual_forward(
@@ -374,8 +364,8 @@ def residual_forward(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """x, branch [N, C, H, W], channels-last -> z, y of the same shape, dtype and format."""
-    z, found = factors(x, branch, shift, num_groups, weight, bias, eps)
-    return z, _apply(z, found, silu)
+    z = torch.empty_like(x, memory_format=torch.channels_last)
+    return z, _apply(z, *_factors(x, branch, shift, z, num_groups, weight, bias, eps), silu)
 
 
 def conv_forward(
@@ -389,12 +379,12 @@ def conv_forward(
     conv_bias: Tensor | None,
     eps: float,
     silu: bool,
-    statistics: ChunkStatistics | None = None,
 ) -> Tensor:
     """x, branch [N, C, H, W], channels-last, conv_weight [O, C, KY, KX] -> [N, O, H, W], channels-last."""
     N, C, H, W = x.shape
     O, _, KY, KX = conv_weight.shape
-    z, (factor, offset) = factors(x, branch, shift, num_groups, weight, bias, eps, statistics)
+    z = x if branch is None else torch.empty_like(x, memory_format=torch.channels_last)
+    factor, offset = _factors(x, branch, shift, z, num_groups, weight, bias, eps)
     taps = torch.empty(N, O * KY * KX, H * W, dtype=torch.float32, device=x.device)
     y = torch.empty(N, H, W, O, dtype=x.dtype, device=x.device).permute(0, 3, 1, 2)
     with triton_device.on_device(x):
@@ -436,25 +426,21 @@ def conv_forward(
     return y
 
 
-def factors(
+def _factors(
     x: Tensor,
     branch: Tensor | None,
     shift: Tensor | None,
+    z: Tensor | None,
     num_groups: int,
     weight: Tensor,
     bias: Tensor,
     eps: float,
     statistics: ChunkStatistics | None = None,
-) -> tuple[Tensor, NormFactors]:
-    """z, which with a branch is written and else x, and the factors of its norm: what they are to be applied to.
-
-    statistics: of x, where there is no branch.
-    """
+) -> tuple[Tensor, Tensor]:
+    """factor, offset [N, C]. With a branch z is written, and they are those of z."""
     N, C, H, W = x.shape
     positions, residual, has_shift = H * W, branch is not None, shift is not None
-    z = torch.empty_like(x, memory_format=torch.channels_last) if residual else x
-    # NOTE: in two memories, as what an operator returns for torch.compile has to be.
-    factor, offset = (torch.empty(N, C, dtype=torch.float32, device=x.device) for _ in range(2))
+    factor, offset = torch.empty(2, N, C, dtype=torch.float32, device=x.device)
     with triton_device.on_device(x):
         if statistics is None:
             mean, deviation, size = _statistics(x, branch, shift, z)
@@ -479,10 +465,10 @@ def factors(
             BLOCK_K=triton.next_power_of_2(chunks),
             BLOCK_J=triton.next_power_of_2(C // num_groups),
         )
-    return z, NormFactors(factor, offset)
+    return factor, offset
 
 
-def _statistics(x: Tensor, branch: Tensor | None, shift: Tensor | None, z: Tensor) -> ChunkStatistics:
+def _statistics(x: Tensor, branch: Tensor | None, shift: Tensor | None, z: Tensor | None) -> ChunkStatistics:
     """Of x, or of z, which is written. The last chunk may be shorter."""
     N, C, H, W = x.shape
     block_c = channel_block(C)
@@ -493,7 +479,7 @@ def _statistics(x: Tensor, branch: Tensor | None, shift: Tensor | None, z: Tenso
         x_ptr=x,
         branch_ptr=branch if residual else x,
         shift_ptr=shift if shift is not None else mean,
-        z_ptr=z,
+        z_ptr=z if residual else x,
         mean_ptr=mean,
         deviation_ptr=deviation,
         num_positions=H * W,
@@ -535,15 +521,15 @@ def _merged(means: Tensor, deviations: Tensor, size: int) -> ChunkStatistics:
     return ChunkStatistics(mean, deviation, size * at_once)
 
 
-def _apply(x: Tensor, norm: NormFactors, silu: bool) -> Tensor:
+def _apply(x: Tensor, factor: Tensor, offset: Tensor, silu: bool) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.channels_last)
     N, C, num_elements = x.shape[0], x.shape[1], x[0].numel()
     with triton_device.on_device(x):
         _apply_kernel[(triton.cdiv(num_elements, ELEMENTS), N)](
             x_ptr=x,
             y_ptr=y,
-            factor_ptr=norm.factors,
-            offset_ptr=norm.offsets,
+            factor_ptr=factor,
+            offset_ptr=offset,
             num_elements=num_elements,
             C=C,
             SILU=silu,

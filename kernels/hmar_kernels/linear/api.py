@@ -44,11 +44,10 @@ def linear(
         eps: added to the variance of the norm.
         return_statistics: whether to return statistics of y too, for a norm of it.
         impl: "auto" or one of IMPLEMENTATIONS. "cublas" has bias and GELU behind the product, in the same kernel.
-            "cuda" is for at most 128 rows, 32 with a norm, where the time goes into reading the weight, on GPUs of
-            compute capability 9.0: one kernel, and one before it for statistics of x that a norm lacks. Neither has a
-            derivative. "auto" is "cublas" on a GPU where no gradient is needed, else "reference". A named
-            implementation runs or raises.
-        overlap: of "cuda": the kernel may read weight and bias before the kernels queued before it have ended. For
+            "cuda" is for at most 32 rows, where the time goes into reading the weight, on GPUs of compute capability
+            9.0: everything is one kernel. Neither has a derivative. "auto" is "cublas" on a GPU where no gradient is
+            needed, else "reference". A named implementation runs or raises.
+        overlap: of "cuda": the kernel may read weight and bias before the kernel queued just before it has ended. For
             weights that no kernel writes which may still run.
     Returns:
         [..., N] in x's dtype; after a norm in the weight's, of a residual in that of the residual. Sums are float32.
@@ -86,10 +85,12 @@ def linear(
     gate = None if gate is None else _dense_rows(gate)
     # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
     forward = _linear_cuda if torch.compiler.is_compiling() else cuda.forward
-    tensors = rows, weight, bias, scale, shift, statistics, residual, gate
-    outputs = forward(*tensors, gelu, eps, return_statistics, overlap)
-    outputs = [output.view(*x.shape[:-1], *output.shape[2:]) for output in outputs]
-    return (outputs[0], outputs[1]) if return_statistics else outputs[0]
+    outputs = forward(
+        *(rows, weight, bias, scale, shift, statistics, residual, gate),
+        *(gelu, eps, return_statistics, overlap),
+    )
+    y, *of_y = (output.view(*x.shape[:-1], *output.shape[2:]) for output in outputs)
+    return (y, *of_y) if of_y else y
 
 
 def _check(

@@ -9,9 +9,8 @@ from .. import extension
 from .reference import TILE
 
 DTYPES = (torch.float16, torch.bfloat16)
-NORMED_ROWS = (8, 16, 32)  # of the kernels with a norm, at most
-ROWS = (*NORMED_ROWS, 64, 96, 128)  # of those without
-MAX_NORMED_ROWS, MAX_ROWS, STEP = max(NORMED_ROWS), max(ROWS), 8
+ROWS = (8, 16, 32, 64, 96, 128)  # of the kernels, at most
+MAX_ROWS, STEP = max(ROWS), 8
 
 
 def unavailable(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor | None = None) -> str | None:
@@ -42,9 +41,8 @@ def refusal(x: Tensor, weight: Tensor, *vectors: Tensor | None, residual: Tensor
     for tensor in vectors:
         if tensor is not None and tensor.dtype != weight.dtype:
             return f"bias, scale, shift and gate are {weight.dtype} as the weight, not {tensor.dtype}"
-    rows, normed = x.shape[:-1].numel(), any(tensor is not None for tensor in vectors[1:3])
-    most = MAX_NORMED_ROWS if normed else MAX_ROWS
-    return f"it has few rows, at most {most}{' with a norm' * normed}, got {rows}" if rows > most else None
+    rows = x.shape[:-1].numel()
+    return f"it has few rows, at most {MAX_ROWS}, got {rows}" if rows > MAX_ROWS else None
 
 
 def forward(

@@ -26,7 +26,6 @@ def qk_norm_attention(
     max_log_scale: float = math.inf,
     impl: str = "auto",
     overlap: bool = False,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`qk_norm`, then dense attention of each image's tokens: one scale of a pyramid under the block-diagonal mask.
 
@@ -39,9 +38,6 @@ def qk_norm_attention(
             implementation runs or raises; `choose` tells what "auto" takes.
         overlap: of "triton": the kernel may read biases and log_scale before the kernel queued just before it has
             ended. For those that no kernel writes which may still run. Without effect below compute capability 9.0.
-        ahead: of "triton": a contiguous tensor on the same device, such as the weight of a later layer, that is asked
-            into the L2 cache meanwhile. A hint: results do not depend on it. Without effect where torch.compile traces,
-            and below compute capability 9.0.
     Returns:
         [B, L, H D] in qkv's dtype. Norms, logits and sums are float32.
     Raises:
@@ -58,14 +54,8 @@ def qk_norm_attention(
         raise ValueError(f'impl="{impl}" cannot run here: {reason}; qk_norm and attention, or impl="reference", would')
     if impl == "reference":
         return reference.forward(*given, max_log_scale)
-    if torch.compiler.is_compiling():
-        return _qk_norm_attention(*given, float(max_log_scale), overlap)
-    if ahead is not None and not (ahead.is_contiguous() and ahead.device == qkv.device):
-        raise ValueError(
-            f"ahead must be contiguous, on {qkv.device} as qkv, got {list(ahead.shape)} of strides {ahead.stride()} on "
-            f"{ahead.device}; leaving it out changes no result"
-        )
-    return triton.forward(*given, float(max_log_scale), overlap, ahead)
+    forward = _qk_norm_attention if torch.compiler.is_compiling() else triton.forward
+    return forward(*given, float(max_log_scale), overlap)
 
 
 def choose(qkv: torch.Tensor, q_bias: torch.Tensor, v_bias: torch.Tensor, log_scale: torch.Tensor) -> tuple[str, str]:
@@ -83,16 +73,7 @@ def _reason(qkv: torch.Tensor, q_bias: torch.Tensor, v_bias: torch.Tensor, log_s
     return triton.unavailable(qkv, log_scale.shape[0], q_bias.dtype, v_bias.dtype, log_scale.dtype)
 
 
-@torch.library.custom_op("hmar_kernels::qk_norm_attention", mutates_args=())
-def _qk_norm_attention(
-    qkv: torch.Tensor,
-    q_bias: torch.Tensor,
-    v_bias: torch.Tensor,
-    log_scale: torch.Tensor,
-    max_log_scale: float,
-    overlap: bool,
-) -> torch.Tensor:
-    return triton.forward(qkv, q_bias, v_bias, log_scale, max_log_scale, overlap)
+_qk_norm_attention = torch.library.custom_op("hmar_kernels::qk_norm_attention", triton.forward, mutates_args=())
 
 
 @_qk_norm_attention.register_fake

@@ -4,9 +4,7 @@
 
 Grid: (blocks of queries, heads, images); a program owns [BLOCK_Q, D] of out and has all keys of its image at once, so
 there is no loop; programs of the same image and head normalise the same keys. Norms, logits and sums are float32, q and
-k are rounded as they are where they are stored. With OVERLAP the kernel starts while the one before it still runs. With
-AHEAD there are more programs behind those of the last image, which ask for the weights of a later layer: memory is idle
-while these few attend.
+k are rounded as they are where they are stored. With OVERLAP the kernel starts while the one before it still runs.
 
 The equations are stated in reference.py; argument checks live in api.py.
 """
@@ -35,10 +33,6 @@ class Tile(NamedTuple):
 # multiprocessors are worth more than keys that are normalised once.
 TILES: dict[int, Tile] = {16: Tile(16, 1), 32: Tile(32, 2), 64: Tile(32, 4), 128: Tile(32, 4), 256: Tile(32, 8)}
 MAX_KEYS, MAX_HEAD_DIM = max(TILES), 128
-# Programs that ask for what comes later, at least, and bytes that each of their threads asks for at a time. These pass
-# through a multiprocessor at 35 GB/s (reports/log.md), so all of them have to ask.
-AHEAD_PROGRAMS, AHEAD_CHUNK = 120, 1024
-AHEAD_STEP = 16  # bytes: of addresses and sizes
 
 
 @triton.jit
@@ -53,73 +47,66 @@ def _unit(x):
 
 
 @triton.jit
-def _ask(address, size):
-    """PTX ISA 8.0, cp.async.bulk.prefetch: `size` bytes from `address` on, both multiples of 16; nothing for less."""
+def _ask_bulk(address, size):
     return tl.inline_asm_elementwise(
         "{ .reg .pred some; setp.gt.s32 some, $2, 0; @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [address, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+        "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def _ask_for_part(ptr, skipped, num_bytes, program, num_programs, CHUNK: tl.constexpr, LANES: tl.constexpr):
-    address = ptr.to(tl.int64) + skipped
-    for begin in range(program.to(tl.int64) * LANES * CHUNK, num_bytes, num_programs.to(tl.int64) * LANES * CHUNK):
+def _ask_line(address, size):
+    return tl.inline_asm_elementwise(
+        "{ .reg .pred some; setp.gt.s32 some, $2, 0; @some prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _prefetch(ptr, num_bytes, program, programs, MODE: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr):
+    address = ptr.to(tl.int64)
+    step = programs.to(tl.int64) * LANES * CHUNK
+    for begin in range(program.to(tl.int64) * LANES * CHUNK, num_bytes, step):
         offsets = begin + tl.arange(0, LANES) * CHUNK
-        _ask(address + offsets, tl.minimum(num_bytes - offsets, CHUNK).to(tl.int32))
+        size = tl.minimum(num_bytes - offsets, CHUNK).to(tl.int32)
+        if MODE == 1:
+            _ask_bulk(address + offsets, size)
+        else:
+            _ask_line(address + offsets, size)
 
 
-@triton.jit(do_not_specialize=["length", "images", "ahead_skipped", "ahead_bytes"])
+AHEAD = {"weight": None, "mode": 0, "limit": 0, "programs": 128, "chunk": 1024}
+
+
+@triton.jit(do_not_specialize=["length", "images", "ahead_bytes"])
 def _attention_kernel(
+    ahead_ptr,
+    ahead_bytes: tl.int64,
+    images,
+    AHEAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
     qkv_ptr,
     q_bias_ptr,
     v_bias_ptr,
     log_scale_ptr,
     out_ptr,
-    ahead_ptr,
     length,
-    images,
     max_log_scale,
-    ahead_skipped,
-    ahead_bytes: tl.int64,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_L: tl.constexpr,
     OVERLAP: tl.constexpr,
-    AHEAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    LANES: tl.constexpr,
 ):
     if OVERLAP:
         gdc_launch_dependents()
-    if AHEAD:
-        blocks, beyond = tl.num_programs(0) * tl.num_programs(1), tl.program_id(2) - images
-        if beyond >= 0:
-            program = beyond * blocks + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-            num_programs = (tl.num_programs(2) - images) * blocks
-            _ask_for_part(ahead_ptr, ahead_skipped, ahead_bytes, program, num_programs, CHUNK, LANES)
-            return
-    _attend(
-        qkv_ptr,
-        q_bias_ptr,
-        v_bias_ptr,
-        log_scale_ptr,
-        out_ptr,
-        length,
-        max_log_scale,
-        H,
-        D,
-        BLOCK_D,
-        BLOCK_Q,
-        BLOCK_L,
-        OVERLAP,
-    )
+    if tl.program_id(2) >= images:
+        program = ((tl.program_id(2) - images) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+        programs = (tl.num_programs(2) - images) * tl.num_programs(1) * tl.num_programs(0)
+        if AHEAD > 0:
+            _prefetch(ahead_ptr, ahead_bytes, program, programs, AHEAD, LANES, CHUNK)
+    else:
+        _attend(qkv_ptr, q_bias_ptr, v_bias_ptr, log_scale_ptr, out_ptr, length, max_log_scale, H, D, BLOCK_D, BLOCK_Q, BLOCK_L, OVERLAP)
 
 
 @triton.jit
@@ -184,11 +171,6 @@ def select_tile(length: int, head_dim: int) -> tuple[int, Tile]:
     return block_l, tile if head_dim <= 64 else tile._replace(warps=min(8, 2 * tile.warps))
 
 
-def asks(device: torch.device) -> bool:
-    """Whether the kernel can ask for what comes later there."""
-    return overlaps(device)
-
-
 def forward(
     qkv: torch.Tensor,
     q_bias: torch.Tensor,
@@ -196,7 +178,6 @@ def forward(
     log_scale: torch.Tensor,
     max_log_scale: float,
     overlap: bool,
-    ahead: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """qkv [B,L,3C] -> [B,L,C]."""
     b, length, width = qkv.shape
@@ -207,33 +188,31 @@ def forward(
         return out
     block_l, tile = select_tile(length, head_dim)
     overlap = overlap and overlaps(qkv.device)
-    blocks, more, skipped, ahead_bytes = triton.cdiv(length, tile.block_q), 0, 0, 0
-    if ahead is not None and asks(qkv.device):
-        skipped = -ahead.data_ptr() % AHEAD_STEP
-        ahead_bytes = (ahead.nbytes - skipped) // AHEAD_STEP * AHEAD_STEP
-        more = triton.cdiv(AHEAD_PROGRAMS, blocks * heads)
     with on_device(qkv):
-        _attention_kernel[(blocks, heads, b + more)](
+        weight, mode = AHEAD["weight"], AHEAD["mode"]
+        mode = mode if weight is not None else 0
+        blocks = triton.cdiv(length, tile.block_q)
+        extra = triton.cdiv(AHEAD["programs"], blocks * heads) if mode else 0
+        _attention_kernel[(blocks, heads, b + extra)](
+            ahead_ptr=weight if mode else out,
+            ahead_bytes=min(weight.nbytes, AHEAD["limit"]) if mode else 0,
+            images=b,
+            AHEAD=mode,
+            CHUNK=AHEAD["chunk"] if mode == 1 else 128,
+            LANES=32 * tile.warps,
             qkv_ptr=qkv.contiguous(),
             q_bias_ptr=q_bias.contiguous(),
             v_bias_ptr=v_bias.contiguous(),
             log_scale_ptr=log_scale.contiguous(),
             out_ptr=out,
-            ahead_ptr=ahead if more else out,
             length=length,
-            images=b,
             max_log_scale=max_log_scale,
-            ahead_skipped=skipped,
-            ahead_bytes=ahead_bytes,
             H=heads,
             D=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_Q=tile.block_q,
             BLOCK_L=block_l,
             OVERLAP=overlap,
-            AHEAD=more > 0,
-            CHUNK=AHEAD_CHUNK,
-            LANES=32 * tile.warps,
             num_warps=tile.warps,
             **({"launch_pdl": True} if overlap else {}),
         )
