@@ -3,9 +3,9 @@
 For every number of rows and every layer of a block, "cuda", the kernels for few rows of `hmar_kernels.linear`, where
 they take so many, with the statistics that they leave each other, beside "cublas", the operators that larger products
 take: checked against the float64 reference, then timed in a CUDA graph of calls one after another, each with a weight
-of its own, so many that no cache holds them. Then whole blocks, as the engine runs them, by its choices: what
-`FEW_ROWS` of the engine is set by. Printed is the time of one call, and of one block; results are one JSON file of kind
-"linear".
+of its own, so many that no cache holds them. Then whole blocks, as the engine runs them, by its choices, with "blocks"
+all in one kernel of `hmar_kernels.blocks`, whose result is checked too: what `FEW_ROWS` of the engine is set by.
+Printed is the time of one call, and of one block; results are one JSON file of kind "linear".
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from hmar.config import ModelConfig
-from hmar.engine import ATTENTIONS, PRODUCTS, Choices, FusedBlock
-from hmar.model import Block, Residual
-from hmar_kernels import SpanMask, linear
+from hmar.engine import ATTENTIONS, Choices, FusedBlock, FusedBlocks
+from hmar.model import Attention, Block, Residual
+from hmar_kernels import SpanMask, linear, transformer_blocks
+from hmar_kernels import blocks as blocks_kernel
+from hmar_kernels.blocks import BlockWeights, Table
 from hmar_kernels.linear import MAX_NORMED_ROWS, reference
 from hmar_kernels.linear.cuda import MAX_ROWS
 
@@ -115,8 +117,8 @@ def microseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def products_of(rows: int, device: torch.device) -> tuple[str, ...]:
-    """Of PRODUCTS those that take so many rows there."""
-    return PRODUCTS if rows <= MAX_ROWS and device.type == "cuda" else ("cublas",)
+    """Of the engine's products those of single layers that take so many rows there."""
+    return ("cublas", "cuda") if rows <= MAX_ROWS and device.type == "cuda" else ("cublas",)
 
 
 def try_layer(layer: str, rows: int, width: int, device: torch.device) -> Iterator[dict]:
@@ -176,6 +178,31 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
         except ERRORS as error:
             row |= {"us": None, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
         yield row
+    if on_gpu and rows <= blocks_kernel.MAX_ROWS:
+        row = {"layer": "block", "rows": rows, "by": "blocks", "us": None, "reason": None}
+        try:
+            together = FusedBlocks([FusedBlock(block, Choices(MAX_ROWS, "fused", True)) for block in blocks])
+
+            def run_together():
+                return together(Residual(x), cond, mask).x_BLC
+
+            with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+                check_blocks(run_together(), x, together.table, [block.modulation(cond) for block in blocks])
+                row["us"] = microseconds(run_together, device) / BLOCKS
+        except ERRORS as error:
+            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        yield row
+
+
+def check_blocks(y: Tensor, x: Tensor, table: Table, vectors: list[tuple[Tensor, ...]]) -> None:
+    """ValueError for a result that is no better than rounding twice."""
+    exact = [BlockWeights(*(t.double() for t in block)) for block in table.blocks]
+    options = {"max_log_scale": Attention.MAX_LOG_SCALE, "impl": "reference"}
+    expected, _ = transformer_blocks(x.double(), exact, [[t.double() for t in given] for given in vectors], **options)
+    eager, _ = transformer_blocks(x, table.blocks, vectors, **options)
+    error, allowed = ((t.double() - expected).norm() for t in (y, eager))
+    if not error <= 2 * allowed:
+        raise ValueError(f"error norm {error:.3g}, {allowed:.3g} of eager torch")
 
 
 @torch.no_grad()

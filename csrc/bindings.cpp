@@ -11,6 +11,7 @@
 #include <vector>
 
 #ifdef HMAR_HOPPER
+#include "block_rows.h"
 #include "hopper.h"
 #include "hopper_conv.h"
 #include "linear_rows.h"
@@ -231,6 +232,49 @@ void norm_rows(uintptr_t x, uintptr_t scale, uintptr_t shift, uintptr_t h, int64
       "norm_rows");
 }
 
+// Addresses of a block's qkv, proj, fc1 and fc2, of their biases, and of q_bias, v_bias and log_scale.
+using BlockTuple = std::array<uintptr_t, 2 * hmar::NUM_BLOCK_LAYERS + 3>;
+
+// What lies where `block_rows` is told that the table is.
+py::bytes describe_blocks(const std::vector<BlockTuple>& blocks, int width, int hidden_width, bool bfloat16, int device) {
+  const DeviceGuard guard(device);
+  std::vector<hmar::BlockWeights> table(blocks.size());
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    hmar::BlockTensors tensors;
+    for (int layer = 0; layer < hmar::NUM_BLOCK_LAYERS; ++layer) {
+      tensors.weights[layer] = pointer<const void>(blocks[i][layer]);
+      tensors.biases[layer] = pointer<const void>(blocks[i][hmar::NUM_BLOCK_LAYERS + layer]);
+    }
+    const auto* rest = blocks[i].data() + 2 * hmar::NUM_BLOCK_LAYERS;
+    tensors.q_bias = pointer<const float>(rest[0]), tensors.v_bias = pointer<const float>(rest[1]);
+    tensors.log_scale = pointer<const float>(rest[2]);
+    DeviceGuard::check(hmar::describe_block(&table[i], type_of(bfloat16), tensors, width, hidden_width), "describe_blocks");
+  }
+  return py::bytes(reinterpret_cast<const char*>(table.data()), table.size() * sizeof(hmar::BlockWeights));
+}
+
+void block_rows(uintptr_t table, const std::vector<std::array<uintptr_t, hmar::NUM_BLOCK_VECTORS>>& vectors, uintptr_t x,
+                uintptr_t y, uintptr_t statistics, uintptr_t between, uintptr_t counters, int64_t vector_stride,
+                float max_log_scale, float eps, int num_rows, int image_rows, int width, int hidden_width, int kernel_rows,
+                bool bfloat16, int device, uintptr_t stream) {
+  if (vectors.size() > hmar::kMaxRowBlocks) throw std::runtime_error("block_rows: more blocks than a launch takes");
+  hmar::BlockRowsParams params{};
+  params.weights = pointer<const hmar::BlockWeights>(table);
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    for (int j = 0; j < hmar::NUM_BLOCK_VECTORS; ++j) params.vectors[i][j] = pointer<const void>(vectors[i][j]);
+  }
+  params.x = pointer<const float>(x), params.y = pointer<float>(y);
+  params.statistics = pointer<hmar::TileStatistics>(statistics);
+  params.qkv = pointer<void>(between), params.hidden = pointer<void>(between + 2 * uintptr_t(3 * width) * num_rows);
+  params.counters = pointer<int32_t>(counters);
+  params.vector_stride = vector_stride, params.max_log_scale = max_log_scale, params.eps = eps;
+  params.num_rows = num_rows, params.image_rows = image_rows, params.num_blocks = int(vectors.size());
+  params.width = width, params.hidden_width = hidden_width;
+  const DeviceGuard guard(device);
+  DeviceGuard::check(hmar::launch_block_rows(params, type_of(bfloat16), kernel_rows, reinterpret_cast<cudaStream_t>(stream)),
+                     "block_rows");
+}
+
 // (doubled, blocks, stages, map stages) of each kernel.
 py::list hopper_conv_tiles() {
   py::list rows;
@@ -279,6 +323,14 @@ void bind_hopper(py::module_& module) {
              py::arg("scale_stride"), py::arg("shift_stride"), py::arg("num_rows"), py::arg("num_inputs"),
              py::arg("image_rows"), py::arg("eps"), py::arg("float_x"), py::arg("bfloat16"), py::arg("overlap"),
              py::arg("device"), py::arg("stream"), "Puts the norm of a few rows on a stream.");
+  module.attr("block_rows_kernels") = py::cast(hmar::block_rows_kernels());
+  module.def("describe_blocks", &describe_blocks, py::kw_only(), py::arg("blocks"), py::arg("width"), py::arg("hidden_width"),
+             py::arg("bfloat16"), py::arg("device"), "Weights of transformer blocks as block_rows reads them.");
+  module.def("block_rows", &block_rows, py::kw_only(), py::arg("table"), py::arg("vectors"), py::arg("x"), py::arg("y"),
+             py::arg("statistics"), py::arg("between"), py::arg("counters"), py::arg("vector_stride"),
+             py::arg("max_log_scale"), py::arg("eps"), py::arg("num_rows"), py::arg("image_rows"), py::arg("width"),
+             py::arg("hidden_width"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("device"), py::arg("stream"),
+             "Puts transformer blocks of few rows on a stream.");
   module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
              "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
 }

@@ -163,22 +163,60 @@ struct RowsNorm {
   float eps;
 };
 
-// A linear layer of few rows (linear_rows.cuh). Numbers are of the kernel's type where nothing is said.
-struct LinearRowsParams {
-  TensorMap x_map;       // of x, where there is no norm: boxes of 64 inputs and the kernel's rows
-  TensorMap weight;      // [num_outputs, num_inputs], boxes of 64 inputs and 64 features
-  const void* x;         // [num_rows, num_inputs], with a norm float32 or of the kernel's type
-  RowsNorm norm;
+// Outputs of a product of few rows: gelu(h W^T + bias), or residual + gate of that. Numbers are of the kernel's type where nothing
+// is said.
+struct RowsOutput {
   const void* bias;      // [num_outputs], or null
   const void* residual;  // [num_rows, num_outputs], float32 or of the kernel's type, or null
   const void* gate;      // [images, num_outputs], with a residual
   void* y;               // [num_rows, num_outputs], of the residual's type where there is one
   TileStatistics* statistics;  // of y, [num_rows, tiles], or null
   int64_t gate_stride;
-  int32_t num_rows, num_inputs, num_outputs;
-  int32_t num_chunks;  // of 64 inputs
+  int32_t num_rows, num_outputs;
   int32_t image_rows;  // rows of an image
-  bool float_x, float_residual, gelu;
+  bool float_residual, gelu;
+};
+
+// A linear layer of few rows (linear_rows.cuh).
+struct LinearRowsParams {
+  TensorMap x_map;   // of x, where there is no norm: boxes of 64 inputs and the kernel's rows
+  TensorMap weight;  // [num_outputs, num_inputs], boxes of 64 inputs and 64 features
+  const void* x;     // [num_rows, num_inputs], with a norm float32 or of the kernel's type
+  RowsNorm norm;
+  RowsOutput out;
+  int32_t num_inputs;
+  int32_t num_chunks;  // of 64 inputs
+  bool float_x;
+};
+
+// The products of a transformer block, and the vectors of an image that surround them, as modulation gives them.
+enum BlockLayer { QKV, PROJ, FC1, FC2, NUM_BLOCK_LAYERS };
+enum BlockVector { GATE_ATTENTION, GATE_MLP, SCALE_ATTENTION, SCALE_MLP, SHIFT_ATTENTION, SHIFT_MLP, NUM_BLOCK_VECTORS };
+
+// Of one block, in global memory.
+struct BlockWeights {
+  TensorMap layers[NUM_BLOCK_LAYERS];        // [outputs, inputs], boxes of 64 inputs and 64 features
+  const void* biases[NUM_BLOCK_LAYERS];      // [outputs], of the kernel's type; null for none
+  const float *q_bias, *v_bias, *log_scale;  // [width], [width], [heads]
+};
+
+constexpr int kMaxRowBlocks = 64, kBlockHeadDim = 64;
+
+// Transformer blocks one after the other, for few rows of images that are attended each by itself (block_rows.cuh).
+struct BlockRowsParams {
+  const BlockWeights* weights;                            // [num_blocks]
+  const void* vectors[kMaxRowBlocks][NUM_BLOCK_VECTORS];  // [images, width], of the kernel's type, 16-byte aligned rows
+  const float* x;              // [num_rows, width]
+  float* y;                    // the same
+  TileStatistics* statistics;  // of y, [num_rows, width / 64]
+  void* qkv;                   // [num_rows, 3 width], for use meanwhile
+  void* hidden;                // [num_rows, hidden_width], the same
+  // Zero at the launch, and left so: blocks that have written outputs, and those that have ended.
+  int32_t* counters;
+  int64_t vector_stride;
+  float max_log_scale, eps;
+  int32_t num_rows, image_rows, num_blocks;
+  int32_t width, hidden_width;  // multiples of 64, at least kBlockSplits times
 };
 
 // Rows start at multiples of 16 bytes.

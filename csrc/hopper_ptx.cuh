@@ -27,6 +27,9 @@ __device__ __forceinline__ void give_registers() {
 // A number of which the compiler shall not move what is computed with it to another place.
 __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)); }
 
+// Past which the compiler shall move no loads.
+__device__ __forceinline__ void hold() { asm volatile("" ::: "memory"); }
+
 // Named barriers of a block (from 1 on; 0 is __syncthreads): of so many threads, of which some wait and others only arrive.
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
@@ -43,6 +46,33 @@ __device__ __forceinline__ int32_t load_acquire(const int32_t* counter) {
 }
 __device__ __forceinline__ void count_release(int32_t* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
+}
+
+// The same without any order: of what was written before, what was read back is there.
+__device__ __forceinline__ void count_relaxed(int32_t* counter) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;\n" ::"l"(counter) : "memory");
+}
+// Returns once so many have been counted.
+__device__ __forceinline__ void await_count(const int32_t* counter, int count) {
+  int32_t found;
+  do {
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];\n" : "=r"(found) : "l"(counter) : "memory");
+  } while (found < count);
+}
+
+// What is in the L2 cache, after what this thread has written there before.
+template <class T>
+__device__ __forceinline__ uint32_t read_back(const T* address) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4);
+  if constexpr (sizeof(T) == 2) {
+    uint16_t found;
+    asm volatile("ld.relaxed.gpu.global.b16 %0, [%1];\n" : "=h"(found) : "l"(address) : "memory");
+    return found;
+  } else {
+    uint32_t found;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];\n" : "=r"(found) : "l"(address) : "memory");
+    return found;
+  }
 }
 
 // Programmatic dependent launch: lets the kernels start that may overlap with this one; waits until those before have ended and
@@ -129,6 +159,14 @@ __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Bar
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1)
       : "memory");
 }
+// Of what is read once in a long time: it shall be the first to leave the L2 cache (a policy as createpolicy gives it).
+__device__ __forceinline__ void tma_load_once(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], "
+      "%5;\n" ::"r"(shared_address(dst)),
+      "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "l"(0x12f0000000000000)
+      : "memory");
+}
 __device__ __forceinline__ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1, int c2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];\n" ::"r"(
@@ -201,6 +239,13 @@ __device__ __forceinline__ void store_matrices(uint8_t* row, const uint32_t (&a)
                : "memory");
 }
 
+// An 8 x 8 matrix of 16-bit numbers, of which a lane has numbers 2 t and 2 t + 1 of row g: those of column g.
+__device__ __forceinline__ uint32_t transposed(uint32_t a) {
+  uint32_t b;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(b) : "r"(a));
+  return b;
+}
+
 // --- clusters ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int cluster_rank() {
@@ -232,6 +277,24 @@ __device__ __forceinline__ float load_cluster(const float* address, int rank) {
                : "r"(shared_address(address)), "r"(rank)
                : "memory");
   return x;
+}
+
+// Arrives at a barrier of a block of the cluster: what was read before may be written over. What was written need not be seen.
+__device__ __forceinline__ void barrier_arrive_at(Barrier& barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}\n" ::"r"(shared_address(&barrier)),
+      "r"(rank)
+      : "memory");
+}
+
+// A number to this place in the shared memory of a block of the cluster; its bytes count on that block's `barrier`.
+__device__ __forceinline__ void store_cluster(float* address, float x, Barrier& barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 to, counter;\nmapa.shared::cluster.u32 to, %0, %3;\nmapa.shared::cluster.u32 counter, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], %1, [counter];\n}\n" ::"r"(shared_address(address)),
+      "f"(x), "r"(shared_address(&barrier)), "r"(rank)
+      : "memory");
 }
 
 // --- wgmma ---------------------------------------------------------------------------------------------------------

@@ -41,13 +41,9 @@ inline MapGeometry linear_geometry(int num_rows, int num_inputs, int box_rows) {
 inline LinearRowsParams linear_rows_params(const LinearRows& call) {
   LinearRowsParams params{};
   params.x = call.x, params.norm = call.norm, params.float_x = call.float_x;
-  params.bias = call.bias, params.residual = call.residual, params.gate = call.gate, params.y = call.y;
-  params.statistics = call.statistics;
-  params.gate_stride = call.gate_stride;
-  params.num_rows = call.num_rows, params.num_inputs = call.num_inputs, params.num_outputs = call.num_outputs;
-  params.num_chunks = divided(call.num_inputs, kLinearInputs);
-  params.image_rows = call.image_rows;
-  params.float_residual = call.float_residual, params.gelu = call.gelu;
+  params.num_inputs = call.num_inputs, params.num_chunks = divided(call.num_inputs, kLinearInputs);
+  params.out = {call.bias,     call.residual,    call.gate,       call.y,          call.statistics,    call.gate_stride,
+                call.num_rows, call.num_outputs, call.image_rows, call.float_residual, call.gelu};
   return params;
 }
 

@@ -73,7 +73,8 @@ from hmar.model import (
 from hmar.pyramid import Pyramid
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import SpanMask, linear, qk_norm_attention, triton_device
+from hmar_kernels import SpanMask, blocks, linear, qk_norm_attention, triton_device
+from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
@@ -88,7 +89,7 @@ FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
 # program normalises all keys again.
 FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
 DECODERS = ("modules", "fused", "transposed")
-PRODUCTS = ("cublas", "cuda")
+PRODUCTS = ("cublas", "cuda", "blocks")
 ATTENTIONS = ("separate", "fused")
 
 
@@ -178,8 +179,9 @@ class Engine:
             `hmar_kernels.conv2d` where maps are large, in a dtype and on GPUs of compute capability 9.0. Default:
             "hopper" where it can run.
         products: "cublas", or "cuda" for products of at most FEW_ROWS rows, as in the small scales of one image, by
-            the kernels of `hmar_kernels.linear`, with norms and residuals. In a dtype only. Default: "cuda" where the
-            extension is built and its kernels can run.
+            the kernels of `hmar_kernels.linear`, with norms and residuals, or "blocks" for all blocks of a pass in one
+            kernel of `hmar_kernels.blocks` where rows are few and nothing is cached, else as "cuda". In a dtype only.
+            Default: "blocks" or "cuda" where the extension is built and its kernels can run.
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
@@ -260,13 +262,11 @@ class Engine:
         self._watched = self._sources_of_copies()
         self._versions = self._current_versions()
         self._remembered = [module for module in self.model.modules() if isinstance(module, Remembered)]
-        reason = unavailable_on(self.device, dtype or torch.float32, self.config.width)
-        if products == "cuda" and reason is not None:
-            raise ValueError(f'products="cuda" cannot run here: {reason}; products="cublas" would')
+        products = self._products(products)
         if dtype is not None:
             has_kernels = self.device.type == "cuda" and triton_device.unavailable(self.device, dtype) is None
             self._fuse(
-                products or ("cublas" if reason else "cuda"),
+                products,
                 attention or ("fused" if has_kernels and self.config.head_dim <= MAX_HEAD_DIM else "separate"),
                 overlap,
             )
@@ -299,16 +299,34 @@ class Engine:
         self.post_quant_conv = placed(tokenizer.post_quant_conv, lambda p: decoder_dtype, **layout)
         self.decoder = placed(tokenizer.decoder, lambda p: decoder_dtype, **layout)
 
+    def _products(self, wanted: str | None) -> str:
+        """Of PRODUCTS what is wanted, or the fastest that can run."""
+        config, dtype = self.config, self.dtype or torch.float32
+        reasons = {"cublas": None, "cuda": unavailable_on(self.device, dtype, config.width)}
+        reasons["blocks"] = "keys and values are cached" if self.is_cached else None
+        if any(attention.q_bias_C.dtype != torch.float32 for attention in self._attentions()):
+            reasons["blocks"] = "biases of q and v are not float32"
+        for block_list in self._block_lists():
+            sizes = config.width, config.hidden_width, config.head_dim, max(1, len(block_list))
+            reasons["blocks"] = reasons["blocks"] or blocks.unavailable_on(self.device, dtype, *sizes)
+        if wanted is None:
+            return next(name for name in reversed(PRODUCTS) if reasons[name] is None)
+        if reasons[wanted] is not None:
+            other = self._products(None)
+            raise ValueError(f'products="{wanted}" cannot run here: {reasons[wanted]}; products="{other}" would')
+        return wanted
+
     def _fuse(self, products: str, attention: str, overlap: bool) -> None:
         few_rows = next(FEW_ROWS[width] for width in FEW_ROWS if self.config.width <= width)
-        choices = Choices(few_rows if products == "cuda" else 0, attention, overlap)
+        choices = Choices(0 if products == "cublas" else few_rows, attention, overlap)
         for remembered in self._remembered:
             layer = getattr(remembered.modulation, "linear", remembered.modulation)
             if isinstance(layer, nn.Linear) and remembered is not self.model.shared_modulation:
                 remembered.modulation = FusedModulation(layer, choices)
-        for blocks in self._block_lists():
-            for i, block in enumerate(blocks):
-                blocks[i] = FusedBlock(block, choices)
+        for name in self._block_list_names():
+            fused = [FusedBlock(block, choices) for block in getattr(self.model, name)]
+            together = products == "blocks" and fused
+            setattr(self.model, name, nn.ModuleList([FusedBlocks(fused)] if together else fused))
         for name in self._head_names():
             setattr(self.model, name, FusedHead(getattr(self.model, name), choices))
 
@@ -329,12 +347,15 @@ class Engine:
                 attention.bound_H = attention.logit_bound()
             attention.bound_H.copy_(attention.logit_bound())
 
-    def _block_lists(self) -> tuple[nn.ModuleList, ...]:
-        model = self.model
-        return (model.trunk, model.next_scale_blocks, model.mask_blocks) if self.is_hmar else (model.blocks,)
+    def _block_list_names(self) -> tuple[str, ...]:
+        return ("trunk", "next_scale_blocks", "mask_blocks") if self.is_hmar else ("blocks",)
+
+    def _block_lists(self) -> list[nn.ModuleList]:
+        lists = [getattr(self.model, name) for name in self._block_list_names()]
+        return [found[0].blocks if len(found) and isinstance(found[0], FusedBlocks) else found for found in lists]
 
     def _blocks(self) -> list[nn.Module]:
-        return [block for blocks in self._block_lists() for block in blocks]
+        return [block for block_list in self._block_lists() for block in block_list]
 
     def _attentions(self) -> list[Attention]:
         return [module for module in self.model.modules() if isinstance(module, Attention)]
@@ -846,6 +867,35 @@ class FusedBlock(nn.Module):
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
         stream = self.attention(stream, gate_attn, scale_attn, shift_attn, mask, cache)
         return self.mlp(stream, gate_mlp, scale_mlp, shift_mlp)
+
+    def weights(self) -> BlockWeights:
+        attention, mlp = self.attention.attention, self.mlp
+        layers = self.attention.proj, mlp.fc1, mlp.fc2
+        return BlockWeights(
+            *(attention.qkv.weight, attention.q_bias_C, attention.v_bias_C, attention.log_scale_H),
+            *(tensor for layer in layers for tensor in (layer.weight, layer.bias)),
+        )
+
+
+class FusedBlocks(nn.Module):
+    """Such blocks one after the other, in one kernel where rows are few."""
+
+    def __init__(self, fused: Sequence[FusedBlock]):
+        super().__init__()
+        self.blocks = nn.ModuleList(fused)
+        self.table = Table([block.weights() for block in fused])
+
+    def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
+        if stream.branch_BLC is None:
+            vectors = [block.modulation(cond) for block in self.blocks]
+            if blocks.refusal_of_rows(stream.x_BLC, vectors, self.table.dtype) is None:
+                # NOTE: a pass has the tokens of one scale, which all see each other under either mask.
+                options = {"max_log_scale": Attention.MAX_LOG_SCALE, "impl": "cuda"}
+                y_BLC, statistics_BLT2 = transformer_blocks(stream.x_BLC, self.table, vectors, **options)
+                return Residual(y_BLC, statistics_BLT2=statistics_BLT2)
+        for block in self.blocks:
+            stream = block(stream, cond, mask, cache)
+        return stream
 
 
 class FusedAttention(nn.Module):

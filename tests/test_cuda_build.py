@@ -24,6 +24,7 @@ from hmar_kernels import extension as extension_module
 from hmar_kernels.attention import cuda, hopper, reference
 from hmar_kernels.attention.hopper_launch import PASSES, TILE_FIELDS
 from hmar_kernels.attention.plan import query_plan
+from hmar_kernels.blocks import cuda as blocks_cuda
 from hmar_kernels.conv2d import hopper as conv_hopper
 from hmar_kernels.linear import cuda as linear_cuda
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 TARGETS = {
     "attention_forward": ("80", "90a"),
     "linear_rows": ("90a",),
+    "block_rows": ("90a",),
     "hopper": ("90a",),
     "hopper_conv": ("90a",),
 }
@@ -168,10 +170,20 @@ def test_hopper_kernels_compile_without_spills(hopper_report):
         assert numbers == {"registers": min(at_launch, 255) // 8 * 8, "spilled": 0}, instance
 
 
-@pytest.mark.parametrize("source", ["hopper", "hopper_conv", "linear_rows"])
+@pytest.mark.parametrize("source", ["hopper", "hopper_conv", "linear_rows", "block_rows"])
 def test_hopper_products_overlap(ptxas_output, source):
     """ptxas notes (C7510, C7511, C7512, C7514) every kernel in which it waits for each wgmma on its own."""
     assert not [line for line in ptxas_output[source, "90a"].splitlines() if "wgmma" in line]
+
+
+def test_transformer_blocks_compile_without_spills(ptxas_output):
+    """They are those of blocks/cuda.py's table, for both types. A few addresses may lie in memory."""
+    found = set()
+    for name, numbers in kernels_of(ptxas_output["block_rows", "90a"]):
+        tile = re.search(r"BlockRowsTileILNS_\d+DTypeE(\d)ELi(\d+)E", name)
+        assert numbers["spilled"] <= (0 if tile[2] == "8" else 64), (name, numbers)
+        found.add(tuple(map(int, tile.groups())))
+    assert found == {(dtype, rows) for dtype in range(len(TYPES)) for rows in blocks_cuda.ROWS}
 
 
 def test_hopper_convolutions_compile_without_spills(ptxas_output):
@@ -393,6 +405,7 @@ def test_extension_describes_itself(extension):
     assert extension.attention_forward_tiles == cuda.TILES
     if hasattr(extension, "hopper_load_error"):
         assert tuple(extension.linear_rows_kernels) == linear_cuda.ROWS
+        assert tuple(extension.block_rows_kernels) == blocks_cuda.ROWS
 
 
 @pytest.mark.parametrize(

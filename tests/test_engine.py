@@ -28,7 +28,8 @@ from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, Attention, MaskedTransformer
 from hmar.tokenizer import Upsample
-from hmar_kernels import triton_device
+from hmar_kernels import transformer_blocks, triton_device
+from hmar_kernels.blocks import MAX_ROWS
 from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
 
@@ -179,6 +180,44 @@ def test_products_of_few_rows_by_the_kernels_where_they_can_run(normed, kind, mo
     assert kinds[True, False] > kinds[False, True] == 2 * CONFIG.depth * num_passes
     without = num_passes + sum(masked.values()) if normed else kinds[True, False]
     assert measured == Counter({True: kinds[True, False] - without, False: without})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_few_rows_by_one_kernel_where_it_can_run(kind, monkeypatch):
+    """All of a list at once, where keys are not cached. The reference stands for the kernel."""
+    calls = []
+
+    class Weights:
+        def __init__(self, given):
+            self.blocks, self.dtype = given, torch.float16
+
+    def together(x, table, vectors, *, max_log_scale, impl):
+        calls.append((x.shape[0] * x.shape[1], len(table.blocks)))
+        assert impl == "cuda" and isinstance(table, Weights)
+        return transformer_blocks(x, table.blocks, vectors, max_log_scale=max_log_scale, impl="reference")
+
+    model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, top_k=30, seed=4)
+    expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+    monkeypatch.setattr(engine_module, "FEW_ROWS", {math.inf: 0})
+    monkeypatch.setattr(engine_module, "unavailable_on", lambda *_: None)
+    monkeypatch.setattr(engine_module.blocks, "unavailable_on", lambda *_: None)
+    monkeypatch.setattr(engine_module, "transformer_blocks", together)
+    monkeypatch.setattr(engine_module, "Table", Weights)
+    engine = Engine(model, tokenizer, dtype=torch.float16)
+    actual = engine.generate(CLASSES, sampling)
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
+    assert torch.equal(actual.codes_BL[:, : PYRAMID.offsets[2]], expected.codes_BL[:, : PYRAMID.offsets[2]])
+    lists = [len(blocks) for blocks in engine._block_lists()]
+    assert sum(lists) == len(engine._blocks()) and len(engine._attentions()) == len(engine._blocks())
+    if kind == "var":
+        assert not calls
+        return
+    # NOTE: rows of three images, with the null class where it takes part.
+    few = {3: 1, 12: 1} if kind == "hmar" else {3: 1}
+    depths = [lists[0], lists[1]] if kind == "hmar" else lists
+    assert {rows for rows, _ in calls} == set(few) and {depth for _, depth in calls} == set(lists)
+    assert Counter(calls)[3, depths[0]] == 1 and max(rows for rows, _ in calls) <= MAX_ROWS
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")

@@ -8,12 +8,11 @@ import torch
 
 from engine_cases import CLASSES, CONFIG, KINDS, PYRAMID, SAMPLINGS, build, build_tokenizer, holes, plain, sampling_for
 from hmar.config import PRESETS
-from hmar.engine import ATTENTIONS, DECODERS, PRODUCTS, Engine
+from hmar.engine import ATTENTIONS, DECODERS, PRODUCTS, Engine, FusedBlocks
 from hmar.generate import SamplingConfig
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import Pyramid
 from hmar.tokenizer import Tokenizer
-from hmar_kernels.linear import unavailable_on
 
 pytestmark = pytest.mark.gpu
 
@@ -93,13 +92,23 @@ def test_decoders_of_the_published_size(decoder, convolutions, side):
     assert actual.isfinite().all() and error <= 2 * allowed
 
 
+def runnable(model, tokenizer, dtype):
+    """Of PRODUCTS those that can run here with such a model."""
+    for name in PRODUCTS:
+        try:
+            Engine(model, tokenizer, dtype=dtype, products=name)
+        except ValueError as error:
+            assert f'products="{name}" cannot run here' in str(error)
+        else:
+            yield name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_products_and_attention_by_either_implementation(model, tokenizer, dtype):
     """Graphs equal steps, and codes of one image are those of cuBLAS's products but for what rounding turns."""
     sampling = replace(sampling_for(model, "default"), seed=3)
     outputs = []
-    without = unavailable_on(torch.device("cuda", 0), dtype, model.config.width) is not None
-    for choices in product(("cublas",) if without else PRODUCTS, ATTENTIONS):
+    for choices in product(runnable(model, tokenizer, dtype), ATTENTIONS):
         options = dict(zip(("products", "attention"), choices, strict=True), dtype=dtype)
         engines = [Engine(model, tokenizer, capture=flag, **options) for flag in (True, False)]
         captured, stepwise = (engine.generate(CLASSES[:1], sampling) for engine in engines)
@@ -122,11 +131,13 @@ def test_overlap_changes_nothing(kind, batch, products):
         for name, parameter in model.named_parameters():
             if name.endswith("head.linear.weight"):
                 parameter.data.mul_(50)
-    if products == "cuda" and (reason := unavailable_on(torch.device("cuda"), torch.bfloat16, config.width)):
-        pytest.skip(reason)
+    if products not in runnable(model, tokenizer, torch.bfloat16):
+        pytest.skip(f"{products} cannot run here")
     engines = [
         Engine(model, tokenizer, dtype=torch.bfloat16, products=products, overlap=overlap) for overlap in (False, True)
     ]
+    together = [isinstance(module, FusedBlocks) for module in engines[0].model.modules()]
+    assert any(together) == (products == "blocks")
     for seed in range(8):
         sampling = SamplingConfig(cfg=1.5, top_k=900, top_p=0.96, seed=seed)
         classes = torch.arange(seed, seed + batch)

@@ -16,7 +16,7 @@ import kernel_on_cpu
 from hmar_kernels import linear
 from hmar_kernels.linear import cuda, reference
 
-HEADERS = ("linear_rows.cuh", "hopper_tile.cuh", "linear_rows.h", "hopper_params.h")
+HEADERS = ("linear_rows.cuh", "rows.cuh", "hopper_tile.cuh", "linear_rows.h", "hopper_params.h")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

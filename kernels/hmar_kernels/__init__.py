@@ -2,11 +2,12 @@
 
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
-behind, keeping less for the backward; linear, qk_norm_attention: for generation, where rows are few; sampling: from
-logits to codes; group_norm, conv2d: for the decoder. Each in `api.py` of its folder.
+behind, keeping less for the backward; linear, qk_norm_attention, blocks: for generation, where rows are few; sampling:
+from logits to codes; group_norm, conv2d: for the decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
+from .blocks import transformer_blocks
 from .conv2d import conv2d, conv_transpose2d
 from .gelu_linear import gelu_linear
 from .group_norm import group_norm, group_norm_conv, residual_group_norm
@@ -41,5 +42,6 @@ __all__ = [
     "residual_modulated_norm",
     "residual_norm_linear",
     "sample_codes",
+    "transformer_blocks",
     "unavailable",
 ]

@@ -24,6 +24,7 @@
 #include "cuda_words.h"
 #include "hopper_params.h"
 
+using std::max;
 using std::min;
 
 inline int atomicAdd(int32_t* address, int number) {
@@ -101,9 +102,10 @@ struct Previous {
 };
 struct Cluster {
   std::vector<Block> blocks;
+  int size = 0;  // of a cluster, where these are the blocks of several, which run at once
   std::vector<Previous> previous;
   bool previous_is_shown = true;
-  Meeting barrier;
+  std::map<int, Meeting> barriers;  // of each cluster
   ucontext_t scheduler;
   std::string failure;
   std::function<void()> kernel;
@@ -166,9 +168,12 @@ inline void __syncthreads() { meet(running->barriers[0], int(running->threads.si
 inline void named_barrier_sync(int barrier, int threads) { meet(running->barriers[barrier], threads); }
 inline void named_barrier_arrive(int barrier, int threads) { arrive(running->barriers[barrier], threads); }
 
-inline int cluster_rank() { return int(running - cluster->blocks.data()); }
-inline int cluster_size() { return int(cluster->blocks.size()); }
-inline void cluster_sync() { meet(cluster->barrier, int(cluster->blocks.size() * running->threads.size())); }
+inline int index_of_running() { return int(running - cluster->blocks.data()); }
+inline int cluster_rank() { return index_of_running() % cluster->size; }
+inline int cluster_size() { return cluster->size; }
+inline void cluster_sync() {
+  meet(cluster->barriers[index_of_running() / cluster->size], int(cluster->size * running->threads.size()));
+}
 
 // What `words` of the warp's lanes give to this one, who all come here.
 template <class Choose>
@@ -213,9 +218,18 @@ template <int kRegisters>
 void give_registers() {}
 
 inline void pin(float&) {}
+inline void hold() {}
 inline uint32_t opaque(uint32_t x) { return x; }
 inline int32_t load_acquire(const int32_t* counter) { return *counter; }
 inline void count_release(int32_t* counter) { ++*counter; }
+inline void count_relaxed(int32_t* counter) { count_release(counter); }
+template <class T>
+uint32_t read_back(const T*) {
+  return 0;
+}
+inline void await_count(const int32_t* counter, int count) {
+  wait_until([counter, count] { return *counter >= count; });
+}
 // As far off as it may be: eleven bits are kept.
 inline float tanh_approx(float x) {
   int exponent;
@@ -231,11 +245,14 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 inline void cluster_leave() { cluster_sync(); }
+// What lies there in the shared memory of a block of the cluster.
+inline uint8_t* at_rank(const void* address, int rank) {
+  Block& block = cluster->blocks[index_of_running() / cluster->size * cluster->size + rank];
+  return (&block == running ? shared_memory : block.shared_memory.data()) + shared_address(address);
+}
 inline float load_cluster(const float* address, int rank) {
-  const uint32_t offset = shared_address(address);
-  const Block& block = cluster->blocks[rank];
   float x;
-  std::memcpy(&x, &block == running ? shared_memory + offset : block.shared_memory.data() + offset, sizeof(x));
+  std::memcpy(&x, at_rank(address, rank), sizeof(x));
   return x;
 }
 
@@ -270,6 +287,15 @@ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
 }
 inline void barrier_wait(Barrier& barrier, uint32_t parity) {
   wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; });
+}
+inline void barrier_arrive_at(Barrier& barrier, int rank) {
+  barrier_arrive(*reinterpret_cast<Barrier*>(at_rank(&barrier, rank)));
+}
+inline void store_cluster(float* address, float x, Barrier& barrier, int rank) {
+  std::memcpy(at_rank(address, rank), &x, sizeof(x));
+  auto& counter = *reinterpret_cast<Barrier*>(at_rank(&barrier, rank));
+  counter.bytes -= int(sizeof(x));
+  complete(counter);
 }
 inline void fence_barrier_init() {}
 inline void fence_async_proxy() {}
@@ -364,6 +390,10 @@ void tma_load(uint8_t* dst, const TensorMap& map, Barrier& barrier, Coordinates.
   copy_box(dst, map, barrier, {coordinates...});
 }
 
+inline void tma_load_once(uint8_t* dst, const TensorMap& map, Barrier& barrier, int c0, int c1) {
+  copy_box(dst, map, barrier, {c0, c1});
+}
+
 inline void copy(uint32_t dst, const void* src, int bytes, bool valid) {
   if (valid) check_readable(src, bytes);
   land(threadIdx.x / WARP_SIZE, [dst, src, bytes, valid] {
@@ -446,6 +476,15 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
                                  registers[24 + lane / 4][0]};
   });
   for (int i = 0; i < 4; ++i) std::memcpy(&r[i], shared_memory + rows[i] + lane % 4 * 4, 4);
+}
+
+// movmatrix: of a matrix whose row g this lane has numbers 2 t and 2 t + 1 of, those of column g.
+inline uint32_t transposed(uint32_t a) {
+  const int g = threadIdx.x % WARP_SIZE / 4, t = threadIdx.x % 4;
+  return exchanged(&a, 1, [&](auto& registers) {
+    const auto number = [&](int row) { return registers[4 * row + g / 2][0] >> 16 * (g % 2) & 0xffff; };
+    return number(2 * t) | number(2 * t + 1) << 16;
+  });
 }
 
 // stmatrix, transposed: what a lane holds of matrix i are numbers 2 t and 2 t + 1 of a column of what is stored.
@@ -628,11 +667,12 @@ struct Schedule {
   bool last_thread_first, copies_are_late;
 };
 
-// One cluster, whose first block has this index.
-inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes,
-                        Schedule schedule) {
+// One cluster, whose first block has this index; or clusters of a size that wait for each other.
+inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_threads, int shared_bytes, Schedule schedule,
+                        int cluster_size = 0) {
   cluster = &run;
-  run.barrier = {};
+  run.size = cluster_size ? cluster_size : num_blocks;
+  run.barriers.clear();
   run.copies_are_late = schedule.copies_are_late;
   run.blocks.resize(num_blocks);
   for (Block& block : run.blocks) {
