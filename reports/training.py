@@ -18,8 +18,9 @@ from .results import TARGET_GPU, data_files
 from .style import FLOOR_LINE, look_of, rank_of, save
 
 KIND, VERSIONS = "training", (1, 2, 3)
-COLUMNS = ["gpu", "commit", "model", "attention", "resolution", "depth", "batch", "ms", "peak_gb", "mfu"]
-CELL = ["gpu", "commit", "model", "attention", "resolution", "depth", "batch", "dtype"]
+SIZE = ["resolution", "depth", "batch"]
+COLUMNS = ["gpu", "commit", "model", "attention", *SIZE, "ms", "peak_gb", "mfu"]
+CELL = ["gpu", "commit", "model", "attention", *SIZE, "dtype"]
 # The dense mask with plain operators and without a compiler.
 PUBLISHED = "published"
 MODELS = {"hmar": "HMAR stage 1", "var": "VAR"}
@@ -38,7 +39,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     sources = load(data)
     if not sources:
         return []
-    rows = pd.concat(sources.values(), ignore_index=True)
+    rows = pd.concat(sources.values()).sort_values(SIZE, kind="stable", ignore_index=True)
     written = [tables / "training.csv", tables / "training.md"]
     written[0].write_text(csv(rows))
     written[1].write_text(markdown(rows))
@@ -101,7 +102,7 @@ def markdown(rows: pd.DataFrame) -> str:
         "Forward + backward of model and loss, ms and peak GB (targets in brackets), what clipping and AdamW add, and "
         "MFU of model FLOPs. How it is measured: [bench/training.py](../../bench/training.py).",
     ]
-    for cell, of_cell in rows.groupby(["gpu", "commit", "resolution", "depth", "batch"], sort=False, dropna=False):
+    for cell, of_cell in rows.groupby(["gpu", "commit", *SIZE], sort=False, dropna=False):
         gpu, commit, resolution, depth, batch = cell
         parts.append(f"## {resolution} px, d{depth}, batch {batch}: {gpu}, commit {or_dash(commit)[:10]}")
         lines = []
@@ -134,7 +135,7 @@ def draw_steps(rows: pd.DataFrame) -> Figure:
     cells = list(dict.fromkeys(rows[["model", "resolution", "depth", "batch"]].itertuples(index=False, name=None)))
     names = sorted(rows["attention"].unique(), key=_attention_rank)
     width = 0.8 / len(names)
-    figure, panels = plt.subplots(2, 1, figsize=(max(6, 1.1 * len(cells) + 2), 7), sharex=True)
+    figure, panels = plt.subplots(2, 1, figsize=(max(6, 2 * len(names), 1.1 * len(cells) + 2), 7), sharex=True)
     for ax, column, label, index in zip(panels, ("ms", "peak_gb"), ("ms", "peak GB"), (0, 1), strict=True):
         for position, cell in enumerate(cells):
             same = rows[(rows[["model", "resolution", "depth", "batch"]] == list(cell)).all(axis=1)]

@@ -11,6 +11,7 @@ import hmar.model
 from bench.plain import OPERATORS
 from bench.results import partial_of
 from graph_tape import TapeRecorder
+from hmar.pyramid import Pyramid
 
 CPU = ("--device", "cpu", "--steps", "2")
 
@@ -137,6 +138,25 @@ def test_errors_of_one_case_do_not_end_the_run(tmp_path, monkeypatch):
     ]
 
 
+def test_a_cell_has_one_reference_and_its_failure_is_not_the_implementations(tmp_path, monkeypatch):
+    take, asked = training.Oracle, []
+
+    def oracle(case, device):
+        asked.append(case.model)
+        if case.model == "hmar":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried\nmore")
+        return take(case, device)
+
+    monkeypatch.setattr(training, "Oracle", oracle)
+    status, content = measure(tmp_path, "--attention", "reference,sdpa_dense")
+    reason = "the reference: OutOfMemoryError: CUDA out of memory. Tried"
+    assert status == 1 and sorted(asked) == ["hmar", "var"]
+    assert [(row["model"], row["status"], row["reason"], row["ms"] is None) for row in content["results"]] == [
+        ("hmar", "unchecked", reason, True),
+        ("var", "ok", None, False),
+    ] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -183,6 +203,47 @@ def test_parts_of_a_batch_give_the_whole(model, monkeypatch):
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, found[0][1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("limit", [0, 2, 3])
+def test_reference_attention_of_some_heads_at_a_time(limit, monkeypatch):
+    """Of five heads; results and gradients are those of all heads at once, and no logits are kept."""
+    mask = Pyramid((1, 2, 3)).block_causal()
+    length = mask.num_queries
+    generator = torch.Generator().manual_seed(0)
+    *inputs, do = (torch.randn(2, 5, length, 8, generator=generator, dtype=torch.float64) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in inputs)
+    expected = training.attention(q, k, v, mask, scale=0.3, impl="reference")
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), do)
+
+    heads, kept = [], []
+    take = training.attention
+    monkeypatch.setattr(
+        training, "attention", lambda q, *rest, **more: heads.append(q.shape[1]) or take(q, *rest, **more)
+    )
+    monkeypatch.setattr(training, "PART_LOGIT_BYTES", limit * 2 * 4 * length**2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        actual = training.reference_by_heads(q, k, v, mask, scale=0.3, logit_bound=1.0, impl="reference")
+    parts = {0: [1] * 5, 2: [2, 2, 1], 3: [3, 2]}[limit]
+    assert heads == parts and not any(shape[-1] == length for shape in kept)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, (q, k, v), do), expected_gradients)
+    assert sorted(heads) == sorted(2 * parts)  # each once more for its backward
+
+
+def test_a_reference_of_some_heads_at_a_time_is_the_same_reference(monkeypatch):
+    case = training.Case("var", 32, 2, 2, "bfloat16", "bfloat16", *("reference",) * 2, "false", "false", "none")
+    whole = training.Oracle(case, torch.device("cpu"))
+    monkeypatch.setattr(training, "PART_LOGIT_BYTES", 0)
+    calls = []
+    take = training.checkpoint
+    monkeypatch.setattr(training, "checkpoint", lambda *inputs, **how: calls.append(1) or take(*inputs, **how))
+    parts = training.Oracle(case, torch.device("cpu"))
+    assert len(calls) == 2 * 2 * 2 * 2  # precisions, blocks, heads, and again for the blocks' backward
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert parts.limits == pytest.approx(whole.limits, rel=0.02)
+    for name, gradient in parts.gradients.items():
+        torch.testing.assert_close(gradient, whole.gradients[name], rtol=1e-4, atol=1e-6)
 
 
 def test_errors_that_are_tolerated():

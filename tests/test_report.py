@@ -465,6 +465,31 @@ def test_bars_are_the_numbers(with_steps):
     plt.close(figure)
 
 
+def test_tables_of_training_steps_go_by_size_over_all_files(with_steps, tmp_path):
+    file = json.loads((with_steps / "training_test.json").read_text())
+    file["results"] = [step("hmar", "auto", "blocks", 180.0, resolution=size, depth=30) for size in (512, 256)]
+    (with_steps / "training_more.json").write_text(json.dumps(file))
+    training.build(with_steps, tmp_path, tmp_path)
+    headings = [line for line in (tmp_path / "training.md").read_text().splitlines() if line.startswith("##")]
+    sizes = ["256 px, d16", "256 px, d30", "512 px, d16", "512 px, d30"]
+    assert [heading[3:14] for heading in headings] == sizes
+    table = pd.read_csv(tmp_path / "training.csv")[["resolution", "depth"]]
+    assert [f"{pixels} px, d{depth}" for pixels, depth in table.drop_duplicates().to_numpy()] == sizes
+
+
+def test_the_legend_of_training_steps_fits_on_few_cells(tmp_path):
+    names = ("auto", "flex", "sdpa_dense", "triton")
+    rows = [step("hmar", name, "blocks", 90.0) for name in names]
+    rows.append(step("hmar", "sdpa_dense", "false", 99.0, operators="reference"))
+    file = {"kind": "training", "version": 1, "environment": {"gpu": "NVIDIA H100"}, "results": rows}
+    (tmp_path / "training_test.json").write_text(json.dumps(file))
+    figure = training.draw_steps(*training.load(tmp_path).values())
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    plt.close(figure)
+
+
 def test_training_data_of_another_version_is_refused(with_steps):
     file = with_steps / "training_test.json"
     file.write_text(file.read_text().replace('"version": 1', '"version": 9'))
