@@ -106,12 +106,14 @@ cudaError_t describe(TensorMap* map, const HopperShape& shape, const HopperTenso
 }
 
 // Slots of sums, or dq as they lie in it: [batch, head, Lq, D / 2] float32, in boxes of the 16 rows of a warp.
-cudaError_t describe_sums(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor, int batch_size, int num_heads) {
+cudaError_t describe_sums(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor, int batch_size,
+                          int num_heads) {
   if (num_heads == 0) return cudaSuccess;
-  const uint64_t sizes[] = {uint64_t(shape.head_dim / 2), uint64_t(shape.num_queries), uint64_t(num_heads), uint64_t(batch_size)};
-  const uint32_t box[] = {uint32_t(shape.head_dim / 2), kSumsBoxRows, 1, 1};
-  return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, tensor.data, sizes, strides_of(sizes, tensor.strides).data(),
-                           box, CU_TENSOR_MAP_SWIZZLE_NONE);
+  const uint32_t columns = shape.head_dim / 2;
+  const uint64_t sizes[] = {columns, uint64_t(shape.num_queries), uint64_t(num_heads), uint64_t(batch_size)};
+  const uint32_t box[] = {columns, kSumsBoxRows, 1, 1};
+  return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, tensor.data, sizes,
+                           strides_of(sizes, tensor.strides).data(), box, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 HopperWork work_of(const HopperShape& shape) {

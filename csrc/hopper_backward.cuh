@@ -8,9 +8,9 @@
 // memory in whatever order blocks come, so dq is not bit-equal from run to run (dk and dv are). Five products instead
 // of the two passes' seven.
 //
-// The sums are those of a few heads at a time, which stay in the L2 cache. Half of a head's are where its dq will be, the others
-// in one of num_slots slots, which heads take in turn. Warps that the fetching warp leaves idle work ahead and behind on chunks
-// of queries: they round a finished head's sums into dq, then make the slot ready for the head that takes it over: sums of
+// The sums are those of a few heads at a time, which stay in the L2 cache. Half of a head's are where its dq will be, the
+// others in one of num_slots slots, which heads take in turn. Warps that the fetching warp leaves idle work ahead and behind on
+// chunks of queries: they round a finished head's sums into dq, then make the slot ready for the head that takes it over: sums of
 // zero, and its statistics (lse, delta). At the beginning and at the end, where there is nothing to compute, all warps do.
 // `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk
 // that is not finished waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be

@@ -171,9 +171,9 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// Adds one box of float32 numbers in shared memory to a tensor [batch, head, row, column]; what lies outside is left out. Committed
-// in groups, for which the thread that started them waits: until the copy engine has read them, or until the sums are in global
-// memory.
+// Adds one box of float32 numbers in shared memory to a tensor [batch, head, row, column]; what lies outside is left out.
+// Committed in groups, for which the thread that started them waits: until the copy engine has read them, or until the sums
+// are in global memory.
 __device__ __forceinline__ void bulk_add(const TensorMap& map, const uint8_t* src, int column, int row, int head, int batch) {
   asm volatile(
       "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(
