@@ -2,6 +2,7 @@
 #include "hopper.h"
 
 #include <algorithm>
+#include <array>
 
 #include "hopper_backward.cuh"
 #include "hopper_backward_dkdv.cuh"
@@ -89,15 +90,30 @@ std::vector<HopperTile> tiles_of(const Instance<Params> (&instances)[kCount]) {
   return tiles;
 }
 
+// In bytes, of rows, heads and batches of 16-bit numbers.
+std::array<uint64_t, 3> strides_of(const uint64_t (&sizes)[4], const Strides& strides) {
+  const auto bytes = [](int64_t stride, uint64_t size) { return size > 1 ? uint64_t(2 * stride) : uint64_t{16}; };
+  return {bytes(strides.row, sizes[1]), bytes(strides.head, sizes[2]), bytes(strides.batch, sizes[3])};
+}
+
 // A tensor [batch, head, length, head_dim] that the copy engine reads in boxes of `box_rows` rows and 64 columns.
 cudaError_t describe(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor, int length, int box_rows) {
-  const auto bytes = [](int64_t stride, int size) { return size > 1 ? uint64_t(2 * stride) : uint64_t{16}; };
   const uint64_t sizes[] = {uint64_t(shape.head_dim), uint64_t(length), uint64_t(shape.num_heads),
                             uint64_t(shape.batch_size)};
-  const uint64_t strides[] = {bytes(tensor.strides.row, length), bytes(tensor.strides.head, shape.num_heads),
-                              bytes(tensor.strides.batch, shape.batch_size)};
   const uint32_t box[] = {kPanelColumns, uint32_t(box_rows), 1, 1};
-  return encode_tensor_map(map, shape.dtype, 4, tensor.data, sizes, strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
+  return encode_tensor_map(map, tensor_map_type(shape.dtype), 4, tensor.data, sizes,
+                           strides_of(sizes, tensor.strides).data(), box, CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+// Slots of sums, or dq as they lie in it: [batch, head, Lq, D / 2] float32, in boxes of the 16 rows of a warp.
+cudaError_t describe_sums(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor, int batch_size,
+                          int num_heads) {
+  if (num_heads == 0) return cudaSuccess;
+  const uint32_t columns = shape.head_dim / 2;
+  const uint64_t sizes[] = {columns, uint64_t(shape.num_queries), uint64_t(num_heads), uint64_t(batch_size)};
+  const uint32_t box[] = {columns, kSumsBoxRows, 1, 1};
+  return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, tensor.data, sizes,
+                           strides_of(sizes, tensor.strides).data(), box, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 HopperWork work_of(const HopperShape& shape) {
@@ -213,31 +229,39 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
 
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                    HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
-                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, float* dq_sums,
-                                   RowStatistics* statistics, int num_slots, cudaStream_t stream) {
+                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, HopperTensor slots,
+                                   HopperTensor last_slots, RowStatistics* statistics, int num_slots, int num_last_heads,
+                                   cudaStream_t stream) {
   const auto* instance = find(BACKWARD, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
   if (is_empty(shape)) return cudaSuccess;
-  if (num_slots < shape.tail_heads) return cudaErrorInvalidValue;
+  const int num_heads = shape.batch_size * shape.num_heads, num_first_slots = num_slots - num_last_heads;
+  if (num_slots < shape.tail_heads || num_first_slots < 0 || num_last_heads > num_heads) return cudaErrorInvalidValue;
   HopperBackwardParams params{};
   cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.q, shape, q, shape.num_queries, instance->tile.block_cols);
   if (error == cudaSuccess) error = describe(&params.d_out, shape, d_out, shape.num_queries, instance->tile.block_cols);
+  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_DQ], shape, dq, shape.batch_size, shape.num_heads);
+  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_SLOTS], shape, slots, 1, num_first_slots);
+  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_LAST_SLOTS], shape, last_slots, 1, num_last_heads);
   if (error != cudaSuccess) return error;
-  const int num_heads = shape.batch_size * shape.num_heads;
   params.out = out.data, params.out_strides = out.strides;
   params.d_out_rows = d_out.data, params.d_out_strides = d_out.strides;
   params.lse_log2 = lse_log2, params.d_lse_log2 = d_lse_log2;
   params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
   params.dk = const_cast<void*>(dk.data), params.dk_strides = dk.strides;
   params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;
-  params.dq_sums = dq_sums, params.statistics = statistics;
+  params.slots = const_cast<void*>(slots.data), params.slots_strides = slots.strides;
+  params.last_slots = const_cast<void*>(last_slots.data), params.last_slots_strides = last_slots.strides;
+  params.statistics = statistics;
   params.next_chunk = shape.next_item + 1, params.next_first_chunk = shape.next_item + 2;
   params.progress = reinterpret_cast<HeadProgress*>(shape.next_item + kNumQueues);
   params.num_slots = num_slots;
   params.num_chunks = (shape.num_queries + kChunkQueries - 1) / kChunkQueries;
   params.num_batch_heads = num_heads;
+  params.num_last_heads = num_last_heads;
+  params.first_slot = (num_slots - (num_heads - num_last_heads) % num_slots) % num_slots;
   params.work = work_of(shape);
   int num_blocks;
   error = count_blocks(instance->tile, params.work, &num_blocks);

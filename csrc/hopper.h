@@ -54,11 +54,14 @@ cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q,
 cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                HopperTensor d_out, const float* lse_log2, const float* delta, HopperTensor dk, HopperTensor dv,
                                cudaStream_t stream);
-// sums: room for num_slots heads, [num_slots, Lq, D], 16-byte aligned; statistics: [num_slots, Lq].
+// Of the last num_last_heads heads only dk and dv. dq's sums take dq itself and a slot for each head under way, as large as a
+// head's dq, 16-byte aligned: num_slots - num_last_heads of `slots`, and num_last_heads of `last_slots`. The former may be the
+// dk of the last heads, in their order, the latter their dq. statistics: [num_slots, Lq].
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                    HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
-                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, float* dq_sums,
-                                   RowStatistics* statistics, int num_slots, cudaStream_t stream);
+                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, HopperTensor slots,
+                                   HopperTensor last_slots, RowStatistics* statistics, int num_slots, int num_last_heads,
+                                   cudaStream_t stream);
 
 // Whether this build has code for the current device.
 cudaError_t load_hopper();

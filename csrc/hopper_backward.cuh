@@ -8,12 +8,16 @@
 // memory in whatever order blocks come, so dq is not bit-equal from run to run (dk and dv are). Five products instead
 // of the two passes' seven.
 //
-// The sums are those of a few heads at a time, which stay in the L2 cache: head h uses slot h % num_slots. Warps that the
-// fetching warp leaves idle work ahead and behind on chunks of queries: they round a finished head's sums into dq, then make
-// the slot ready for the head that takes it over: sums of zero, and its statistics (lse, delta). At the beginning and at the
-// end, where there is nothing to compute, all warps do. `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are
-// taken in order by whichever block runs: the first chunk that is not finished waits only for jobs of earlier heads, the first
-// job only for chunks of its own, so no block has to be resident beside another.
+// The sums are those of a few heads at a time, which stay in the L2 cache. Half of a head's are where its dq will be, the
+// others in one of num_slots slots, which heads take in turn. Warps that the fetching warp leaves idle work ahead and behind on
+// chunks of queries: they round a finished head's sums into dq, then make the slot ready for the head that takes it over: sums of
+// zero, and its statistics (lse, delta). At the beginning and at the end, where there is nothing to compute, all warps do.
+// `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk
+// that is not finished waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be
+// resident beside another.
+// Slots may be in gradients of the last num_last_heads heads, for which no dq is computed and nothing added: in their dq, which
+// the dq pass writes afterwards, and in their dk. With N heads that have sums, head N + i takes over slot i, and has its dk
+// there: no job writes anything before its head is ready, that is, before the sums that were in the slot are rounded.
 // (Jobs of the last tail_heads heads alternate, but these have slots of their own: tail_heads <= num_slots.)
 // Read next: hopper.cu.
 #pragma once
@@ -22,11 +26,16 @@
 
 namespace hmar {
 
+// Of half of a head's sums: an index in HopperBackwardParams::sums, head or slot, and batch.
+struct SumsPlace {
+  int32_t tensor, head, batch;
+};
+
 template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
 struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_> {
   using Numbers = BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_>;
   using Numbers::kGroups, Numbers::kStages, Numbers::kRowStages, Numbers::kPanels, Numbers::kBlockN;
-  using Numbers::kGroupPanelBytes, Numbers::kBlockPanelBytes;
+  using Numbers::kHeadDim, Numbers::kGroupPanelBytes, Numbers::kBlockPanelBytes;
   static_assert(kGroups == 2 && kBlockN == 64);
   // At head dim 64 a warpgroup of its own computes dq; at 128 each of the others computes 64 of its columns.
   static constexpr bool kDqGroup = kHeadDim_ == 64;
@@ -34,6 +43,8 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
   static constexpr int kRegistersOfCompute = kDqGroup ? 200 : 232, kRegistersOfDq = 72, kRegistersOfFetch = 40;
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
   static constexpr int kStagings = kDqGroup ? 1 : kGroups;
+  static constexpr int kHalfColumns = kHeadDim / 2;  // whose sums take as much memory as a row of dq
+  static constexpr int kHalves = kPanelColumns / kHalfColumns;  // that a product of 64 columns has
 
   struct Shared {
     alignas(1024) uint8_t k[kRowStages][kGroups][kPanels][kGroupPanelBytes];
@@ -43,6 +54,7 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
     alignas(1024) uint8_t ds[kExchanges][kGroups][kBlockPanelBytes];  // rows are queries, columns a group's keys
     alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];  // float32, on the way to the sums
     alignas(16) RowStatistics statistics[kStages][kBlockN];
+    SumsPlace sums[kRowStages][2];  // where the halves of a head's sums are
     Barrier rows_full[kRowStages], rows_done[kRowStages], rows_empty[kRowStages];
     Barrier full[kStages], empty[kStages];
     Barrier ds_full[kExchanges], ds_empty[kExchanges];
@@ -64,20 +76,44 @@ __device__ __forceinline__ void count_up(int32_t* counter) {
   if (threadIdx.x % 32 == 0) count_release(counter);
 }
 
-// Float32 sums: [slot][panel of 64 columns][Lq][64]. Eight columns of a row are a chunk, as a product's accumulator has
-// them, two in each of four lanes; chunk c lies where chunk c ^ (row % 8) would, so that neighbouring rows are in other
-// banks of shared memory.
-constexpr int kSumsRowBytes = kPanelColumns * 4;
-__device__ __forceinline__ int sums_chunk(int query, int chunk) { return chunk ^ (query & 7); }
+__device__ __forceinline__ bool has_sums(const HopperBackwardParams& params, int batch_head) {
+  return batch_head < params.num_batch_heads - params.num_last_heads;
+}
 
-template <class Tile>
-__device__ __forceinline__ float* sums_of(const HopperBackwardParams& params, int batch_head, int panel) {
-  const int64_t first = (batch_head % params.num_slots * Tile::kPanels + panel) * static_cast<int64_t>(params.work.num_queries);
-  return params.dq_sums + first * kPanelColumns;
+__device__ __forceinline__ int slot_of(const HopperBackwardParams& params, int batch_head) {
+  return (batch_head + params.first_slot) % params.num_slots;
 }
 
 __device__ __forceinline__ RowStatistics* statistics_of(const HopperBackwardParams& params, int batch_head) {
-  return params.statistics + static_cast<int64_t>(batch_head % params.num_slots) * params.work.num_queries;
+  return params.statistics + static_cast<int64_t>(slot_of(params, batch_head)) * params.work.num_queries;
+}
+
+// Float32 sums of half of the columns. Eight of a row are a chunk, as a product's accumulator has them, two in each of four
+// lanes; chunk c lies where chunk c ^ (row % chunks) would, so that neighbouring rows are in other banks of shared memory.
+template <class Tile>
+__device__ __forceinline__ int sums_chunk(int query, int chunk) {
+  return chunk ^ (query & (Tile::kHalfColumns / 8 - 1));
+}
+
+__device__ __forceinline__ SumsPlace sums_place(const HopperBackwardParams& params, int batch_head, int half) {
+  if (half == 0) return {IN_DQ, batch_head % params.work.num_heads, batch_head / params.work.num_heads};
+  const int slot = slot_of(params, batch_head), last_slot = slot - (params.num_slots - params.num_last_heads);
+  return last_slot < 0 ? SumsPlace{IN_SLOTS, slot, 0} : SumsPlace{IN_LAST_SLOTS, last_slot, 0};
+}
+
+// A row of half of a head's sums, and the bytes to the next one.
+struct SumsRow {
+  uint8_t* at;
+  int64_t stride;
+};
+
+__device__ __forceinline__ SumsRow sums_row(const HopperBackwardParams& params, int batch_head, int half, int query) {
+  const SumsPlace place = sums_place(params, batch_head, half);
+  const bool last = place.tensor == IN_LAST_SLOTS;
+  const Strides& strides = half == 0 ? params.dq_strides : last ? params.last_slots_strides : params.slots_strides;
+  void* tensor = half == 0 ? params.dq : last ? params.last_slots : params.slots;
+  const int64_t offset = place.batch * strides.batch + place.head * strides.head + query * strides.row;
+  return {static_cast<uint8_t*>(tensor) + 2 * offset, 2 * strides.row};
 }
 
 template <class Tile>
@@ -95,13 +131,18 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
     }
     const int batch_head = slot.head;
     const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
+    const int num_blocks = slot.job[NUM_BLOCKS];
+    if (lane < 2) shared.sums[rows.stage][lane] = sums_place(params, batch_head, lane);
+    __syncwarp();
+    const auto wait_until_ready = [&] { wait_for_count(&params.progress[batch_head].ready, params.num_chunks); };
+    if (num_blocks == 0) wait_until_ready();  // the zeros of dk, which may be a slot
     if (lane == 0) load_keys<Tile>(params, shared, rows.stage, head, batch);
     const RowStatistics* statistics = statistics_of(params, batch_head);
-    for (int block = 0; block < slot.job[NUM_BLOCKS]; ++block, ring.advance()) {
+    for (int block = 0; block < num_blocks; ++block, ring.advance()) {
       const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
       barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
       if (block == 0) {
-        wait_for_count(&params.progress[batch_head].ready, params.num_chunks);
+        wait_until_ready();
         fence_async_proxy_global();
       }
       if (lane == 0) {
@@ -152,56 +193,62 @@ __device__ __forceinline__ HeadChunk head_chunk(const HopperBackwardParams& para
   return {number / params.num_chunks, number % params.num_chunks * kChunkQueries};
 }
 
-constexpr int kLanesOfSums = kSumsRowBytes / 16;
+// Lanes that read or write a row of half of the columns, 16 bytes each, and rows that a warp has at a time.
+template <class Tile>
+constexpr int kLanesOfSums = Tile::kHalfColumns / 4;
+template <class Tile>
+constexpr int kRowsOfSums = 32 / kLanesOfSums<Tile>;
 static_assert(kChunkQueries == 32, "a lane each");
 
-// Rounds the sums of a chunk's queries into dq.
+// Rounds the sums of a chunk's queries into dq. Those of the first half, which lie there, before anything else is written.
 template <class Tile>
 __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk) {
-  constexpr int kRowsOfStep = 32 / kLanesOfSums;
   static_assert(kChunkQueries % 8 == 0);
-  const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums;
+  const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums<Tile>;
   const int num_rows = chunk.num_rows(params.work);
   const float scale = params.work.scale;
 #pragma unroll 1
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const float4* from = reinterpret_cast<const float4*>(sums_of<Tile>(params, chunk.batch_head, panel)) +
-                         (static_cast<int64_t>(chunk.query_begin) * kLanesOfSums + lane);
+  for (int half = 0; half < 2; ++half) {
+    const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
+    const uint8_t* from = sums.at + lane % kLanesOfSums<Tile> * 16;
     uint16_t* to = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, chunk.query_begin + first_row) +
-                   panel * kPanelColumns;
+                   half * Tile::kHalfColumns;
 #pragma unroll 1
-    for (int row = first_row; row < num_rows; row += kRowsOfStep) {
-      const float4 sum = __ldcg(from);
-      const int column = (4 * lane ^ 8 * row) % kPanelColumns;  // sums_chunk, and a half of it
-      *reinterpret_cast<uint2*>(to + column) =
-          uint2{pack<Tile::kType>(sum.x * scale, sum.y * scale), pack<Tile::kType>(sum.z * scale, sum.w * scale)};
-      from += 32;
-      to += kRowsOfStep * params.dq_strides.row;
+    for (int step = 0; step < num_rows; step += kRowsOfSums<Tile>) {
+      const int row = step + first_row;
+      const bool valid = row < num_rows;
+      const float4 sum = valid ? __ldcg(reinterpret_cast<const float4*>(from)) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+      const int column = (4 * lane ^ 8 * row) % Tile::kHalfColumns;  // sums_chunk, and a half of it
+      __syncwarp();
+      if (valid) {
+        *reinterpret_cast<uint2*>(to + column) =
+            uint2{pack<Tile::kType>(sum.x * scale, sum.y * scale), pack<Tile::kType>(sum.z * scale, sum.w * scale)};
+      }
+      from += kRowsOfSums<Tile> * sums.stride;
+      to += kRowsOfSums<Tile> * params.dq_strides.row;
     }
   }
 }
 
-// Zero sums and the statistics of a chunk's queries. delta of eight queries is the diagonal of a product of out and do, to which
-// four lanes bring each row as it lies in memory: the order in which columns are summed is free. The upper rows of the
-// operand are the row's next columns, of which the product with their own is the diagonal of the lower half: `odd`.
+// Zero sums, where there are any, and the statistics of a chunk's queries. delta of eight queries is the diagonal of a product
+// of out and do, to which four lanes bring each row as it lies in memory: the order in which columns are summed is free. The
+// upper rows of the operand are the row's next columns, of which the product with their own is the diagonal of the lower
+// half: `odd`.
 // (The warps that serve heads share the issue slots of those that compute, and have few registers: no more instructions
 // than needed, and offsets of 32 bits.)
 template <class Tile>
 __device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk) {
   constexpr int kLanesOfRow = 4, kRowsOfStep = 32 / kLanesOfRow, kLaneBytes = 16, kStepBytes = kLanesOfRow * kLaneBytes;
   const int lane = threadIdx.x % 32, index = lane % kLanesOfRow, num_rows = chunk.num_rows(params.work);
-#pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    float4* sums = reinterpret_cast<float4*>(sums_of<Tile>(params, chunk.batch_head, panel)) +
-                   (static_cast<int64_t>(chunk.query_begin) * kLanesOfSums + lane);
-    constexpr int kSteps = kChunkQueries * kLanesOfSums / 32;
-    const float4 zero{0.0f, 0.0f, 0.0f, 0.0f};
-    if (num_rows == kChunkQueries) {
-#pragma unroll
-      for (int i = 0; i < kSteps; ++i) __stcg(sums + 32 * i, zero);
-    } else {
 #pragma unroll 1
-      for (int i = 0; lane + i < num_rows * kLanesOfSums; i += 32) __stcg(sums + i, zero);
+  for (int half = 0; half < (has_sums(params, chunk.batch_head) ? 2 : 0); ++half) {
+    const int first_row = lane / kLanesOfSums<Tile>;
+    const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
+    uint8_t* at = sums.at + lane % kLanesOfSums<Tile> * 16;
+#pragma unroll 4
+    for (int row = first_row; row < num_rows; row += kRowsOfSums<Tile>) {
+      __stcg(reinterpret_cast<float4*>(at), float4{0.0f, 0.0f, 0.0f, 0.0f});
+      at += kRowsOfSums<Tile> * sums.stride;
     }
   }
   const auto* out = reinterpret_cast<const uint8_t*>(
@@ -263,14 +310,13 @@ __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) 
     HeadChunk chunk = head_chunk(params, number);
     chunk.batch_head += params.num_first_heads;
     const int last = chunk.batch_head - params.num_slots;  // the head that had the slot before
-    if (last >= params.num_batch_heads) return;
-    if (last >= 0) {
-      wait_for_count(&params.progress[last].ready, params.num_chunks);  // of jobs without blocks nobody else asks
+    const bool needed = chunk.batch_head < params.num_batch_heads;
+    if (!needed && !has_sums(params, last)) return;
+    if (last >= 0 && has_sums(params, last)) {
       wait_for_count(&params.progress[last].done, params.work.num_jobs);
       round_sums<Tile>(params, {last, chunk.query_begin});
       __syncwarp();
     }
-    const bool needed = chunk.batch_head < params.num_batch_heads;
     if (needed) prepare<Tile>(params, chunk);
     const int next = take();
     if (needed) count_ready(params, chunk.batch_head);
@@ -296,29 +342,43 @@ __device__ __forceinline__ void issue_dq(float (&dq)[kPanelColumns / 2], const t
 }
 
 // Adds dq of 64 queries and 64 columns to the sums in two steps, through `staging`, which the copy engine reads until the
-// next call. Every warp sends its own 16 rows through its own part.
+// next call. Every warp sends its own 16 rows through its own part, one half of a head's columns after the other.
+constexpr int kWarpStagingBytes = kSumsBoxRows * kPanelColumns * 4;
+
+template <class Tile>
 __device__ __forceinline__ void stage_sums(const float (&dq)[kPanelColumns / 2], uint8_t* staging, int first_query) {
-  const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
+  constexpr int kChunks = Tile::kHalfColumns / 8;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x % kGroupThreads / 32;
   if (lane == 0) bulk_wait_read();
   __syncwarp();
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = first_row + lane / 4 + 8 * half;
-    const uint32_t at = shared_address(staging + row * kSumsRowBytes) + sums_chunk(first_query + row, 0) * 32 + lane % 4 * 8;
+  for (int i = 0; i < 2; ++i) {
+    const int row = lane / 4 + 8 * i;
+    const uint32_t at = shared_address(staging + warp * kWarpStagingBytes + row * Tile::kHalfColumns * 4) +
+                        sums_chunk<Tile>(first_query + row, 0) * 32 + lane % 4 * 8;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) store_shared(at ^ (n * 32), dq[4 * n + 2 * half], dq[4 * n + 2 * half + 1]);
+    for (int n = 0; n < 8; ++n) {
+      store_shared((at ^ (n % kChunks * 32)) + n / kChunks * (kWarpStagingBytes / Tile::kHalves), dq[4 * n + 2 * i],
+                   dq[4 * n + 2 * i + 1]);
+    }
   }
 }
 
-// The second step, for which dq is no longer needed. `sums`: of the first query's columns; the first num_rows queries exist.
-__device__ __forceinline__ void send_sums(uint8_t* staging, float* sums, int num_rows) {
-  const int lane = threadIdx.x % 32, first_row = threadIdx.x % kGroupThreads / 32 * 16;
+// The second step, for which dq is no longer needed. `places`: of the halves.
+template <class Tile>
+__device__ __forceinline__ void send_sums(const HopperBackwardParams& params, const uint8_t* staging, const SumsPlace* places,
+                                          int first_query) {
+  const int warp = threadIdx.x % kGroupThreads / 32, query = first_query + warp * kSumsBoxRows;
   fence_async_proxy();
   __syncwarp();
-  if (lane == 0) {
-    const int rows = min(num_rows - first_row, 16);
-    if (rows > 0) {
-      bulk_add(sums + first_row * kPanelColumns, staging + first_row * kSumsRowBytes, rows * kSumsRowBytes);
+  if (threadIdx.x % 32 == 0) {
+    if (query < params.work.num_queries) {
+#pragma unroll
+      for (int half = 0; half < Tile::kHalves; ++half) {
+        const SumsPlace place = places[half];
+        bulk_add(params.sums[place.tensor], staging + warp * kWarpStagingBytes + half * (kWarpStagingBytes / Tile::kHalves), 0,
+                 query, place.head, place.batch);
+      }
     }
     bulk_commit();
   }
@@ -335,17 +395,19 @@ __device__ __forceinline__ void compute_dq_sums(const HopperBackwardParams& para
     const auto& slot = shared.slot[rows.stage];
     if (slot.head < 0) return;
     const int column_begin = slot.job[COLUMN_BEGIN], num_blocks = slot.job[NUM_BLOCKS];
-    float* sums = sums_of<Tile>(params, slot.head, 0) + static_cast<int64_t>(column_begin) * kPanelColumns;
-    const int num_rows = params.work.num_queries - column_begin;
+    const bool adds = has_sums(params, slot.head);
     for (int block = 0; block < num_blocks; ++block, exchange.advance()) {
       barrier_wait(shared.ds_full[exchange.stage], exchange.parity);
+      if (!adds) {
+        release(shared.ds_empty[exchange.stage]);
+        continue;
+      }
       fence_async_proxy();  // of what the others wrote: nearer to their loop it would cost more
       issue_dq<Tile>(dq, shared, exchange.stage, rows.stage, 0);
       wgmma_wait<0>();
       release(shared.ds_empty[exchange.stage]);
-      const int query = block * Tile::kBlockN;
-      stage_sums(dq, shared.dq[0], column_begin);
-      send_sums(shared.dq[0], sums + query * kPanelColumns, num_rows - query);
+      stage_sums<Tile>(dq, shared.dq[0], column_begin);
+      send_sums<Tile>(params, shared.dq[0], shared.sums[rows.stage], column_begin + block * Tile::kBlockN);
     }
     if (threadIdx.x % 32 == 0) bulk_wait();
     release(shared.rows_done[rows.stage]);
@@ -358,12 +420,12 @@ struct BackwardRows : DkdvRows<Tile> {
   float s[DkdvRows<Tile>::kLogits];
 };
 
-template <class Tile>
+template <class Tile, bool kSums>
 struct BackwardLoop {
   static constexpr int kLogits = BackwardRows<Tile>::kLogits, kSteps = BackwardRows<Tile>::kSteps, kHeadDim = Tile::kHeadDim;
   static constexpr DType kType = Tile::kType;
 
-  const HopperWork& work;
+  const HopperBackwardParams& params;
   typename Tile::Shared& shared;
   const GroupJob& job;
   const int group, row_stage;
@@ -385,7 +447,7 @@ struct BackwardLoop {
   // Columns are queries, rows this group's keys: those beyond its own must not count in dq.
   __device__ __forceinline__ void mask(float (&s)[kLogits], int block) const {
     const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + threadIdx.x % 32 / 4;
-    if (job.masked(block)) mask_keys(s, work, job.column_begin + block * Tile::kBlockN, job.row_begin + first_row);
+    if (job.masked(block)) mask_keys(s, params.work, job.column_begin + block * Tile::kBlockN, job.row_begin + first_row);
     if (job.num_rows < kGroupRows) {
 #pragma unroll
       for (int i = 0; i < kLogits; ++i) {
@@ -399,6 +461,7 @@ struct BackwardLoop {
   // ds, and where the dq product finds it once it is shared.
   __device__ __forceinline__ void differentiate(BackwardRows<Tile>& rows) {
     rows.differentiate(rows.s, statistics());
+    if (!kSums) return;
     barrier_wait(shared.ds_empty[exchange.stage], exchange.parity ^ 1);
     const int lane = threadIdx.x % 32, chunk = threadIdx.x % kGroupThreads / 32 * 2 + lane / 8 % 2;
     const int first_query = lane / 16 * 8 + lane % 8;
@@ -409,16 +472,16 @@ struct BackwardLoop {
     }
   }
   __device__ __forceinline__ void share_ds() {
+    if (!kSums) return;
     if (!Tile::kDqGroup) fence_async_proxy();
     release(shared.ds_full[exchange.stage]);
     exchange.advance();
   }
   __device__ __forceinline__ void stage_dq(const float (&dq)[kPanelColumns / 2]) const {
-    stage_sums(dq, shared.dq[group], job.column_begin);
+    stage_sums<Tile>(dq, shared.dq[group], job.column_begin);
   }
-  __device__ __forceinline__ void send_dq(float* sums, int block) const {
-    const int query = block * Tile::kBlockN;
-    send_sums(shared.dq[group], sums + query * kPanelColumns, work.num_queries - job.column_begin - query);
+  __device__ __forceinline__ void send_dq(int block) const {
+    send_sums<Tile>(params, shared.dq[group], &shared.sums[row_stage][group], job.column_begin + block * Tile::kBlockN);
   }
 
   // In the order they are issued: s(0), dp(0), then for each block b: dv(b), s(b + 1), dk(b), dp(b + 1).
@@ -499,7 +562,7 @@ struct BackwardLoop {
   // The same with dq(b - 1) after dk(b), for which registers suffice only while there is no dp, then s(b + 1) and dp(b + 1). One
   // block late, so that the warpgroups need not keep pace. The first one is a product of whatever lies there and is not
   // added: leaving it out takes registers that there are not.
-  __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows, float* sums) {
+  __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows) {
     float dq[kPanelColumns / 2];
     const auto issue_s = [&] { issue_with_keys(rows.s, 0, kQ + ring.stage * kTileChunks); };
     const auto issue_dp = [&] { issue_with_keys(rows.dp, kV, kDOut + ring.stage * kTileChunks); };
@@ -520,39 +583,73 @@ struct BackwardLoop {
       differentiate(rows);
       issue_with_block(rows.dk, rows.ds, kQ + stage * kTileChunks);
       share_ds();
-      if (block > 0) barrier_wait(shared.ds_full[last.stage], last.parity);
-      issue_dq(dq, last.stage);
+      if (kSums && block > 0) barrier_wait(shared.ds_full[last.stage], last.parity);
+      if (kSums) issue_dq(dq, last.stage);
       ring.advance();
       if (block + 1 < job.num_blocks) barrier_wait(shared.full[ring.stage], ring.parity);
       wgmma_wait<0>();
       if (block + 1 == job.num_blocks) {
         release(shared.empty[stage]);
+        if (!kSums) return;
         if (block > 0) {
           release(shared.ds_empty[last.stage]);
           stage_dq(dq);
-          send_dq(sums, block - 1);
+          send_dq(block - 1);
         }
         barrier_wait(shared.ds_full[here.stage], here.parity);
         issue_dq(dq, here.stage);
         wgmma_wait<0>();
         release(shared.ds_empty[here.stage]);
         stage_dq(dq);
-        send_dq(sums, block);
+        send_dq(block);
         return;
       }
       issue_s();  // before anything else: nothing is under way
       release(shared.empty[stage]);
-      if (block > 0) {
+      if (kSums && block > 0) {
         release(shared.ds_empty[last.stage]);
         stage_dq(dq);
       }
       last = here;
       issue_dp();
-      if (block > 0) send_dq(sums, block - 1);
+      if (kSums && block > 0) send_dq(block - 1);
       wgmma_wait<1>();  // s(block + 1)
     }
   }
 };
+
+// A job whose slot is written. kSums: ds goes on to dq, or to the warpgroup that computes it.
+template <class Tile, bool kSums>
+__device__ __forceinline__ void compute_job(const HopperBackwardParams& params, typename Tile::Shared& shared, int batch_head,
+                                            int group, int row_stage, RingPosition<Tile::kStages>& ring,
+                                            RingPosition<Tile::kExchanges>& exchange) {
+  const GroupJob job(shared.slot[row_stage], group);
+  BackwardRows<Tile> rows;
+  set_zero(rows.dk), set_zero(rows.dv);
+  if (job.num_blocks > 0) {
+    BackwardLoop<Tile, kSums> loop{params, shared, job, group, row_stage, ring, exchange,
+                                   params.work.scale * kLog2E, shared_address(&shared) >> 4};
+    if constexpr (Tile::kDqGroup) {
+      loop.run(rows);
+    } else {
+      loop.run_with_dq(rows);
+    }
+  }
+
+  uint8_t* staging = shared.v[row_stage][group][0];
+  const float dk_factor[2] = {params.work.scale, params.work.scale}, dv_factor[2] = {1.0f, 1.0f};
+  group_sync(group);
+  store_rows<Tile::kType>(rows.dv, dv_factor, staging, Tile::kGroupPanelBytes,
+                          rows_of(params.dv, params.dv_strides, params.work, batch_head, job.row_begin),
+                          params.dv_strides.row, job.num_rows);
+  __syncwarp();
+  store_rows<Tile::kType>(rows.dk, dk_factor, staging, Tile::kGroupPanelBytes,
+                          rows_of(params.dk, params.dk_strides, params.work, batch_head, job.row_begin),
+                          params.dk_strides.row, job.num_rows);
+  fence_async_proxy();
+  if (!Tile::kDqGroup && threadIdx.x % 32 == 0) bulk_wait();
+  release(shared.rows_done[row_stage]);
+}
 
 template <class Tile>
 __device__ __forceinline__ void compute_backward(const HopperBackwardParams& params, typename Tile::Shared& shared) {
@@ -563,36 +660,13 @@ __device__ __forceinline__ void compute_backward(const HopperBackwardParams& par
   if (group + 1 == Tile::kGroups) turn_pass<Tile::kGroups>(group);
   for (;; row_ring.advance()) {
     barrier_wait(shared.rows_full[row_ring.stage], row_ring.parity);
-    const auto& slot = shared.slot[row_ring.stage];
-    const int batch_head = uniform(slot.head);
+    const int batch_head = uniform(shared.slot[row_ring.stage].head);
     if (batch_head < 0) return;
-    const GroupJob job(slot, group);
-    BackwardRows<Tile> rows;
-    set_zero(rows.dk), set_zero(rows.dv);
-    if (job.num_blocks > 0) {
-      BackwardLoop<Tile> loop{params.work, shared, job, group, row_ring.stage, ring, exchange,
-                              params.work.scale * kLog2E, shared_address(&shared) >> 4};
-      if constexpr (Tile::kDqGroup) {
-        loop.run(rows);
-      } else {
-        loop.run_with_dq(rows, sums_of<Tile>(params, batch_head, group) +
-                                   static_cast<int64_t>(job.column_begin) * kPanelColumns);
-      }
+    if (Tile::kDqGroup || has_sums(params, batch_head)) {
+      compute_job<Tile, true>(params, shared, batch_head, group, row_ring.stage, ring, exchange);
+    } else if constexpr (!Tile::kDqGroup) {
+      compute_job<Tile, false>(params, shared, batch_head, group, row_ring.stage, ring, exchange);
     }
-
-    uint8_t* staging = shared.v[row_ring.stage][group][0];
-    const float dk_factor[2] = {params.work.scale, params.work.scale}, dv_factor[2] = {1.0f, 1.0f};
-    group_sync(group);
-    store_rows<Tile::kType>(rows.dv, dv_factor, staging, Tile::kGroupPanelBytes,
-                            rows_of(params.dv, params.dv_strides, params.work, batch_head, job.row_begin),
-                            params.dv_strides.row, job.num_rows);
-    __syncwarp();
-    store_rows<Tile::kType>(rows.dk, dk_factor, staging, Tile::kGroupPanelBytes,
-                            rows_of(params.dk, params.dk_strides, params.work, batch_head, job.row_begin),
-                            params.dk_strides.row, job.num_rows);
-    fence_async_proxy();
-    if (!Tile::kDqGroup && threadIdx.x % 32 == 0) bulk_wait();
-    release(shared.rows_done[row_ring.stage]);
   }
 }
 

@@ -35,7 +35,7 @@ const Instance KERNELS[] = {
 };
 
 cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeometry& geometry) {
-  return encode_tensor_map(map, dtype, geometry.rank, data, geometry.sizes, geometry.strides, geometry.box,
+  return encode_tensor_map(map, tensor_map_type(dtype), geometry.rank, data, geometry.sizes, geometry.strides, geometry.box,
                            CU_TENSOR_MAP_SWIZZLE_64B);
 }
 

@@ -209,12 +209,15 @@ __device__ __forceinline__ float tanh_approx(float x) {
   return y;
 }
 
-// Adds `bytes` bytes of float32 numbers in shared memory to global memory, both at multiples of 16. Committed in groups, for
-// which the thread that started them waits: until the copy engine has read them, or until the sums are in global memory.
-__device__ __forceinline__ void bulk_add(float* dst, const uint8_t* src, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n" ::"l"(dst),
-               "r"(shared_address(src)), "r"(bytes)
-               : "memory");
+// Adds one box of float32 numbers in shared memory to a tensor [batch, head, row, column]; what lies outside is left out.
+// Committed in groups, for which the thread that started them waits: until the copy engine has read them, or until the sums
+// are in global memory.
+__device__ __forceinline__ void bulk_add(const TensorMap& map, const uint8_t* src, int column, int row, int head, int batch) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(
+          reinterpret_cast<uint64_t>(&map)),
+      "r"(shared_address(src)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
 }
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
 __device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }

@@ -289,7 +289,7 @@ def test_explain_names_the_choice_and_what_speaks_against_the_others():
     ("name", "resolution", "passes"),
     [
         ("hopper", 512, ["forward", "dq", "dk and dv"]),
-        ("hopper", 1024, ["forward", "dq, dk and dv"]),
+        ("hopper", 1024, ["forward", "dq of some heads", "dq, dk and dv"]),
         ("triton", 512, ["forward", "dq", "dk and dv"]),
     ],
 )
@@ -311,7 +311,7 @@ def test_explained_passes_are_those_that_run():
     q = torch.empty(1, 1, mask.num_queries, 64, dtype=torch.bfloat16)
     names = [line.split(":")[0] for line in explain_module._tiles("hopper", q, mask, False, True)]
     assert names == ["forward", "dq", "dk and dv"]
-    line = explain_module._tiles("hopper", q, mask, False, False)[1]
+    line = explain_module._tiles("hopper", q, mask, False, False)[-1]
     full, masked = map(int, re.search(r"(\d+) blocks of 64 columns without a mask and (\d+) with", line).groups())
     jobs = key_jobs(mask, 2, 64, "cpu").jobs
     assert line.startswith("dq, dk and dv") and full + masked == 2 * int(jobs[:, 1].sum())
@@ -341,6 +341,17 @@ def test_slots_of_the_backward_in_one_pass():
     assert all(more > fewer for more, fewer in pairwise(by_jobs))
     assert hopper.num_slots(16, 100_000, 66) < hopper.num_slots(16, 100_000, 132)
     assert hopper.num_slots(74, 512, 132) * 74 > 132, "not even a job for every SM"
+
+
+def test_heads_in_whose_gradients_others_have_their_sums():
+    """Where they are few among all, of one image, and as long as what they hold; with room for every slot."""
+    for slots in (1, 2, 5, 6, 21):
+        last = hopper.num_last_heads(slots, 4, 96, 700, 700)
+        assert slots / 2 <= last < slots / 2 + 1
+    assert hopper.num_last_heads(6, 4, 12, 9451, 9451) == 3, "1024 px, head dim 128"
+    assert hopper.num_last_heads(6, 1, 24, 700, 700) == 0, "an eighth of the heads"
+    assert hopper.num_last_heads(6, 96, 2, 700, 700) == 0, "two images"
+    assert hopper.num_last_heads(6, 4, 96, 701, 700) == 0, "fewer keys"
 
 
 def test_heads_whose_jobs_alternate():

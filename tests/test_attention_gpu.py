@@ -257,6 +257,7 @@ def test_launches_one_after_the_other_and_side_by_side(head_dim):
 # --- the backward in one pass ---------------------------------------------------------------------------------------
 
 # NOTE: poisoned_memory turns deterministic algorithms on, so that deterministic=False has to be said.
+SHARES = [hopper.LEAST_SHARE, 0]  # sums in memory of their own, and in gradients even of few heads
 ONE_PASS_MASKS = {**MASKS, "block_causal_512": pyramid_mask("block_causal", 512)}
 
 
@@ -269,8 +270,8 @@ def one_pass(monkeypatch):
     backward = hopper.backward
 
     def in_one_pass(*arguments):
-        *_, dq_jobs, _, _, _ = arguments
-        assert dq_jobs is None, "a backward in two passes"
+        *_, (_, _, tile), _ = arguments
+        assert tile >= 0, "a backward in two passes"
         return backward(*arguments)
 
     monkeypatch.setattr(hopper, "backward", in_one_pass)
@@ -326,9 +327,11 @@ def test_one_pass_with_packed_qkv(one_pass, pattern, head_dim, poisoned_memory):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", ["block_causal", "random_intervals", "blind_queries", "block_causal_512"])
 @pytest.mark.parametrize("slots", [1, 2, 5])
-def test_one_pass_with_few_slots(one_pass, slots, name, head_dim, poisoned_memory, monkeypatch):
+@pytest.mark.parametrize("least_share", SHARES)
+def test_one_pass_with_few_slots(one_pass, least_share, slots, name, head_dim, poisoned_memory, monkeypatch):
     """Fewer than the six heads: slots are taken over, and the last ones of a launch are not full."""
     mask, asked = ONE_PASS_MASKS[name], []
+    monkeypatch.setattr(hopper, "LEAST_SHARE", least_share)
     monkeypatch.setattr(hopper, "num_slots", lambda *numbers: asked.append(numbers) or slots)
     inputs = draw_inputs(mask, 2, 3, head_dim, torch.bfloat16, "cuda")
     skip_unless_available("hopper", inputs, mask)
@@ -338,8 +341,10 @@ def test_one_pass_with_few_slots(one_pass, slots, name, head_dim, poisoned_memor
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("slots", [2, 6])
-def test_one_pass_many_times(one_pass, slots, head_dim, poisoned_memory, monkeypatch):
+@pytest.mark.parametrize("least_share", SHARES)
+def test_one_pass_many_times(one_pass, least_share, slots, head_dim, poisoned_memory, monkeypatch):
     """All but dq is bit-equal every time, and dq is right every time."""
+    monkeypatch.setattr(hopper, "LEAST_SHARE", least_share)
     monkeypatch.setattr(hopper, "num_slots", lambda *numbers: slots)
     mask = pyramid_mask("block_causal", 512)
     inputs = draw_inputs(mask, 2, 3, head_dim, torch.bfloat16, "cuda")
@@ -376,8 +381,10 @@ def test_one_pass_on_two_streams_at_once(one_pass, resolution, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, head_dim):
+@pytest.mark.parametrize("least_share", SHARES)
+def test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, least_share, head_dim, monkeypatch):
     torch._dynamo.reset()
+    monkeypatch.setattr(hopper, "LEAST_SHARE", least_share)
     mask = pyramid_mask("block_causal", 256)
     inputs = draw_inputs(mask, 2, 3, head_dim, torch.bfloat16, "cuda")
     skip_unless_available("hopper", inputs, mask)
@@ -405,6 +412,34 @@ def test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, head_dim):
         graph.replay()
         torch.cuda.synchronize()
         assert_within_limits(captured, expected, eager, mask)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
+def test_one_pass_takes_no_memory_of_its_own(pattern, head_dim):
+    """Forward and backward: at most out, gradients, lse and delta. Every head's gradients are those of two passes."""
+    mask = pyramid_mask(pattern, 1024)
+    inputs = q, k, v, do, _ = draw_inputs(mask, 2, 24, head_dim, torch.bfloat16, "cuda")
+    skip_unless_available("hopper", inputs, mask)
+    assert hopper.select_tiles(head_dim, mask).backward is not None
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+
+    def gradients(deterministic):
+        out = attention(q, k, v, mask, impl="hopper", deterministic=deterministic)
+        return torch.autograd.grad(out, (q, k, v), do)
+
+    def requested_bytes(when):
+        torch.cuda.synchronize()
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
+
+    expected = gradients(True)
+    gradients(False)  # compiles, and brings the plan to the device
+    held = requested_bytes("current")
+    torch.cuda.reset_peak_memory_stats()
+    actual = gradients(False)
+    assert requested_bytes("peak") - held <= 4 * q.nbytes + 2 * 4 * q[..., 0].numel()
+    for x, y in zip(actual, expected, strict=True):
+        assert ((x - y).float().norm(dim=(2, 3)) <= 0.01 * y.float().norm(dim=(2, 3))).all()
 
 
 def test_one_pass_op_passes_opcheck(one_pass):

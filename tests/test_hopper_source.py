@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -58,7 +59,7 @@ class Driver:
     """hopper_launch.CudaDriver, whose functions are names of kernels."""
 
     def __init__(self, library, last_thread_first):
-        self.library, self.last_thread_first = library, last_thread_first
+        self.library, self.last_thread_first, self.side_by_side = library, last_thread_first, False
 
     def num_sms(self, device):
         return NUM_SMS
@@ -73,11 +74,15 @@ class Driver:
             *((ctypes.c_uint64 * (rank - 1))(*strides), (ctypes.c_uint32 * rank)(*box)),
         )
 
+    def describe_float32(self, tensor_map, data, sizes, strides, box):
+        self.describe(tensor_map, None, data, sizes, strides, box)
+
     def set_zero(self, address, num_bytes, stream):
         ctypes.memset(address, 0, num_bytes)
 
     def launch(self, function, blocks, threads, shared_bytes, stream, params):
-        failure = self.library.run_on_cpu(function, ctypes.c_void_p(params), blocks, self.last_thread_first)
+        schedule = self.last_thread_first, self.side_by_side
+        failure = self.library.run_on_cpu(function, ctypes.c_void_p(params), blocks, *schedule)
         assert failure is None, failure.decode()
 
 
@@ -95,10 +100,9 @@ class Kernels(hopper_launch.HopperKernels):
 def on_cpu(library, monkeypatch, request):
     """hopper.forward and hopper.backward on CPU tensors, in either order of threads."""
     stream = SimpleNamespace(cuda_stream=0)
-    properties = SimpleNamespace(multi_processor_count=NUM_SMS)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(multi_processor_count=NUM_SMS))
     monkeypatch.setattr(hopper, "_kernels", Kernels(library, request.param))
     monkeypatch.setattr(hopper, "_queues", {})
     return monkeypatch
@@ -111,13 +115,12 @@ def forward(mask, tile, q, k, v, scale, logit_bound=math.inf):
 
 
 def backward(mask, tiles, q, k, v, out, lse, d_out, d_lse, scale):
-    """tiles: of dq and dkdv, or of backward."""
+    """tiles: of dq, and of dkdv or backward."""
     make = {"dq": query_jobs, "dkdv": key_jobs, "backward": key_jobs}
     jobs = [make[kind](mask, tile[1], tile[2], "cpu").jobs for kind, tile in tiles.items()]
-    numbers = [TABLE[kind].index(tile) for kind, tile in tiles.items()]
+    numbers = [TABLE[kind].index(tiles[kind]) if kind in tiles else -1 for kind in hopper.PASSES[1:]]
     # What the kernels are given is of log2 units.
     lse, d_lse = torch.where(lse == -math.inf, math.inf, lse * LOG2E).contiguous(), d_lse / LOG2E
-    jobs = [None, *jobs] if len(jobs) == 1 else jobs
     return hopper.backward(d_out, d_lse, q, k, v, out, lse, *mask.intervals("cpu"), *jobs, numbers, scale)
 
 
@@ -132,14 +135,15 @@ def ids(tile):
     return "-".join(map(str, tile)) if isinstance(tile, tuple) else None
 
 
-def draw(mask, head_dim, dtype):
-    q, k, v, d_out, d_lse = draw_inputs(mask, 1, 2, head_dim, dtype, "cpu", packed=mask.num_queries == mask.num_keys)
+def draw(mask, head_dim, dtype, batch=1, heads=2):
+    packed = mask.num_queries == mask.num_keys
+    q, k, v, d_out, d_lse = draw_inputs(mask, batch, heads, head_dim, dtype, "cpu", packed=packed)
     return q, k, v, d_out, d_lse * (mask.key_end > mask.key_start)
 
 
-def check(mask, dtype, head_dim, outputs, tiles):
-    """outputs: of the forward, or None for those of the reference. tiles: of a backward."""
-    inputs = q, k, v, d_out, d_lse = draw(mask, head_dim, dtype)
+def check(mask, dtype, head_dim, outputs, tiles, *sizes):
+    """outputs: of the forward, or None for those of the reference. tiles: of a backward. sizes: images, heads."""
+    inputs = q, k, v, d_out, d_lse = draw(mask, head_dim, dtype, *sizes)
     expected, eager = oracles(inputs, mask, SCALE)
     out, lse = expected[0].to(dtype), expected[1].float()
     if outputs is not None:
@@ -169,9 +173,40 @@ def test_two_passes(tiles, name, dtype, on_cpu):
     check(MASKS[name], DTYPES[dtype], tiles["dq"][0], None, tiles)
 
 
+def one_pass(tile):
+    (dq,) = (dq for dq in TABLE["dq"] if dq[0] == tile[0])
+    return {"dq": dq, "backward": tile}
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("tile", TABLE["backward"], ids=ids)
 def test_one_pass(tile, name, slots, on_cpu):
     on_cpu.setattr(hopper, "num_slots", lambda *_: slots)
-    check(MASKS[name], torch.bfloat16, tile[0], None, {"backward": tile})
+    check(MASKS[name], torch.bfloat16, tile[0], None, one_pass(tile))
+
+
+SUMS_MASKS = {name: MASKS[name] for name in ("causal pyramid", "random_intervals")}
+SUMS_MASKS["keys that nobody sees"] = SpanMask.from_intervals([0] * 290, [40] * 290, num_keys=300)
+
+
+@pytest.mark.parametrize("num_sms", [2, 8], ids=["block after block", "side by side"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "slots"),
+    [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 4, 3), (2, 3, 6), (1, 9, 4)],
+)
+@pytest.mark.parametrize("name", SUMS_MASKS)
+@pytest.mark.parametrize("tile", TABLE["backward"], ids=ids)
+def test_sums_in_gradients(tile, name, batch, heads, slots, num_sms, on_cpu, poisoned_memory):
+    """Of the last heads, written later. Slots for fewer heads than there are, for all, for more than have sums."""
+    on_cpu.setattr(hopper, "LEAST_SHARE", 0)
+    on_cpu.setattr(hopper, "num_slots", lambda *_: slots)
+    on_cpu.setattr(sys.modules[__name__], "NUM_SMS", num_sms)
+    on_cpu.setattr(hopper._kernels._cuda, "side_by_side", num_sms == 8)
+    mask, made, empty = SUMS_MASKS[name], [], torch.empty
+    on_cpu.setattr(torch, "empty", lambda *shape, **options: made.append(empty(*shape, **options)) or made[-1])
+    check(mask, torch.bfloat16, tile[0], None, one_pass(tile), batch, heads)
+    assert hopper.num_last_heads(slots, batch, heads, mask.num_queries, mask.num_keys) == -(-slots // 2)
+    (storage,) = (x for x in made if x.dtype == torch.float32)
+    of_heads = 8 * batch * heads
+    assert 4 * storage.numel() <= 8 * slots * mask.num_queries + of_heads + 48  # statistics and counters

@@ -342,7 +342,7 @@ class FakeDriver:
     release = 13000
 
     def __init__(self):
-        self.maps, self.loads, self.calls = {}, [], []
+        self.maps, self.float32_maps, self.loads, self.calls = {}, {}, [], []
 
     def num_sms(self, device):
         return 5
@@ -358,6 +358,12 @@ class FakeDriver:
         assert tensor_map % 64 == 0
         ctypes.c_uint64.from_address(tensor_map).value = data
         self.maps[data] = (bfloat16, tuple(sizes), tuple(strides), tuple(box))
+
+    def describe_float32(self, tensor_map, data, sizes, strides, box):
+        assert tensor_map % 64 == 0
+        number = len(self.float32_maps) + 1
+        ctypes.c_uint64.from_address(tensor_map).value = number
+        self.float32_maps[number] = data, tuple(sizes), tuple(strides), tuple(box)
 
     def set_zero(self, address, num_bytes, stream):
         self.calls.append(("zero", address, num_bytes, stream))
@@ -455,7 +461,7 @@ def test_launches_of_forward_and_backward(kernels, batch, heads, dtype, capfd):
 
     driver.maps.clear()
     d_out, d_lse_log2 = torch.zeros_like(out), torch.zeros_like(lse_log2)
-    rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
+    rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"], -1], 0.5)
     dq, dk, dv = hopper.backward(d_out, d_lse_log2, q, k, v, out, lse_log2, *rest)
     launch_dq, launch_dkdv = driver.calls
     params, later = launch_dq[-1], launch_dkdv[-1]
@@ -489,7 +495,7 @@ def test_captured_launches_have_counters_of_their_own(kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     driver.calls = []
     hopper.forward(q, k, v, starts, ends, plans["forward"].jobs, numbers["forward"], 0.5)
-    rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"]], 0.5)
+    rest = (starts, ends, plans["dq"].jobs, plans["dkdv"].jobs, [numbers["dq"], numbers["dkdv"], -1], 0.5)
     hopper.backward(torch.zeros_like(out), None, q, k, v, out, lse_log2, *rest)
     assert [call[0] for call in driver.calls] == ["zero", "forward", "zero", "dq", "zero", "dkdv"]
     for zero, (*_, params) in zip(driver.calls[::2], driver.calls[1::2], strict=True):
@@ -499,13 +505,16 @@ def test_captured_launches_have_counters_of_their_own(kernels, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=DTYPES)
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
-@pytest.mark.parametrize(("batch", "heads", "slots"), [(2, 3, 2), (2, 3, 6), (1, 1, 1)])
-def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_dim, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("batch", "heads", "slots", "last"),
+    [(2, 3, 2, 0), (2, 3, 6, 0), (1, 1, 1, 0), (2, 3, 2, 1), (2, 4, 5, 3), (1, 1, 1, 1)],
+)
+def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, last, head_dim, dtype, monkeypatch):
     mask, length, driver = SpanMask.block_causal([40, 100, 200]), 340, kernels._cuda
     tile = hopper.TILES[head_dim, hopper.LONG].backward
     tiles = replace(hopper.select_tiles(head_dim, mask), backward=tile)
     plan = hopper.make_plans(mask, tiles, "cpu")["backward"]
-    number = hopper.tile_numbers(head_dim, tiles)["backward"]
+    numbers, dq_jobs = hopper.tile_numbers(head_dim, tiles), hopper.make_plans(mask, tiles, "cpu")["dq"].jobs
     starts, ends = mask.intervals("cpu")
     q, k, v = torch.zeros(batch, length, 3, heads, head_dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     out = torch.zeros(batch, length, heads, head_dim, dtype=dtype).transpose(1, 2)
@@ -514,11 +523,14 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_d
     asked, made, empty = [], [], torch.empty
     monkeypatch.setattr(hopper, "num_slots", lambda *numbers: asked.append(numbers) or slots)
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: made.append(empty(*shape, **options)) or made[-1])
-    arguments = q, k, v, out, lse_log2, starts, ends, None, plan.jobs, [number], 0.5
+    sizes_of_last = []
+    monkeypatch.setattr(hopper, "num_last_heads", lambda *numbers: sizes_of_last.append(numbers) or last)
+    arguments = q, k, v, out, lse_log2, starts, ends, dq_jobs, plan.jobs, [numbers["dq"], -1, numbers["backward"]], 0.5
     dq, dk, dv = hopper.backward(d_out, d_lse_log2, *arguments)
     assert asked == [(plan.num_jobs, batch * heads, driver.num_sms(0))]
+    assert sizes_of_last == [(slots, batch, heads, length, length)]
 
-    zero, (kind, blocks, threads, shared_bytes, stream, params) = driver.calls
+    zero, (kind, blocks, threads, shared_bytes, stream, params), *dq_launches = driver.calls
     work, items = params.work, plan.num_jobs * batch * heads
     assert (kind, threads, shared_bytes, stream) == ("backward", 384, 99328, 42)
     assert blocks == min(items, 5 * tile.blocks_per_sm)
@@ -540,26 +552,56 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, head_d
     first_items = min(driver.num_sms(0) * tile.blocks_per_sm, items)
     assert params.num_first_heads == min(slots, len({item // plan.num_jobs for item in range(first_items)}))
 
-    # Counters of items and of chunks, and two a head, all zeroed; then the sums, then the statistics.
+    # Counters of items and of chunks, and two a head, all zeroed; the statistics; slots that are in no gradient.
     num_zeroed = 4 * (hopper_launch.NUM_QUEUES + 2 * batch * heads)
     assert zero == ("zero", work.next_item, num_zeroed, 42)
     queues = params.next_chunk, params.next_first_chunk, params.progress
     assert queues == (work.next_item + 4, work.next_item + 8, work.next_item + 16)
-    assert params.dq_sums % 16 == 0 and params.statistics % 8 == 0
+    assert params.slots % 16 == 0 and params.statistics % 8 == 0
     (storage,) = (x for x in made if x.dtype == torch.float32)
-    parts = [
-        (work.next_item, num_zeroed),
-        (params.dq_sums, 4 * slots * length * head_dim),
-        (params.statistics, 8 * slots * length),
-    ]
+    parts = [(work.next_item, num_zeroed), (params.statistics, 8 * slots * length)]
+    if last == 0:
+        parts.append((params.slots, 2 * slots * length * head_dim))
+        slots_tensor = torch.zeros(1, slots, length, head_dim, dtype=dtype)
+    else:
+        slots_tensor = dk[-1:, heads - last :]
+        assert (params.slots, params.last_slots) == (slots_tensor.data_ptr(), dq[-1:, heads - last :].data_ptr())
+        assert storage.nbytes <= num_zeroed + 8 * slots * length + 24
     end = storage.data_ptr()
     for begin, num_bytes in parts:
         assert begin >= end
         end = begin + num_bytes
     assert end <= storage.data_ptr() + 4 * storage.numel()
 
+    # Sums: dq itself, slots and the last slots as float32, in boxes of a warp's rows and half of the columns.
+    assert (params.num_last_heads, params.first_slot) == (last, (last - batch * heads) % slots)
+    sums = [
+        (params.dq, dq, (batch, heads)),
+        (params.slots, slots_tensor, (1, slots - last)),
+        (params.last_slots, dq, (1, last)),
+    ]
+    assert len(sums) == len(params.sums)
+    for tensor_map, (address, x, (batches, of_batch)) in zip(params.sums, sums, strict=True):
+        sizes = (head_dim // 2, length, of_batch, batches)
+        strides = [2 * x.stride(dim) if n > 1 else 16 for dim, n in zip((2, 1, 0), sizes[1:], strict=True)]
+        found = driver.float32_maps.get(tensor_map.opaque[0])
+        assert found == ((address, sizes, tuple(strides), (head_dim // 2, 16, 1, 1)) if of_batch > 0 else None)
+
+    # The pass for dq of the last heads, which writes delta where the statistics were.
+    assert len(dq_launches) == (last > 0)
+    for kind, _, _, _, _, of_last in dq_launches:
+        assert (kind, of_last.work.num_items) == ("dq", len(dq_jobs) * last)
+        assert of_last.delta == params.statistics and 4 * last * length <= 8 * slots * length
+        assert of_last.dq == params.last_slots
+        first_row = (batch * heads - last) * length
+        assert of_last.lse_log2 == lse_log2.data_ptr() + 4 * first_row
+        assert of_last.d_lse_log2 == d_lse_log2.data_ptr() + 4 * first_row
+        for name, x in (("q", q), ("k", k), ("v", v), ("out", out), ("d_out", d_out)):
+            assert getattr(of_last, name).opaque[0] == x[-1:, heads - last :].data_ptr()
+
     hopper.backward(d_out, None, *arguments)
-    assert driver.calls[-1][-1].d_lse_log2 is None and len(driver.loads) == 1
+    assert all(call[-1].d_lse_log2 is None for call in driver.calls[-1 - (last > 0) :] if call[0] != "zero")
+    assert len(driver.loads) == 1 + (last > 0)
 
 
 def test_nothing_is_launched_for_an_empty_batch(kernels):
@@ -569,7 +611,7 @@ def test_nothing_is_launched_for_an_empty_batch(kernels):
     plans, numbers = hopper.make_plans(mask, tiles, "cpu"), hopper.tile_numbers(64, tiles)
     intervals = mask.intervals("cpu")
     out, lse = hopper.forward(q, q, q, *intervals, plans["forward"].jobs, numbers["forward"], 1.0)
-    rest = None, plans["backward"].jobs, [numbers["backward"]], 1.0
+    rest = plans["dq"].jobs, plans["backward"].jobs, [numbers["dq"], -1, numbers["backward"]], 1.0
     hopper.backward(out, lse, q, q, q, out, lse, *intervals, *rest)
     assert not kernels._cuda.calls and not kernels._cuda.loads
 
@@ -581,8 +623,9 @@ def test_gradient_of_the_output_that_starts_between_sixteen_bytes_is_copied(kern
     tiles = replace(tiles, backward=hopper.TILES[64, hopper.LONG].backward) if one_pass else tiles
     q = torch.zeros(1, 2, 70, 64, dtype=torch.bfloat16)
     d_out, lse = torch.zeros(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape), torch.zeros(1, 2, 70)
-    plans, numbers = hopper.make_plans(mask, tiles, "cpu"), list(hopper.tile_numbers(64, tiles).values())[1:]
-    jobs = (None, plans["backward"].jobs) if one_pass else (plans["dq"].jobs, plans["dkdv"].jobs)
+    plans, numbers = hopper.make_plans(mask, tiles, "cpu"), hopper.tile_numbers(64, tiles)
+    numbers = [numbers.get(name, -1) for name in hopper.PASSES[1:]]
+    jobs = plans["dq"].jobs, plans["backward" if one_pass else "dkdv"].jobs
     assert d_out.is_contiguous() and d_out.data_ptr() % 16
     hopper.backward(d_out, None, q, q, q, q, lse, *mask.intervals("cpu"), *jobs, numbers, 1.0)
     assert kernels._cuda.maps and all(address % 16 == 0 for address in kernels._cuda.maps)

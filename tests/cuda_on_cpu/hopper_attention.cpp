@@ -52,15 +52,17 @@ extern "C" void describe(uint64_t* tensor_map, const void* data, int rank, const
   *tensor_map = reinterpret_cast<uint64_t>(&maps.back());
 }
 
-// Null, or what went wrong.
-extern "C" const char* run_on_cpu(const char* name, const void* params, int num_blocks, bool last_thread_first) {
+// Null, or what went wrong. Blocks run one after the other, or side by side.
+extern "C" const char* run_on_cpu(const char* name, const void* params, int num_blocks, bool last_thread_first,
+                                  bool side_by_side) {
   static Cluster cluster;
   const Kernel& kernel = *find(name);
   cluster.failure = kernel.shared_bytes > SHARED_BYTES ? "more shared memory than there is" : "";
   cluster.kernel = [&] { kernel.run(params); };
   gridDim.x = unsigned(num_blocks);
-  for (int block = 0; block < num_blocks && cluster.failure.empty(); ++block) {
-    run_cluster(cluster, block, 1, kernel.num_threads, int(kernel.shared_bytes), {last_thread_first, last_thread_first});
+  const int at_once = side_by_side ? num_blocks : 1;
+  for (int block = 0; block < num_blocks && cluster.failure.empty(); block += at_once) {
+    run_cluster(cluster, block, at_once, kernel.num_threads, int(kernel.shared_bytes), {last_thread_first, last_thread_first});
   }
   maps.clear();
   return cluster.failure.empty() ? nullptr : cluster.failure.c_str();

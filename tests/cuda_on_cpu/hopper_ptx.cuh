@@ -408,7 +408,19 @@ inline void cp_async_16(uint32_t dst, const void* src, bool valid) {
 inline void cp_async_8(uint32_t dst, const void* src, bool valid) { copy(dst, src, 8, valid); }
 inline void cp_async_4(uint32_t dst, const void* src, bool valid) { copy(dst, src, 4, valid); }
 
-inline void bulk_add(float* dst, const uint8_t* src, int bytes) { this_thread().additions.push_back({dst, src, bytes}); }
+inline void bulk_add(const TensorMap& map, const uint8_t* src, int column, int row, int head, int batch) {
+  const MapContent& content = *reinterpret_cast<const MapContent*>(map.opaque[0]);
+  if (shared_address(src) % 128) fail("a box that is not aligned in shared memory");
+  const int bytes = 4 * int(content.box[0]);
+  if (column != 0 || content.box[0] != content.sizes[0]) fail("a box of other than whole rows");
+  if (head < 0 || head >= int(content.sizes[2]) || batch < 0 || batch >= int(content.sizes[3])) fail("a head that there is not");
+  for (int i = 0; i < int(content.box[1]); ++i) {
+    if (row + i < 0 || row + i >= int(content.sizes[1])) continue;
+    const uint64_t offset = (row + i) * content.strides[0] + head * content.strides[1] + batch * content.strides[2];
+    auto* to = reinterpret_cast<float*>(const_cast<uint8_t*>(content.data) + offset);
+    this_thread().additions.push_back({to, src + i * bytes, bytes});
+  }
+}
 inline void bulk_commit() {}
 inline void bulk_wait_read() {
   for (const Addition& addition : this_thread().additions) {

@@ -196,13 +196,14 @@ def _plan_arguments(
 @torch.compiler.assume_constant_result
 def _job_arguments(
     mask: SpanMask, device: torch.device, head_dim: int, bounded: bool, deterministic: bool
-) -> tuple[list[torch.Tensor | None], list[int]]:
-    """The plan in the form of the Hopper kernels' ops. Without dq_jobs the backward is in one pass."""
+) -> tuple[list[torch.Tensor], list[int]]:
+    """The plan in the form of the Hopper kernels' ops. The integers are the kernels of `hopper.PASSES`, -1 for none."""
     tiles = hopper.select_tiles(head_dim, mask, bounded, deterministic)
     jobs = {name: plan.jobs for name, plan in hopper.make_plans(mask, tiles, device).items()}
     key_jobs = jobs["dkdv"] if tiles.backward is None else jobs["backward"]
-    tensors = [*mask.intervals(device), jobs["forward"], jobs.get("dq"), key_jobs]
-    return tensors, list(hopper.tile_numbers(head_dim, tiles).values())
+    tensors = [*mask.intervals(device), jobs["forward"], jobs["dq"], key_jobs]
+    numbers = hopper.tile_numbers(head_dim, tiles)
+    return tensors, [numbers.get(name, -1) for name in hopper.PASSES]
 
 
 def _unpack_plan(key_start, key_end, forward_tiles, dq_tiles, dkdv_tiles, tiles: list[int]) -> triton.AttentionPlan:
@@ -308,7 +309,7 @@ def _attention_hopper(
     key_start: torch.Tensor,
     key_end: torch.Tensor,
     forward_jobs: torch.Tensor,
-    dq_jobs: torch.Tensor | None,
+    dq_jobs: torch.Tensor,
     key_jobs: torch.Tensor,
     tiles: list[int],
     scale: float,
@@ -334,7 +335,7 @@ def _attention_hopper_backward(
     lse: torch.Tensor,
     key_start: torch.Tensor,
     key_end: torch.Tensor,
-    dq_jobs: torch.Tensor | None,
+    dq_jobs: torch.Tensor,
     key_jobs: torch.Tensor,
     tiles: list[int],
     scale: float,

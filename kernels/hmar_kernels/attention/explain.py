@@ -39,7 +39,10 @@ def explain(
 def _tiles(impl: str, q: torch.Tensor, mask: SpanMask, bounded: bool, deterministic: bool) -> list[str]:
     if impl == "hopper":
         tiles = hopper.select_tiles(q.shape[-1], mask, bounded, deterministic)
-        plans, names = hopper.make_plans(mask, tiles, "cpu"), {"dkdv": "dk and dv", "backward": "dq, dk and dv"}
+        plans = hopper.make_plans(mask, tiles, "cpu")
+        names = {"dkdv": "dk and dv", "backward": "dq, dk and dv"}
+        if tiles.backward is not None:
+            names["dq"] = "dq of some heads"
         return [
             _line(
                 *(names.get(name, name), f"{tile.groups} x {GROUP_ROWS}", tile.cols, plan.num_jobs),

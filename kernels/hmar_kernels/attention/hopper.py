@@ -2,7 +2,9 @@
 
 Backward comes in two ways. In two passes: dq with the statistics of every query, then dk and dv; every result is
 written by one warpgroup, so all are bit-equal from run to run. In one pass, where queries see many keys: five products
-instead of seven, but dq is summed in any order. Jobs come from plan.py; csrc/hopper_forward.cuh tells how it works.
+instead of seven, but dq is summed in any order. The sums lie in gradients that are not written yet; dq of the last
+heads, after which there are none, comes from the first of the two passes. Jobs come from plan.py;
+csrc/hopper_forward.cuh tells how it works.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ class Tile(NamedTuple):
 class Tiles:
     """Kernels of the passes; `bounded` is the forward where logits have a bound.
 
-    backward: the one that computes dq, dk and dv in one pass; None where the two passes are taken.
+    backward: the one that computes dq, dk and dv in one pass; None where the two passes are taken. dq then is for the
+    last heads.
     """
 
     forward: Tile
@@ -54,8 +57,11 @@ class Tiles:
     @property
     def passes(self) -> dict[str, Tile]:
         """What runs, by the names of `table`."""
-        chosen = ("forward", "dq", "dkdv") if self.backward is None else ("forward", "backward")
-        return {name: getattr(self, name) for name in chosen}
+        left_out = "backward" if self.backward is None else "dkdv"
+        return {name: getattr(self, name) for name in PASSES if name != left_out}
+
+
+PASSES = ("forward", "dq", "dkdv", "backward")
 
 
 SHORT, MEDIUM, LONG = "short", "medium", "long"
@@ -140,6 +146,21 @@ def num_slots(num_jobs: int, num_heads: int, num_sms: int) -> int:
     is rounded and one that is made ready. Fewer cost time, more only memory (reports/data/hopper_one_pass_h100.json).
     """
     return min(num_heads, HEADS_AHEAD + math.ceil(JOBS_AHEAD * num_sms / num_jobs))
+
+
+LEAST_SHARE = 16
+
+
+def num_last_heads(num_slots: int, batch_size: int, num_heads: int, num_queries: int, num_keys: int) -> int:
+    """How many heads, the last ones, have the sums of the one-pass backward in their dq and dk, half of num_slots each.
+
+    The other half of a head's sums are where its dq will be. dq of the last heads takes a pass of its own, so that they
+    shall be few among all batch_size * num_heads. Zero where they are not, where the last image has not so many, or
+    where there are fewer keys than queries: then slots have memory of their own.
+    """
+    num_last = math.ceil(num_slots / 2)
+    enough = LEAST_SHARE * num_last <= batch_size * num_heads and num_last <= num_heads and num_queries <= num_keys
+    return num_last if enough else 0
 
 
 def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
@@ -228,7 +249,7 @@ def backward(
     lse_log2: torch.Tensor,
     key_start: torch.Tensor,
     key_end: torch.Tensor,
-    dq_jobs: torch.Tensor | None,
+    dq_jobs: torch.Tensor,
     key_jobs: torch.Tensor,
     tiles: list[int],
     scale: float,
@@ -236,8 +257,8 @@ def backward(
     """Gradients dq, dk, dv of `forward`, from d_out [B, H, Lq, D] and, unless None, d_lse_log2 [B, H, Lq].
 
     Each has the shape and dtype of its tensor and memory order [B, L, H, D]. Arguments are as in `forward`; key_jobs
-    come from `plan.key_jobs`, dq_jobs from `plan.query_jobs`, or are None for the backward in one pass. tiles: numbers
-    of the kernels for dq and for dk/dv, or of the one for all.
+    come from `plan.key_jobs`, dq_jobs from `plan.query_jobs`. tiles: numbers of the kernels for dq, for dk and dv, and
+    for all in one pass; of the latter two that which does not run is -1.
     """
     dq, dk, dv = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
     if k.shape[2] == 0:
@@ -248,49 +269,71 @@ def backward(
         d_out = d_out.clone(memory_format=torch.contiguous_format)
     if d_lse_log2 is not None:
         d_lse_log2 = d_lse_log2.contiguous()
-    shape = _shape(q, k, key_start, key_end, scale)
-    q_view, k_view, v_view, out_view, d_out_view = (_view(x) for x in (q, k, v, out, d_out))
-    lse_addresses = lse_log2.data_ptr(), 0 if d_lse_log2 is None else d_lse_log2.data_ptr()
-    where = (q.device.index, torch.cuda.current_stream(q.device).cuda_stream)
-    if dq_jobs is None:
-        b, h, num_queries, d = q.shape
-        slots = num_slots(len(key_jobs), b * h, torch.cuda.get_device_properties(q.device).multi_processor_count)
-        num_counters = math.ceil((NUM_QUEUES + 2 * b * h) / 4) * 4
-        num_sums = slots * num_queries * d
-        storage = torch.empty(num_counters + num_sums + 2 * slots * num_queries, dtype=torch.float32, device=q.device)
-        sums = storage.data_ptr() + 4 * num_counters
-        _kernels.hopper_backward(
-            tiles[0],
-            shape,
-            _plan("backward", tiles[0], key_jobs, q, storage, True, slots, ONE_PASS_TAIL_JOBS),
-            *(q_view, k_view, v_view, out_view, d_out_view),
-            *lse_addresses,
-            *(_view(x) for x in (dq, dk, dv)),
-            *(sums, sums + 4 * num_sums, slots),
-            *where,
+    intervals, (dq_tile, dkdv_tile, tile) = (key_start, key_end), tiles
+    if tile < 0:
+        delta, queue = torch.empty_like(lse_log2), _queue(q)
+        _dq_pass(dq_tile, dq_jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta)
+        _kernels.hopper_dkdv(
+            dkdv_tile,
+            _shape(q, k, *intervals, scale),
+            _plan("dkdv", dkdv_tile, key_jobs, q, *queue),
+            *(_view(x) for x in (q, k, v, d_out)),
+            *(lse_log2.data_ptr(), delta.data_ptr()),
+            *(_view(dk), _view(dv)),
+            *_where(q),
         )
         return dq, dk, dv
-    delta, queue = torch.empty_like(lse_log2), _queue(q)
-    _kernels.hopper_dq(
-        tiles[0],
-        shape,
-        _plan("dq", tiles[0], dq_jobs, q, *queue),
-        *(q_view, k_view, v_view, out_view, d_out_view),
-        *lse_addresses,
-        _view(dq),
-        delta.data_ptr(),
-        *where,
+
+    b, h, num_queries, d = q.shape
+    slots = num_slots(len(key_jobs), b * h, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    last = num_last_heads(slots, b, h, num_queries, k.shape[2])
+    # Counters, statistics, and slots that are not in gradients.
+    num_counters = math.ceil((NUM_QUEUES + 2 * b * h) / 4) * 4
+    num_statistics = math.ceil(slots * num_queries / 2) * 4
+    num_sums = 0 if last else slots * num_queries * d // 2
+    storage = torch.empty(num_counters + num_statistics + num_sums, dtype=torch.float32, device=q.device)
+    _, statistics, sums = storage.split([num_counters, num_statistics, num_sums])
+    of_last = slice(b - 1, b), slice(h - last, h)
+    own_slots = sums.data_ptr(), (0, num_queries * d, d)
+    _kernels.hopper_backward(
+        tile,
+        _shape(q, k, *intervals, scale),
+        _plan("backward", tile, key_jobs, q, storage, True, slots, ONE_PASS_TAIL_JOBS),
+        *(_view(x) for x in (q, k, v, out, d_out)),
+        *_lse_addresses(lse_log2, d_lse_log2),
+        *(_view(x) for x in (dq, dk, dv)),
+        *(_view(dk[of_last]) if last else own_slots, _view(dq[of_last])),
+        *(statistics.data_ptr(), slots, last),
+        *_where(q),
     )
-    _kernels.hopper_dkdv(
-        tiles[1],
-        shape,
-        _plan("dkdv", tiles[1], key_jobs, q, *queue),
-        *(q_view, k_view, v_view, d_out_view),
-        *(lse_log2.data_ptr(), delta.data_ptr()),
-        *(_view(dk), _view(dv)),
-        *where,
-    )
+    if last:
+        of_heads = (None if x is None else x[of_last] for x in (d_out, d_lse_log2))
+        q, k, v, out, lse_log2, dq_of_last = (x[of_last] for x in (q, k, v, out, lse_log2, dq))
+        _dq_pass(
+            dq_tile, dq_jobs, _queue(q), *of_heads, q, k, v, out, lse_log2, intervals, scale, dq_of_last, statistics
+        )
     return dq, dk, dv
+
+
+def _dq_pass(tile, jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta) -> None:
+    """delta: room for that of all queries. queue: of `_queue`."""
+    _kernels.hopper_dq(
+        tile,
+        _shape(q, k, *intervals, scale),
+        _plan("dq", tile, jobs, q, *queue),
+        *(_view(x) for x in (q, k, v, out, d_out)),
+        *_lse_addresses(lse_log2, d_lse_log2),
+        *(_view(dq), delta.data_ptr()),
+        *_where(q),
+    )
+
+
+def _lse_addresses(lse_log2: torch.Tensor, d_lse_log2: torch.Tensor | None) -> tuple[int, int]:
+    return lse_log2.data_ptr(), 0 if d_lse_log2 is None else d_lse_log2.data_ptr()
+
+
+def _where(q: torch.Tensor) -> tuple[int, int]:
+    return q.device.index, torch.cuda.current_stream(q.device).cuda_stream
 
 
 def _shape(q, k, key_start, key_end, scale) -> tuple:

@@ -74,11 +74,15 @@ class HopperDkdvParams(Structure):
 class HopperBackwardParams(Structure):
     _fields_ = (
         *((name, TensorMap) for name in ("q", "k", "v", "d_out")),
+        ("sums", TensorMap * 3),
         *(("out", c_void_p), ("d_out_rows", c_void_p), ("out_strides", Strides), ("d_out_strides", Strides)),
         *((name, c_void_p) for name in ("lse_log2", "d_lse_log2", "dq", "dk", "dv")),
         *((name, Strides) for name in ("dq_strides", "dk_strides", "dv_strides")),
-        *((name, c_void_p) for name in ("dq_sums", "statistics", "progress", "next_chunk", "next_first_chunk")),
+        *((name, c_void_p) for name in ("slots", "last_slots")),
+        *((name, Strides) for name in ("slots_strides", "last_slots_strides")),
+        *((name, c_void_p) for name in ("statistics", "progress", "next_chunk", "next_first_chunk")),
         *((name, c_int32) for name in ("num_slots", "num_chunks", "num_first_heads", "num_batch_heads")),
+        *((name, c_int32) for name in ("num_last_heads", "first_slot")),
         ("work", HopperWork),
     )
 
@@ -123,7 +127,8 @@ PASSES = {
         HopperBackwardParams,
     ),
 }
-CHUNK_QUERIES, NUM_QUEUES = 32, 4  # csrc/hopper_params.h, kChunkQueries and kNumQueues
+# csrc/hopper_params.h: kChunkQueries, kNumQueues, kSumsBoxRows
+CHUNK_QUERIES, NUM_QUEUES, SUMS_BOX_ROWS = 32, 4, 16
 
 
 def make_source(kind: str, tile: Sequence[int], bfloat16: bool, folder: Path) -> nvrtc.Source:
@@ -163,9 +168,9 @@ def launch_numbers(binary: nvrtc.Binary) -> LaunchNumbers:
 class CudaDriver:
     """What launches need of CUDA: CuPy's bindings, and libcuda itself for what CuPy lacks. ImportError, OSError."""
 
-    FLOAT16, BFLOAT16 = 6, 9  # CUtensorMapDataType
+    FLOAT16, FLOAT32, BFLOAT16 = 6, 7, 9  # CUtensorMapDataType
     INTERLEAVE_NONE, L2_PROMOTION_256B, ZERO_OUTSIDE = 0, 3, 0
-    SWIZZLE_64B, SWIZZLE_128B = 2, 3
+    SWIZZLE_NONE, SWIZZLE_64B, SWIZZLE_128B = 0, 2, 3
     MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
     RELAXED = 2  # CUstreamCaptureMode
 
@@ -209,9 +214,16 @@ class CudaDriver:
         self, tensor_map: int, bfloat16: bool, data: int, sizes, strides, box, swizzle: int = SWIZZLE_128B
     ) -> None:
         """Writes a tensor map to its address. Sizes and box: innermost dimension first; strides: bytes, of the rest."""
+        self._describe(tensor_map, self.BFLOAT16 if bfloat16 else self.FLOAT16, data, sizes, strides, box, swizzle)
+
+    def describe_float32(self, tensor_map: int, data: int, sizes, strides, box) -> None:
+        """The same of float32 numbers, whose boxes lie in shared memory row by row."""
+        self._describe(tensor_map, self.FLOAT32, data, sizes, strides, box, self.SWIZZLE_NONE)
+
+    def _describe(self, tensor_map: int, dtype: int, data: int, sizes, strides, box, swizzle: int) -> None:
         rank = len(sizes)
         status = self._encode(
-            *(tensor_map, self.BFLOAT16 if bfloat16 else self.FLOAT16, rank, data),
+            *(tensor_map, dtype, rank, data),
             *((c_uint64 * rank)(*sizes), (c_uint64 * (rank - 1))(*strides)),
             *((c_uint32 * rank)(*box), (c_uint32 * rank)(*(1,) * rank)),
             *(self.INTERLEAVE_NONE, swizzle, self.L2_PROMOTION_256B, self.ZERO_OUTSIDE),
@@ -333,26 +345,41 @@ class HopperKernels(CompiledKernels):
         dq,
         dk,
         dv,
-        sums,
+        slots,
+        last_slots,
         statistics,
         num_slots,
+        num_last_heads,
         device,
         stream,
     ) -> None:
         params, num_queries, num_heads = aligned(HopperBackwardParams), shape[4], shape[2] * shape[3]
+        if plan[1] * num_heads == 0:
+            return
         params.out, params.out_strides = out[0], Strides(*out[1])
         params.d_out_rows, params.d_out_strides = d_out[0], Strides(*d_out[1])
         params.lse_log2, params.d_lse_log2 = lse_log2, d_lse_log2
         params.dq, params.dq_strides = dq[0], Strides(*dq[1])
         params.dk, params.dk_strides = dk[0], Strides(*dk[1])
         params.dv, params.dv_strides = dv[0], Strides(*dv[1])
-        params.dq_sums, params.statistics, params.num_slots = sums, statistics, num_slots
+        params.slots, params.slots_strides = slots[0], Strides(*slots[1])
+        params.last_slots, params.last_slots_strides = last_slots[0], Strides(*last_slots[1])
+        params.statistics, params.num_slots, params.num_last_heads = statistics, num_slots, num_last_heads
+        params.first_slot = (num_last_heads - num_heads) % num_slots
         params.next_chunk, params.next_first_chunk, params.progress = (plan[3] + 4 * n for n in (1, 2, NUM_QUEUES))
         params.num_chunks, params.num_batch_heads = -(-num_queries // CHUNK_QUERIES), num_heads
         rows, columns, tile = {"k": k, "v": v}, {"q": q, "d_out": d_out}, self.hopper_backward_tiles[tile]
         num_jobs, blocks_per_sm = plan[1], tile[TILE_FIELDS.index("blocks_per_sm")]
         num_blocks = min(num_jobs * num_heads, self._cuda.num_sms(device) * blocks_per_sm)
-        params.num_first_heads = min(num_slots, math.ceil(num_blocks / num_jobs)) if num_jobs else 0
+        params.num_first_heads = min(num_slots, math.ceil(num_blocks / num_jobs))
+        num_first_slots, of_heads = num_slots - num_last_heads, (shape[3], shape[2])
+        sums = (dq, of_heads), (slots, (num_first_slots, 1)), (last_slots, (num_last_heads, 1))
+        with self._cuda.current_device(device):
+            for tensor_map, ((address, strides), (heads, batches)) in zip(params.sums, sums, strict=True):
+                if heads > 0:
+                    sizes = (shape[1] // 2, num_queries, heads, batches)
+                    strides, box = _bytes(sizes, strides), (sizes[0], SUMS_BOX_ROWS, 1, 1)
+                    self._cuda.describe_float32(ctypes.addressof(tensor_map), address, sizes, strides, box)
         num_counters = NUM_QUEUES + 2 * num_heads
         self._launch("backward", tile, params, shape, plan, rows, columns, device, stream, num_counters)
 
@@ -377,7 +404,7 @@ class HopperKernels(CompiledKernels):
                         bfloat16,
                         address,
                         sizes,
-                        [2 * stride if size > 1 else 16 for size, stride in zip(sizes[1:], strides[::-1], strict=True)],
+                        _bytes(sizes, strides),
                         (PANEL_COLUMNS, box_rows, 1, 1),
                     )
             _, function, numbers, num_sms = self._kernel(kind, tile, bfloat16, device)
@@ -394,6 +421,11 @@ class HopperKernels(CompiledKernels):
             lambda folder: make_source(kind, tile, bfloat16, folder),
             PASSES[kind].params,
         )
+
+
+def _bytes(sizes: Sequence[int], strides: Sequence[int]) -> list[int]:
+    """Strides of a tensor map of these sizes, innermost first, from those of 16-bit numbers: of batch, head and row."""
+    return [2 * stride if size > 1 else 16 for size, stride in zip(sizes[1:], strides[::-1], strict=True)]
 
 
 def _padded_size(params: type[Structure]) -> int:
