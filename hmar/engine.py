@@ -80,10 +80,11 @@ from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
 # Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows.
-# NOTE: measured by `bench.linear` (reports/data/linear_rows_h100.json, 6aacedc; up to 8 rows a67dd7c): us a block, with
+# NOTE: measured by `bench.linear` (reports/data/linear_rows_h100.json; 6aacedc, up to 8 rows a67dd7c): us a block, with
 # cuBLAS in brackets, at width 1024 20.6 (30.9) with 2 rows, 29.7 (33.9) with 32, 35.3 (34.0) with 50; at 1536 32.7
 # (42.3) with 2, 43.8 (44.3) with 18, 45.9 (45.0) with 32; at 1920 43.0 (54.1) with 2, 55.2 (56.5) with 32, 61.8 (56.8)
-# with 50.
+# with 50. `products="blocks"` (abca5c8), which takes up to 16 rows before: 18.0, 23.8 and 31.2 with 2 rows, 22.8, 29.9
+# and 38.9 with 16.
 FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
 # Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
 # program normalises all keys again.
