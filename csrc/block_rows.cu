@@ -87,8 +87,8 @@ cudaError_t describe_block(BlockWeights* to, DType dtype, const BlockTensors& te
   for (int layer = 0; layer < NUM_BLOCK_LAYERS; ++layer) {
     const uint64_t sizes[] = {uint64_t(inputs[layer]), uint64_t(outputs[layer])}, strides[] = {2 * sizes[0]};
     const uint32_t box[] = {kLinearInputs, kLinearFeatures};
-    const cudaError_t error = encode_tensor_map(&to->layers[layer], dtype, 2, tensors.weights[layer], sizes, strides, box,
-                                                CU_TENSOR_MAP_SWIZZLE_128B);
+    const cudaError_t error = encode_tensor_map(&to->layers[layer], tensor_map_type(dtype), 2, tensors.weights[layer], sizes,
+                                                strides, box, CU_TENSOR_MAP_SWIZZLE_128B);
     if (error != cudaSuccess) return error;
     to->biases[layer] = tensors.biases[layer];
   }

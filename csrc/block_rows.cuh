@@ -4,12 +4,12 @@
 //   qkv = (LN(x) (1 + s1) + t1) W_qkv^T                           x += g1 (attention(qkv) W_proj^T + b_proj)
 //   hidden = gelu((LN(x) (1 + s2) + t2) W_fc1^T + b_fc1)          x += g2 (hidden W_fc2^T + b_fc2)
 //
-// A block of the kernel stays on its multiprocessor. One warp brings weights, 64 features and 64 inputs at a time, product after
-// product, as far ahead as its ring goes: what a product has to wait for, it does not. But it asks for little at a time, lest the
-// few numbers that blocks send each other wait behind what memory has not delivered yet. Eight warps bring rows as soon as all
-// blocks have written what comes before: normed; attended, each warp a head; or as they are. Two warpgroups multiply, chunks of 64
-// inputs in turn, as one waits for its products most of the time: features are the rows of wgmma, rows of x its columns. The eight
-// warps take their sums, and write the outputs, while they have the next tile.
+// A block of the kernel stays on its multiprocessor. One warp brings weights, 64 features and 64 inputs at a time, product
+// after product, as far ahead as its ring goes: what a product has to wait for, it does not. But it asks for little at a time,
+// lest the few numbers that blocks send each other wait behind what memory has not delivered yet. Eight warps bring rows as
+// soon as all blocks have written what comes before: normed; attended, each warp a head; or as they are. Two warpgroups
+// multiply, chunks of 64 inputs in turn, as one waits for its products most of the time: features are the rows of wgmma, rows
+// of x its columns. The eight warps take their sums, and write the outputs, while they have the next tile.
 //
 // Tiles of 64 features are dealt to clusters like cards, on and on through the products, so that no cluster is always the one
 // with more. K is divided among the blocks of a cluster, which add up each other's sums in their order and write the outputs:
@@ -267,8 +267,8 @@ __device__ __forceinline__ void bring_hidden(const BlockRowsParams& params, type
   }
 }
 
-// Of one row of a head, its numbers from 16 t on, which four lanes have together: in pairs, words 2 s and 2 s + 1 are those that
-// this lane gives to step s of a product of rows, for a sum over them has no order.
+// Of one row of a head, its numbers from 16 t on, which four lanes have together: in pairs, words 2 s and 2 s + 1 are those
+// that this lane gives to step s of a product of rows, for a sum over them has no order.
 struct HeadPiece {
   uint32_t words[8];
 
@@ -312,8 +312,8 @@ __device__ __forceinline__ void load_sixteen(float (&numbers)[16], const float* 
   }
 }
 
-// One head of all rows, at most sixteen, by a warp; `ready` returns when qkv is there, buffer() is where its chunk of rows goes.
-// Rows beyond the last one are the last one.
+// One head of all rows, at most sixteen, by a warp; `ready` returns when qkv is there, buffer() is where its chunk of rows
+// goes. Rows beyond the last one are the last one.
 template <class Tile, class Ready, class Buffer>
 __device__ __forceinline__ void attend(const BlockRowsParams& params, const BlockWeights& weights, int head, Ready ready,
                                        Buffer buffer) {
@@ -328,7 +328,8 @@ __device__ __forceinline__ void attend(const BlockRowsParams& params, const Bloc
   HeadPiece q[2], k[kEights], v[kEights];
 #pragma unroll
   for (int i = 0; i < kEights; ++i) {
-    const auto* row = static_cast<const uint16_t*>(params.qkv) + int64_t{min(8 * i + g, params.num_rows - 1)} * 3 * width + column;
+    const int64_t at = int64_t{min(8 * i + g, params.num_rows - 1)} * 3 * width + column;
+    const auto* row = static_cast<const uint16_t*>(params.qkv) + at;
     q[i].load(row), k[i].load(row + width), v[i].load(row + 2 * width);
   }
   const float nothing[16] = {};
@@ -510,7 +511,8 @@ __device__ __forceinline__ uint32_t begin_stream(const BlockRowsParams& params) 
     const TileStatistics statistics = tile_statistics(x, kLinearFeatures);
     if (lane == 0) params.statistics[i] = statistics;
     const auto* written = reinterpret_cast<const float*>(params.statistics + i);
-    read += read_back(params.y + at) + read_back(params.y + at + 32) + (lane == 0 ? read_back(written) + read_back(written + 1) : 0);
+    read += read_back(params.y + at) + read_back(params.y + at + 32);
+    if (lane == 0) read += read_back(written) + read_back(written + 1);
   }
   return read;
 }
@@ -539,7 +541,8 @@ __device__ __forceinline__ uint32_t read_outputs_back(const RowsOutput& out, con
     if (out.residual != nullptr) {
       const auto* y = static_cast<const float*>(out.y) + at;
       read += read_back(y) + read_back(y + 32);
-      const auto* statistics = reinterpret_cast<const float*>(out.statistics + row * (out.num_outputs / kLinearFeatures) + tile);
+      const TileStatistics* of_row = out.statistics + row * (out.num_outputs / kLinearFeatures);
+      const auto* statistics = reinterpret_cast<const float*>(of_row + tile);
       if (lane == 0) read += read_back(statistics) + read_back(statistics + 1);
     } else {
       const auto* y = static_cast<const uint16_t*>(out.y) + at;
@@ -616,8 +619,8 @@ __device__ __forceinline__ void advance(RingPosition<kStages>& ring, int count) 
   for (ring.stage += count; ring.stage >= kStages; ring.stage -= kStages) ring.parity ^= 1;
 }
 
-// Sums of 64 features over every kGroups-th chunk of a block. weights, x: the place of the first chunk of all. first, last: x was
-// not used before, is not once more.
+// Sums of 64 features over every kGroups-th chunk of a block. weights, x: the place of the first chunk of all. first, last: x
+// was not used before, is not once more.
 template <class Tile>
 __device__ __forceinline__ void multiply_tile(typename Tile::Shared& shared, RingPosition<Tile::kStages> weights, uint32_t x,
                                               int count, bool first, bool last,

@@ -22,9 +22,9 @@ std::vector<int> block_rows_kernels();
 // What goes to `BlockRowsParams::weights`.
 cudaError_t describe_block(BlockWeights* to, DType dtype, const BlockTensors& tensors, int width, int hidden_width);
 
-// Puts a kernel on a stream: no synchronisation, no allocation, arguments already checked. kernel_rows: of a kernel, at least as
-// many as there are; cudaErrorInvalidValue where there is no such kernel. cudaErrorCooperativeLaunchTooLarge where its blocks
-// cannot all be on the device at once.
+// Puts a kernel on a stream: no synchronisation, no allocation, arguments already checked. kernel_rows: of a kernel, at least
+// as many as there are; cudaErrorInvalidValue where there is no such kernel. cudaErrorCooperativeLaunchTooLarge where its
+// blocks cannot all be on the device at once.
 cudaError_t launch_block_rows(const BlockRowsParams& params, DType dtype, int kernel_rows, cudaStream_t stream);
 
 }  // namespace hmar

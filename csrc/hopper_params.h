@@ -173,8 +173,8 @@ struct RowsNorm {
   float eps;
 };
 
-// Outputs of a product of few rows: gelu(h W^T + bias), or residual + gate of that. Numbers are of the kernel's type where nothing
-// is said.
+// Outputs of a product of few rows: gelu(h W^T + bias), or residual + gate of that. Numbers are of the kernel's type where
+// nothing is said.
 struct RowsOutput {
   const void* bias;      // [num_outputs], or null
   const void* residual;  // [num_rows, num_outputs], float32 or of the kernel's type, or null

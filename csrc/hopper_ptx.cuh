@@ -267,7 +267,8 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
 }
 
-// The same, but nothing that was written before need be seen: for the end, when others may still read this block's shared memory.
+// The same, but nothing that was written before need be seen: for the end, when others may still read this block's shared
+// memory.
 __device__ __forceinline__ void cluster_leave() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;\n" ::: "memory");
 }

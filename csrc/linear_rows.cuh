@@ -1,4 +1,5 @@
-// Linear layers of few rows for sm_90a, as generation has them at most scales of an image: the time goes into reading the weight.
+// Linear layers of few rows for sm_90a, as generation has them at most scales of an image: the time goes into reading the
+// weight.
 //
 //   y = gelu(h W^T + b)   or   y = residual + gate (h W^T + b);    h = x   or   h = LN(x) (1 + scale) + shift
 //
@@ -13,8 +14,8 @@
 // has all of a tile of y. Of other x, and of more than a few rows, which every block would read and norm again, the norm is a
 // kernel of its own.
 //
-// NOTE: the next kernel may start when the last weights have been asked for. Earlier its ring would be full too soon, and memory
-// idle from the end of this one until the next one's x is there.
+// NOTE: the next kernel may start when the last weights have been asked for. Earlier its ring would be full too soon, and
+// memory idle from the end of this one until the next one's x is there.
 // Read next: rows.cuh, linear_rows.h.
 #pragma once
 

@@ -1,5 +1,6 @@
-// What the kernels for few rows share (linear_rows.cuh, block_rows.cuh): the part of a sum over K that a block of a cluster has,
-// norms of x on its way into shared memory, and the outputs, which the blocks of a cluster add up from each other's shared memory.
+// What the kernels for few rows share (linear_rows.cuh, block_rows.cuh): the part of a sum over K that a block of a cluster
+// has, norms of x on its way into shared memory, and the outputs, which the blocks of a cluster add up from each other's shared
+// memory.
 #pragma once
 
 #include "hopper_tile.cuh"
@@ -225,8 +226,8 @@ __device__ __forceinline__ float store_output(const RowsOutput& out, int row, in
   return value_of<Tile::kType>(number);
 }
 
-// Adds up the parts of sums of rows from the first one on, and writes the outputs, by a warp. part(row, feature of the tile, i): the
-// i-th part of kParts. feature: of this lane, which has those 32 further on too. surroundings: of the first rows.
+// Adds up the parts of sums of rows from the first one on, and writes the outputs, by a warp. part(row, feature of the tile,
+// i): the i-th part of kParts. feature: of this lane, which has those 32 further on too. surroundings: of the first rows.
 template <class Tile, int kParts, class Part>
 __device__ __forceinline__ void store_outputs(const RowsOutput& out, Part part, Surroundings<Tile>& surroundings, int first_row,
                                               int row_step, int feature, const float (&bias)[2]) {
