@@ -519,7 +519,8 @@ __device__ __forceinline__ uint32_t begin_stream(const BlockRowsParams& params) 
 
 // What these warps have written of a product is there for all blocks.
 // NOTE: no fence, which would wait for all weights that the copy engine has been asked for: each thread reads back what it has
-// written, from where others read it, before the block is counted.
+// written, from where others read it, before the block is counted. PTX promises as much of a fence only; here it is taken that
+// stores and loads past the first level meet in L2, in order for an address (reports/log.md, what the fence costs).
 template <class Tile>
 __device__ __forceinline__ void count_outputs(const BlockRowsParams& params, uint32_t read) {
   constexpr uint32_t kAny = 0x7fbadbad;

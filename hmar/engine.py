@@ -887,7 +887,7 @@ class FusedBlocks(nn.Module):
         self.table = Table([block.weights() for block in fused])
 
     def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
-        if stream.branch_BLC is None:
+        if stream.branch_BLC is None and stream.x_BLC.shape[:-1].numel() <= blocks.MAX_ROWS:
             vectors = [block.modulation(cond) for block in self.blocks]
             if blocks.refusal_of_rows(stream.x_BLC, vectors, self.table.dtype) is None:
                 # NOTE: a pass has the tokens of one scale, which all see each other under either mask.

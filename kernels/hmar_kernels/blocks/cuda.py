@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from ..linear.cuda import DTYPES, empty_statistics
+from ..linear.cuda import DTYPES, empty_statistics, misaligned
 from .reference import BlockWeights
 
 ROWS = (8, 16)  # of the kernels, at most
@@ -123,7 +123,7 @@ def forward(
     """x [B, L, C], vectors [B, 1, C] -> y [B, L, C] and its statistics [B, L, C / 64, 2]."""
     rows, length, x = x.shape[:-1].numel(), x.shape[1], x.contiguous()
     strides = {vector.stride(0) for of_block in vectors for vector in of_block}
-    if len(strides) > 1 or any(_misaligned(vector) for of_block in vectors for vector in of_block):
+    if len(strides) > 1 or any(misaligned(v) or v.stride(-1) != 1 for of_block in vectors for v in of_block):
         vectors = [[vector.clone(memory_format=torch.contiguous_format) for vector in given] for given in vectors]
         strides = {x.shape[-1]}
     y = torch.empty_like(x)
@@ -150,7 +150,3 @@ def forward(
         stream=torch.cuda.current_stream(x.device).cuda_stream,
     )
     return y, statistics
-
-
-def _misaligned(vector: Tensor) -> bool:
-    return vector.data_ptr() % 16 > 0 or vector.stride(0) * vector.itemsize % 16 > 0 or vector.stride(-1) != 1

@@ -140,7 +140,11 @@ def _normed(x: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype, eps: fl
     return h
 
 
+def misaligned(x: Tensor) -> bool:
+    """Whether rows of x, or x itself, do not start at multiples of 16 bytes."""
+    return x.data_ptr() % 16 > 0 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1])
+
+
 def _aligned(x: Tensor) -> Tensor:
     """With rows that start at multiples of 16 bytes: x, or a copy."""
-    misaligned = x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1])
-    return x.clone(memory_format=torch.contiguous_format) if misaligned else x
+    return x.clone(memory_format=torch.contiguous_format) if misaligned(x) else x
