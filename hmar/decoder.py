@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmar.tokenizer import Decoder, Level, ResidualBlock, SpatialAttention, Upsample
-from hmar_kernels import conv2d, group_norm, group_norm_conv, residual_group_norm
+from hmar_kernels import conv2d, group_norm, group_norm_conv, residual_group_norm, scaled_softmax
 from hmar_kernels.conv2d import (
     choose,
     conv2d_with_statistics,
@@ -221,8 +221,8 @@ def attended(q_BLC: Tensor, k_BLC: Tensor, v_BLC: Tensor) -> Tensor:
             scores_BRL = torch.bmm(part_BRC, k_BCL, out_dtype=scores_dtype)
         else:
             scores_BRL = torch.bmm(part_BRC.to(scores_dtype), k_BCL.to(scores_dtype))
-        weights_BRL = scores_BRL.mul_(1 / math.sqrt(channels)).softmax(-1)
-        parts.append(torch.bmm(weights_BRL.to(v_BLC.dtype), v_BLC))
+        weights_BRL = scaled_softmax(scores_BRL, 1 / math.sqrt(channels), dtype=v_BLC.dtype)
+        parts.append(torch.bmm(weights_BRL, v_BLC))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 

@@ -73,7 +73,7 @@ from hmar.model import (
 from hmar.pyramid import Pyramid
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import SpanMask, blocks, linear, qk_norm_attention, triton_device
+from hmar_kernels import SpanMask, blocks, linear, linear_parts, qk_norm_attention, summed_modulated_norm, triton_device
 from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
@@ -86,9 +86,13 @@ DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 10
 # with 50. `products="blocks"` (abca5c8), which takes up to 16 rows before: 18.0, 23.8 and 31.2 with 2 rows, 22.8, 29.9
 # and 38.9 with 16.
 FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
-# Up to so many rows short images are attended in one kernel. Images of up to FEW_KEYS always are: of longer ones each
-# program normalises all keys again.
-FEW_ATTENDED_ROWS, FEW_KEYS = 1024, 64
+# Width of the model up to -> of the projection and of fc2, up to so many rows: into how many products K is divided.
+# NOTE: measured on an H100 (reports/log.md, "products in parts"), with the norm that adds them up.
+PARTS: dict[float, tuple[tuple[tuple[int, int], ...], ...]] = {
+    1024: (((512, 2),), ((800, 4), (1152, 2))),
+    1536: (((512, 2),), ((512, 2),)),
+    math.inf: (((200, 2),), ((512, 2), (800, 3), (1152, 2))),
+}
 DECODERS = ("modules", "fused", "transposed")
 PRODUCTS = ("cublas", "cuda", "blocks")
 ATTENTIONS = ("separate", "fused")
@@ -804,6 +808,41 @@ class Choices:
     overlap: bool
 
 
+class Summands(NamedTuple):
+    """`Residual` whose branch is still the sum of parts and a bias, for the next norm to add up."""
+
+    x_BLC: Tensor
+    branch_PBLC: Tensor
+    bias_C: Tensor
+    gate_B1C: Tensor
+    overlap: bool
+
+    def norm(self, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = self.x_BLC, self.branch_PBLC, self.bias_C, self.gate_B1C, scale_B1C, shift_B1C
+        return summed_modulated_norm(*arguments, overlap=self.overlap)
+
+    def take(self, wanted_Bm: Tensor) -> Summands:
+        index_Bm1 = wanted_Bm[..., None]
+        branch_PBmC = self.branch_PBLC.take_along_dim(index_Bm1[None], dim=2)
+        return self._replace(x_BLC=self.x_BLC.take_along_dim(index_Bm1, dim=1), branch_PBLC=branch_PBmC)
+
+
+Stream = Residual | Summands
+
+
+def is_summed(stream: Stream) -> bool:
+    """Whether nothing is left to be added."""
+    return isinstance(stream, Residual) and stream.branch_BLC is None
+
+
+def parts_of(rows: int, outputs: int, inputs: int) -> int:
+    """Among how many products K is divided, of a layer that writes the residual stream."""
+    of_layers = next(PARTS[width] for width in PARTS if outputs <= width)
+    parts = next((parts for most, parts in of_layers[inputs > outputs] if rows <= most), 1)
+    # NOTE: cuBLAS is fast where all parts begin at multiples of 16 bytes.
+    return parts if inputs % (8 * parts) == 0 else 1
+
+
 class FusedLinear(nn.Module):
     """A linear layer with what surrounds it in the same kernel, where its rows are few."""
 
@@ -817,15 +856,15 @@ class FusedLinear(nn.Module):
         # NOTE: modulation that all blocks share is float32, which the kernels do not read.
         return x_BLC.shape[:-1].numel() <= self.choices.few_rows and vector_B1C.dtype == self.weight.dtype
 
-    def normed(self, stream: Residual, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
+    def normed(self, stream: Stream, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, and this layer of its norm."""
-        if stream.branch_BLC is None and self.takes(stream.x_BLC, scale_B1C):
+        if is_summed(stream) and self.takes(stream.x_BLC, scale_B1C):
             norm = {"norm": (scale_B1C, shift_B1C), "statistics": stream.statistics_BLT2}
             return stream.x_BLC, self._few(stream.x_BLC, **norm)
         x_BLC, h_BLC = stream.norm(scale_B1C, shift_B1C)
         return x_BLC, self(h_BLC)
 
-    def added(self, x_BLC: Tensor, gate_B1C: Tensor, h_BLC: Tensor) -> Residual:
+    def added(self, x_BLC: Tensor, gate_B1C: Tensor, h_BLC: Tensor) -> Stream:
         """x + gate times this layer of h."""
         if self.takes(x_BLC, gate_B1C):
             surroundings = {"residual": x_BLC, "gate": gate_B1C}
@@ -833,7 +872,9 @@ class FusedLinear(nn.Module):
                 return Residual(self._few(h_BLC, **surroundings))
             y_BLC, statistics_BLT2 = self._few(h_BLC, **surroundings, return_statistics=True)
             return Residual(y_BLC, statistics_BLT2=statistics_BLT2)
-        return Residual(x_BLC, self(h_BLC), gate_B1C)
+        parts = parts_of(h_BLC.shape[:-1].numel(), *self.weight.shape)
+        branch_PBLC = linear_parts(h_BLC, self.weight, parts) if parts > 1 else linear(h_BLC, self.weight)[None]
+        return Summands(x_BLC, branch_PBLC, self.bias, gate_B1C, self.choices.overlap)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         if x_BLC.shape[:-1].numel() <= self.choices.few_rows:
@@ -864,7 +905,7 @@ class FusedBlock(nn.Module):
         self.modulation = block.modulation
         self.attention, self.mlp = FusedAttention(block.attention, choices), FusedMLP(block.mlp, choices)
 
-    def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
+    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Stream:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
         stream = self.attention(stream, gate_attn, scale_attn, shift_attn, mask, cache)
         return self.mlp(stream, gate_mlp, scale_mlp, shift_mlp)
@@ -886,8 +927,8 @@ class FusedBlocks(nn.Module):
         self.blocks = nn.ModuleList(fused)
         self.table = Table([block.weights() for block in fused])
 
-    def forward(self, stream: Residual, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Residual:
-        if stream.branch_BLC is None and stream.x_BLC.shape[:-1].numel() <= blocks.MAX_ROWS:
+    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Stream:
+        if is_summed(stream) and stream.x_BLC.shape[:-1].numel() <= blocks.MAX_ROWS:
             vectors = [block.modulation(cond) for block in self.blocks]
             if blocks.refusal_of_rows(stream.x_BLC, vectors, self.table.dtype) is None:
                 # NOTE: a pass has the tokens of one scale, which all see each other under either mask.
@@ -909,20 +950,19 @@ class FusedAttention(nn.Module):
 
     def forward(
         self,
-        stream: Residual,
+        stream: Stream,
         gate_B1C: Tensor,
         scale_B1C: Tensor,
         shift_B1C: Tensor,
         mask: SpanMask,
         cache: LayerCache | None,
-    ) -> Residual:
+    ) -> Stream:
         x_BLC, qkv_BLM = self.qkv.normed(stream, scale_B1C, shift_B1C)
         return self.proj.added(x_BLC, gate_B1C, self._attended(qkv_BLM, mask, cache))
 
     def _attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerCache | None) -> Tensor:
-        module, (batch, length, _) = self.attention, qkv_BLM.shape
-        short = length <= FEW_KEYS or (length <= MAX_KEYS and batch * length <= FEW_ATTENDED_ROWS)
-        if cache is not None or not short or self.choices.attention == "separate":
+        module, length = self.attention, qkv_BLM.shape[1]
+        if cache is not None or length > MAX_KEYS or self.choices.attention == "separate":
             return module.attended(qkv_BLM, mask, cache)
         # NOTE: a pass has the tokens of one scale, which all see each other under either mask.
         return qk_norm_attention(
@@ -943,7 +983,7 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.fc1, self.fc2 = FusedLinear(mlp.fc1, choices, gelu=True), FusedLinear(mlp.fc2, choices)
 
-    def forward(self, stream: Residual, gate_B1C: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Residual:
+    def forward(self, stream: Stream, gate_B1C: Tensor, scale_B1C: Tensor, shift_B1C: Tensor) -> Stream:
         x_BLC, hidden_BLM = self.fc1.normed(stream, scale_B1C, shift_B1C)
         return self.fc2.added(x_BLC, gate_B1C, hidden_BLM)
 
@@ -955,7 +995,7 @@ class FusedHead(nn.Module):
         super().__init__()
         self.modulation, self.linear = head.modulation, FusedLinear(head.linear, choices)
 
-    def forward(self, stream: Residual, cond_BC: Tensor) -> Tensor:
+    def forward(self, stream: Stream, cond_BC: Tensor) -> Tensor:
         return self.linear.normed(stream, *self.modulation(cond_BC))[1]
 
 

@@ -15,6 +15,7 @@ from hmar_kernels import (
     qk_norm,
     residual_modulated_norm,
     residual_norm_linear,
+    summed_modulated_norm,
 )
 from hmar_kernels.accuracy import limits, row_group_norms
 
@@ -55,6 +56,30 @@ def run_norm(inputs, impl, dtype=None, lean=None):
     )
     outputs = {"h": h, "y": y, "h_after": h_after}
     return outputs | gradients(outputs, {"x": x, "branch": branch, "modulation": modulation}, lean)
+
+
+def summed_inputs(parts, batch, length, width, x_dtype, dtype, device="cpu"):
+    draw = Draw(device)
+    return {
+        "x": 2 * draw(batch, length, width, dtype=x_dtype) + 1,
+        "parts": draw(parts, batch, length, width, dtype=dtype),
+        "bias": draw(width, dtype=dtype),
+    } | {name: 0.5 * draw(batch, 1, width, dtype=dtype) for name in ("gate", "scale", "shift")}
+
+
+def assert_parts_add_up(parts, batch, length, width, x_dtype, dtype, device="cpu", **options):
+    """The kernel of `summed_modulated_norm` by the rule of accuracy."""
+    inputs = summed_inputs(parts, batch, length, width, x_dtype, dtype, device)
+
+    def run(inputs, impl, **options):
+        y, h = summed_modulated_norm(**inputs, eps=1e-3, impl=impl, **options)
+        return {"y": y, "h": h}
+
+    actual = run(inputs, "triton", dtype=dtype, **options)
+    assert (actual["y"].dtype, actual["h"].dtype) == (x_dtype, dtype)
+    exact, plain = run(in_float64(inputs), "reference"), run(inputs, "reference", dtype=dtype)
+    for name, its_dtype in (("y", x_dtype), ("h", dtype)):
+        assert_within_limits({name: actual[name]}, {name: exact[name]}, {name: plain[name]}, its_dtype)
 
 
 def norm_linear_inputs(batch, length, width, columns, *, x_dtype, dtype, weight_dtype=None, device="cpu"):

@@ -15,10 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hmar_kernels.group_norm import triton as group_norm
 from hmar_kernels.qk_norm_attention import triton as attention
+from hmar_kernels.scaled_softmax import triton as softmax
 
 FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "log_scale_ptr")
-SCALARS = ("eps", "max_log_scale")
-VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width")
+SCALARS = ("eps", "max_log_scale", "scale")
+VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width", "columns")
 VARYING += SCALARS
 arch, dtype = int(sys.argv[1]), sys.argv[2]
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -26,9 +27,9 @@ overlap = arch >= 90
 jobs = {}
 for length in attention.TILES:
     for head_dim in (64, 128):
-        block_l, tile = attention.select_tile(length, head_dim)
-        constants = {"H": 16, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_L": block_l, "BLOCK_Q": tile.block_q}
-        constants["OVERLAP"] = overlap
+        tile = attention.select_tile(length, head_dim)
+        constants = {"H": 16, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_L": tile.block_l, "BLOCK_Q": tile.block_q}
+        constants |= {"STAGES": tile.stages, "OVERLAP": overlap}
         jobs[f"attention {length} {head_dim}"] = attention._attention_kernel, constants, tile.warps, []
 for residual in (False, True):
     for block_c in (32, 128):
@@ -42,6 +43,8 @@ constants |= {"BLOCK_P": group_norm.TAP_POSITIONS, "BLOCK_C": group_norm.TAP_CHA
 jobs["taps"] = group_norm._taps_kernel, constants, group_norm.TAP_WARPS, ["taps_ptr"]
 constants = {"CHANNELS": 3, "KERNEL_Y": 3, "KERNEL_X": 3, "HAS_BIAS": True, "BLOCK": group_norm.GATHERED}
 jobs["gather"] = group_norm._gather_kernel, constants, 4, ["taps_ptr"]
+for block in (256, 4096, softmax.MAX_COLUMNS):
+    jobs[f"softmax {block}"] = softmax._softmax_kernel, {"BLOCK": block}, softmax.num_warps(block), ["x_ptr"]
 report = {}
 for name, (kernel, constants, warps, floats) in jobs.items():
     signature, constexprs, attributes = {}, {}, {}
@@ -86,7 +89,7 @@ def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
-    assert len(report) == 2 * 5 + 8
+    assert len(report) == 2 * 4 + 8 + 3
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
         assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"

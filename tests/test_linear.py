@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hmar_kernels import extension, linear
+from hmar_kernels import extension, linear, linear_parts
 from hmar_kernels.linear import MAX_NORMED_ROWS, cuda, reference, unavailable_on
 
 # rows, N, K
@@ -51,6 +51,25 @@ def assert_accurate(shape, dtype, impl, gelu, biased, device="cpu"):
     assert actual.dtype == dtype and actual.shape == (1, *expected.shape) and actual.isfinite().all()
     error, allowed = ((y.double() - expected).norm() for y in (actual[0], eager))
     assert error <= 2 * allowed + torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_parts_of_a_product_add_up_to_it(parts):
+    x, weight, _ = inputs((6, 7, 20), torch.float64)
+    found = linear_parts(x.view(2, 3, 20), weight, parts)
+    assert found.shape == (parts, 2, 3, 7)
+    torch.testing.assert_close(found.sum(0), F.linear(x, weight).view(2, 3, 7))
+    k = 20 // parts
+    torch.testing.assert_close(found[-1], F.linear(x[:, -k:], weight[:, -k:]).view(2, 3, 7))
+
+
+def test_parts_that_do_not_divide_are_refused():
+    x, weight, _ = inputs((6, 7, 20), torch.float32)
+    for parts in (0, 3):
+        with pytest.raises(ValueError, match=f"parts is {parts}; it must divide K, which is 20"):
+            linear_parts(x, weight, parts)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        linear_parts(x.double(), weight, 2)
 
 
 @pytest.mark.gpu

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from hmar_kernels import modulated_norm, residual_modulated_norm
+from hmar_kernels import modulated_norm, residual_modulated_norm, summed_modulated_norm
 from hmar_kernels.modulated_norm import api, choose
+from hmar_kernels.modulated_norm import triton as kernels
 from hmar_kernels.triton_device import PARTIALS_TILE
-from operator_cases import Draw, assert_accurate, norm_inputs, run_norm
+from operator_cases import Draw, assert_accurate, assert_parts_add_up, norm_inputs, run_norm, summed_inputs
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_modulated_norm_gpu.py runs them")
 FP32, FP16, FP64 = torch.float32, torch.float16, torch.float64
@@ -133,6 +134,34 @@ def test_only_what_the_backward_needs_is_kept():
 
 
 @interpreted
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (FP32, FP16), (FP16, FP16)], ids=["fp32", "fp32+fp16", "fp16"])
+@pytest.mark.parametrize("parts, shape", [(1, (2, 5, 12)), (2, (1, 9, 130)), (3, (3, 1, 64))], ids=str)
+def test_parts_add_up(parts, shape, dtypes, poisoned_memory):
+    assert_parts_add_up(parts, *shape, *dtypes)
+
+
+@interpreted
+def test_many_rows_of_parts_take_the_tiles_of_all(monkeypatch, poisoned_memory):
+    monkeypatch.setattr(kernels, "FEW_ROWS_PER_SM", 0)
+    assert_parts_add_up(2, 2, 11, 24, FP32, FP32)
+
+
+def test_one_part_without_a_bias_is_the_branch():
+    inputs = norm_inputs(2, 5, 12, x_dtype=FP64, dtype=FP64, keep=False)
+    x, branch, gate, scale, shift = arguments(inputs)
+    found = summed_modulated_norm(x, branch[None], torch.zeros(12, dtype=FP64), gate, scale, shift, eps=0.1)
+    expected = residual_modulated_norm(*arguments(inputs), eps=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@interpreted
+def test_parts_compile_without_graph_breaks():
+    inputs = summed_inputs(2, 2, 3, 8, FP32, FP32)
+    f = lambda: summed_modulated_norm(**inputs, impl="triton")  # noqa: E731
+    assert all(map(torch.equal, torch.compile(f, fullgraph=True, backend="aot_eager")(), f()))
+
+
+@interpreted
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_compiles_without_graph_breaks(impl, dynamic):
@@ -227,3 +256,15 @@ def test_bad_arguments_are_refused_with_a_reason():
     ]:
         with pytest.raises(ValueError, match=message):
             residual_modulated_norm(*positional, **options)
+    parts, bias = x[None], x[0, 0]
+    for change, message in [
+        ({"parts": x}, r"parts must be \[P, B, L, C\].*\[2, 3, 8\]"),
+        ({"parts": parts[:0]}, "at least one part"),
+        ({"parts": parts[..., :4]}, r"branch must be \[2, 3, 8\]"),
+        ({"bias": bias[:3]}, r"bias must be floats \[8\]"),
+        ({"bias": bias.long()}, "bias must be floats.*int64"),
+        ({"impl": "triton", "bias": bias.clone().requires_grad_()}, "no derivative"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            given = {"parts": parts, "bias": bias, "gate": vector, "scale": vector, "shift": vector}
+            summed_modulated_norm(x, **given | change)

@@ -5,7 +5,7 @@ import torch
 
 from hmar_kernels import modulated_norm, residual_modulated_norm
 from hmar_kernels.modulated_norm import api, choose
-from operator_cases import assert_accurate, norm_inputs, run_norm
+from operator_cases import assert_accurate, assert_parts_add_up, norm_inputs, run_norm
 
 pytestmark = pytest.mark.gpu
 
@@ -34,6 +34,14 @@ def test_widths_of_the_models(width, dtypes, keep, poisoned_memory):
     x_dtype, dtype = DTYPES[dtypes]
     inputs = norm_inputs(3, 680, width, x_dtype=x_dtype, dtype=dtype, device="cuda", keep=keep)
     assert_accurate(run_norm, inputs, dtype)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlapping"])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("width", [64, 1024, 1536, 1920, 2304])
+@pytest.mark.parametrize("parts, batch, length", [(1, 2, 25), (2, 2, 100), (3, 1, 9), (4, 3, 300)])
+def test_parts_add_up(parts, batch, length, width, dtypes, overlap, poisoned_memory):
+    assert_parts_add_up(parts, batch, length, width, *DTYPES[dtypes], device="cuda", overlap=overlap)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

@@ -3,7 +3,7 @@
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
 behind, keeping less for the backward; linear, qk_norm_attention, blocks: for generation, where rows are few; sampling:
-from logits to codes; group_norm, conv2d: for the decoder. Each in `api.py` of its folder.
+from logits to codes; group_norm, conv2d, scaled_softmax: for the decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
@@ -11,14 +11,15 @@ from .blocks import transformer_blocks
 from .conv2d import conv2d, conv_transpose2d
 from .gelu_linear import gelu_linear
 from .group_norm import group_norm, group_norm_conv, residual_group_norm
-from .linear import linear
+from .linear import linear, linear_parts
 from .linear_cross_entropy import linear_cross_entropy
 from .mask import SpanMask
-from .modulated_norm import modulated_norm, residual_modulated_norm
+from .modulated_norm import modulated_norm, residual_modulated_norm, summed_modulated_norm
 from .norm_linear import norm_linear, residual_norm_linear
 from .qk_norm import qk_norm
 from .qk_norm_attention import qk_norm_attention
 from .sampling import SampledCodes, sample_codes
+from .scaled_softmax import scaled_softmax
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -34,6 +35,7 @@ __all__ = [
     "group_norm_conv",
     "linear",
     "linear_cross_entropy",
+    "linear_parts",
     "modulated_norm",
     "norm_linear",
     "qk_norm",
@@ -42,6 +44,8 @@ __all__ = [
     "residual_modulated_norm",
     "residual_norm_linear",
     "sample_codes",
+    "scaled_softmax",
+    "summed_modulated_norm",
     "transformer_blocks",
     "unavailable",
 ]

@@ -93,6 +93,27 @@ def linear(
     return (outputs[0], outputs[1]) if return_statistics else outputs[0]
 
 
+def linear_parts(x: Tensor, weight: Tensor, parts: int) -> Tensor:
+    """Summands of x W^T, each of a part of K, as one batched product: [parts, ..., N] in x's dtype.
+
+    Of few rows and columns a product fills the GPU only where K is divided, too. `summed_modulated_norm` adds up.
+
+    Args:
+        x: [..., K]. weight: [N, K], of x's dtype: nothing is cast, whatever autocast says.
+        parts: divides K.
+    Raises:
+        ValueError: shapes or dtypes do not fit together.
+    """
+    _check(x, weight, None, None, None, None, None)
+    (N, K), leading = weight.shape, x.shape[:-1]
+    if parts < 1 or K % parts:
+        raise ValueError(f"parts is {parts}; it must divide K, which is {K}")
+    x_PRk = x.reshape(-1, parts, K // parts).transpose(0, 1)
+    weight_PkN = weight.unflatten(1, (parts, -1)).permute(1, 2, 0)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(x_PRk, weight_PkN).view(parts, *leading, N)
+
+
 def _check(
     x: Tensor,
     weight: Tensor,

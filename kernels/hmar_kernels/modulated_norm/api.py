@@ -11,7 +11,7 @@ from ..custom_op import Operator
 from ..triton_device import choose, select
 from . import reference, triton
 
-__all__ = ["choose", "modulated_norm", "residual_modulated_norm"]
+__all__ = ["choose", "modulated_norm", "residual_modulated_norm", "summed_modulated_norm"]
 
 
 def modulated_norm(
@@ -79,6 +79,53 @@ def residual_modulated_norm(
         return y, reference.norm(y, scale, shift, eps).to(dtype)
     y, h, _ = _residual_norm(x, branch, gate, keep, scale, shift, eps, dtype)
     return y, h
+
+
+def summed_modulated_norm(
+    x: torch.Tensor,
+    parts: torch.Tensor,
+    bias: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+    overlap: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y = x + gate (sum of the parts + bias), and `modulated_norm` of y: after `linear_parts`.
+
+    Args:
+        x: the residual stream, [B, L, C].
+        parts: [P, B, L, C], of a dtype of its own. bias: [C].
+        gate, scale, shift: [B, 1, C], any stride over B; dtypes of their own.
+        eps, dtype, impl: as in `modulated_norm`; "triton" has no derivative, and "auto" does not take it where one is
+            needed.
+        overlap: of "triton": the kernel may be launched before those queued before it have ended, and then waits.
+    Returns:
+        y [B, L, C] in x's dtype, rounded once, and h [B, L, C].
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
+    """
+    if parts.ndim != 4 or len(parts) == 0:
+        raise ValueError(f"parts must be [P, B, L, C] with at least one part, got shape {list(parts.shape)}")
+    check_inputs(x, {"gate": gate, "scale": scale, "shift": shift}, parts[0])
+    if list(bias.shape) != [x.shape[2]] or bias.device != x.device or not bias.is_floating_point():
+        raise ValueError(
+            f"bias must be floats [{x.shape[2]}] on {x.device}, got {bias.dtype} {list(bias.shape)} on {bias.device}"
+        )
+    dtype = _result_dtype(dtype, x, parts, gate, scale, shift)
+    inputs = (x, parts, bias, gate, scale, shift)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    if needs_grad and impl == "triton":
+        raise ValueError('impl="triton" cannot run here: it has no derivative; impl="reference" would')
+    if needs_grad or select(impl, x.device, *(t.dtype for t in inputs), dtype) == "reference":
+        branch = parts.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32)) + bias
+        y = reference.residual(x, branch, gate, None)
+        return y, reference.norm(y, scale, shift, eps).to(dtype)
+    forward = _summed_norm if torch.compiler.is_compiling() else _run_summed_norm
+    return forward(x, parts, bias, gate, scale, shift, eps, dtype, overlap)
 
 
 def check_inputs(
@@ -213,6 +260,29 @@ def _fake_norm_backward(dy, dh, y, branch, gate, keep, scale, statistics):
     return dx, d_branch, scale.new_empty(b, 3, c)
 
 
+def _run_summed_norm(
+    x: torch.Tensor,
+    parts: torch.Tensor,
+    bias: torch.Tensor,
+    gate: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    overlap: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    given = {"parts": parts, "bias": bias, "overlap": overlap}
+    y, h, _ = triton.forward(x, None, gate, None, scale, shift, eps, dtype, **given)
+    return y, h
+
+
+def _fake_summed_norm(x, parts, bias, gate, scale, shift, eps, dtype, overlap):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, torch.empty_like(y, dtype=dtype)
+
+
+_summed_norm = torch.library.custom_op("hmar_kernels::summed_modulated_norm", _run_summed_norm, mutates_args=())
+_summed_norm.register_fake(_fake_summed_norm)
 _norm_backward = Operator("modulated_norm_backward", _run_norm_backward, fake=_fake_norm_backward)
 _norm = Operator("modulated_norm", _run_norm, fake=_fake_norm, setup=_save_norm, backward=_differentiate_norm)
 _residual_norm = Operator(

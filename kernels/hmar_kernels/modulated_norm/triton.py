@@ -1,6 +1,6 @@
 """Adaptive layer norm with the gated residual before it, forward and backward in Triton.
 
-    forward    y = x + keep gate branch;  h = (y - mean) rstd (1 + scale) + shift
+    forward    y = x + keep gate branch;  h = (y - mean) rstd (1 + scale) + shift;  branch may be parts and a bias
     backward   xhat = (y - mean) rstd;  g = dh (1 + scale)
                dx = dy + rstd (g - mean_C(g) - xhat mean_C(g xhat));  dbranch = keep gate dx
                dshift = sum_L dh;  dscale = sum_L dh xhat;  dgate = sum_L keep branch dx
@@ -25,8 +25,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
-from ..triton_device import num_sms, on_device, sum_partials
+from ..triton_device import num_sms, on_device, overlaps, sum_partials
 
 
 class Tile(NamedTuple):
@@ -44,6 +45,8 @@ TILES: dict[int, tuple[Tile, Tile]] = {
     2048: (Tile(2, 4), Tile(3, 16)),
     4096: (Tile(1, 4), Tile(2, 16)),
 }
+# Of branches in parts, which belong to generation, up to so many rows a multiprocessor: a program each, of many warps.
+FEW_ROWS_PER_SM, FEW_CHANNELS_PER_WARP = 4, 128
 # The backward divides the rows of a batch among so many programs, but gives each at least LEAST_ROWS: more programs
 # fill the GPU more evenly, fewer write fewer partial sums (a tenth of a float32 residual stream at training shapes).
 PROGRAMS_PER_SM, LEAST_ROWS = 8, 8
@@ -53,6 +56,7 @@ PROGRAMS_PER_SM, LEAST_ROWS = 8, 8
 def _forward_kernel(
     x_ptr,
     branch_ptr,
+    bias_ptr,
     gate_ptr,
     keep_ptr,
     scale_ptr,
@@ -61,17 +65,22 @@ def _forward_kernel(
     h_ptr,
     mean_ptr,
     rstd_ptr,
+    part_stride,
     gate_stride,
     scale_stride,
     shift_stride,
     length,
     eps,
-    HAS_BRANCH: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
+    OVERLAP: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
     b = tl.program_id(1).to(tl.int64)
     offs_l = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
@@ -82,11 +91,16 @@ def _forward_kernel(
     mask = mask_l[:, None] & mask_c[None, :]
 
     y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
+    if PARTS > 0:
         gate = tl.load(gate_ptr + b * gate_stride + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         if HAS_KEEP:
             gate *= tl.load(keep_ptr + b).to(tl.float32)
-        y += gate[None, :] * tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        branch = tl.load(branch_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            branch += tl.load(branch_ptr + part * part_stride + offs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            branch += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+        y += gate[None, :] * branch
         # NOTE: the statistics are those of the stored y, from which the backward starts.
         rounded = y.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offs, rounded, mask=mask)
@@ -191,23 +205,35 @@ def forward(
     shift: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
+    *,
+    parts: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x branch [B,L,C], gate scale shift [B,1,C], keep [B] -> y, h [B,L,C], statistics [2,B,L].
 
-    branch, gate and keep may be None; without a branch y is x.
+    branch, gate and keep may be None; without a branch y is x. parts [P,B,L,C] and bias [C], whose sum is the branch,
+    may be given instead of it.
     """
     b, length, c = x.shape
     x, block_c = x.contiguous(), _padded(c)
+    num_parts = 0 if branch is None else 1
+    if parts is not None:
+        branch, num_parts = parts, len(parts)
     y = x if branch is None else torch.empty_like(x)
     h = torch.empty_like(x, dtype=dtype)
     statistics = torch.empty(2, b, length, dtype=torch.float32, device=x.device)
     gate, scale, shift = _vectors(gate, scale, shift)
     tile, _ = select_tiles(block_c)
+    if parts is not None and b * length <= FEW_ROWS_PER_SM * num_sms(x.device):
+        tile = few_rows_tile(block_c)
+    overlap = overlap and overlaps(x.device)
     if x.numel():
         with on_device(x):
             _forward_kernel[(triton.cdiv(length, tile.rows_or_stages), b)](
                 x_ptr=x,
                 branch_ptr=x if branch is None else branch.contiguous(),
+                bias_ptr=x if bias is None else bias.contiguous(),
                 gate_ptr=scale if gate is None else gate,
                 keep_ptr=scale if keep is None else keep.contiguous(),
                 scale_ptr=scale,
@@ -216,18 +242,22 @@ def forward(
                 h_ptr=h,
                 mean_ptr=statistics[0],
                 rstd_ptr=statistics[1],
+                part_stride=x.numel(),
                 gate_stride=0 if gate is None else gate.stride(0),
                 scale_stride=scale.stride(0),
                 shift_stride=shift.stride(0),
                 length=length,
                 eps=eps,
-                HAS_BRANCH=branch is not None,
+                PARTS=num_parts,
+                HAS_BIAS=bias is not None,
                 HAS_KEEP=keep is not None,
+                OVERLAP=overlap,
                 C=c,
                 BLOCK_C=block_c,
                 ROWS=tile.rows_or_stages,
                 num_warps=tile.warps,
                 enable_fp_fusion=False,
+                **({"launch_pdl": True} if overlap else {}),
             )
     return y, h, statistics
 
@@ -310,6 +340,10 @@ def _padded(channels: int) -> int:
 def select_tiles(block_c: int) -> tuple[Tile, Tile]:
     """The row of the table for so many channels. A pure function of its argument."""
     return next((TILES[channels] for channels in TILES if block_c <= channels), TILES[max(TILES)])
+
+
+def few_rows_tile(block_c: int) -> Tile:
+    return Tile(1, max(1, min(16, block_c // FEW_CHANNELS_PER_WARP)))
 
 
 def backward_rows(batch: int, length: int, device: torch.device) -> int:

@@ -2,9 +2,10 @@
 
     q = s (q' + b_q) / |q' + b_q|,   k = k' / |k'|,   v = v' + b_v,   out = softmax(q k^T) v
 
-Grid: (blocks of queries, heads, images); a program owns [BLOCK_Q, D] of out and has all keys of its image at once, so
-there is no loop; programs of the same image and head normalise the same keys. Norms, logits and sums are float32, q and
-k are rounded as they are where they are stored. With OVERLAP the kernel starts while the one before it still runs.
+Grid: (blocks of queries, heads, images); a program owns [BLOCK_Q, D] of out and goes over the keys in blocks of
+BLOCK_L, which copies bring into shared memory ahead of it. Keys and values are multiplied as they lie there: a key's
+length divides its logits, and the bias of values is added to their mean. Norms, logits and sums are float32, q is
+rounded as it is where it is stored. With OVERLAP the kernel starts while the one before it still runs.
 
 The equations are stated in reference.py; argument checks live in api.py.
 """
@@ -26,24 +27,26 @@ EPS: tl.constexpr = tl.constexpr(1e-12)  # that of F.normalize
 
 class Tile(NamedTuple):
     block_q: int
+    block_l: int
     warps: int
+    stages: int
 
 
-# Keys padded to a power of two -> tile, of which none spills. By calculation, as few programs as there are
-# multiprocessors are worth more than keys that are normalised once.
-TILES: dict[int, Tile] = {16: Tile(16, 1), 32: Tile(32, 2), 64: Tile(32, 4), 128: Tile(32, 4), 256: Tile(32, 8)}
+# Tokens of an image, up to -> tile, of which none spills. NOTE: measured on an H100 (reports/log.md, "keys in turn");
+# with 576 tokens `qk_norm` and `attention` are faster.
+TILES: dict[int, Tile] = {
+    16: Tile(16, 16, 1, 1),
+    32: Tile(16, 32, 2, 1),
+    64: Tile(32, 64, 4, 1),
+    384: Tile(64, 64, 4, 3),
+}
 MAX_KEYS, MAX_HEAD_DIM = max(TILES), 128
 
 
 @triton.jit
-def _rows(ptr, offs_l, offs_d, mask, WIDTH: tl.constexpr):
-    """Rows of one head of the packed projection, as float32."""
-    return tl.load(ptr + offs_l[:, None] * WIDTH + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _unit(x):
-    return x * (1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), EPS))[:, None]
+def _inverse_length(x):
+    """Of rows."""
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), EPS)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -60,6 +63,7 @@ def _attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_L: tl.constexpr,
+    STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
@@ -69,7 +73,6 @@ def _attention_kernel(
     offs_l, offs_d = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     mask_q = (offs_q < length)[:, None] & mask_d[None, :]
-    mask_l = (offs_l < length)[:, None] & mask_d[None, :]
     qkv_ptr += b * length * (3 * H * D) + h * D
     dtype = qkv_ptr.dtype.element_ty
     scale = tl.exp(tl.minimum(tl.load(log_scale_ptr + h).to(tl.float32), max_log_scale))
@@ -78,17 +81,25 @@ def _attention_kernel(
     if OVERLAP:
         gdc_wait()
 
-    q = _rows(qkv_ptr, offs_q, offs_d, mask_q, 3 * H * D)
-    k = _rows(qkv_ptr + H * D, offs_l, offs_d, mask_l, 3 * H * D)
-    v = _rows(qkv_ptr + 2 * H * D, offs_l, offs_d, mask_l, 3 * H * D)
-    q = (_unit(q + q_bias[None, :]) * scale).to(dtype)
-    k = _unit(k).to(dtype)
-    v = (v + v_bias[None, :]).to(dtype)
-
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee")
-    logits = tl.where((offs_l < length)[None, :], logits, float("-inf"))
-    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
-    out = tl.dot(weights.to(dtype), v, input_precision="ieee") / tl.sum(weights, 1)[:, None]
+    q = tl.load(qkv_ptr + offs_q[:, None] * (3 * H * D) + offs_d[None, :], mask=mask_q, other=0.0).to(tl.float32)
+    q += q_bias[None, :]
+    q = (q * (_inverse_length(q) * scale)[:, None]).to(dtype)
+    total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    weight = tl.zeros([BLOCK_Q], tl.float32)
+    for begin in tl.range(0, length, BLOCK_L, num_stages=STAGES):
+        left = length - begin
+        mask_l = (offs_l < left)[:, None] & mask_d[None, :]
+        offs = (begin + offs_l)[:, None] * (3 * H * D) + offs_d[None, :]
+        k = tl.load(qkv_ptr + H * D + offs, mask=mask_l, other=0.0)
+        v = tl.load(qkv_ptr + 2 * H * D + offs, mask=mask_l, other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * _inverse_length(k.to(tl.float32))[None, :]
+        logits = tl.where((offs_l < left)[None, :], logits, float("-inf"))
+        before, highest = highest, tl.maximum(highest, tl.max(logits, 1))
+        weights, shrink = tl.exp(logits - highest[:, None]), tl.exp(before - highest)
+        weight = weight * shrink + tl.sum(weights, 1)
+        total = tl.dot(weights.to(dtype), v, total * shrink[:, None], input_precision="ieee")
+    out = total / weight[:, None] + v_bias[None, :]
     out_ptr += b * length * (H * D) + h * D
     tl.store(out_ptr + offs_q[:, None] * (H * D) + offs_d[None, :], out.to(dtype), mask=mask_q)
 
@@ -102,12 +113,11 @@ def unavailable(qkv: torch.Tensor, heads: int, *dtypes: torch.dtype) -> str | No
     return triton_device.unavailable(qkv.device, qkv.dtype, *dtypes)
 
 
-def select_tile(length: int, head_dim: int) -> tuple[int, Tile]:
-    """Keys of a program and its tile. A pure function of its arguments."""
-    block_l = next(keys for keys in TILES if length <= keys)
-    tile = TILES[block_l]
+def select_tile(length: int, head_dim: int) -> Tile:
+    """A pure function of its arguments."""
+    tile = TILES[next(longest for longest in TILES if length <= longest)]
     # NOTE: keys of twice the width take twice the registers.
-    return block_l, tile if head_dim <= 64 else tile._replace(warps=min(8, 2 * tile.warps))
+    return tile if head_dim <= 64 else tile._replace(warps=min(8, 2 * tile.warps))
 
 
 def forward(
@@ -125,7 +135,7 @@ def forward(
     out = torch.empty(b, length, width // 3, dtype=qkv.dtype, device=qkv.device)
     if not out.numel():
         return out
-    block_l, tile = select_tile(length, head_dim)
+    tile = select_tile(length, head_dim)
     overlap = overlap and overlaps(qkv.device)
     with on_device(qkv):
         _attention_kernel[(triton.cdiv(length, tile.block_q), heads, b)](
@@ -140,7 +150,8 @@ def forward(
             D=head_dim,
             BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
             BLOCK_Q=tile.block_q,
-            BLOCK_L=block_l,
+            BLOCK_L=tile.block_l,
+            STAGES=tile.stages,
             OVERLAP=overlap,
             num_warps=tile.warps,
             **({"launch_pdl": True} if overlap else {}),
