@@ -68,15 +68,18 @@ from hmar.model import (
     LayerCache,
     NextScaleTransformer,
     Residual,
+    Scales,
     SharedModulation,
+    TokenEmbedding,
 )
 from hmar.pyramid import Pyramid
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import SpanMask, blocks, linear, qk_norm_attention, triton_device
+from hmar_kernels import SpanMask, blocks, linear, qk_norm_attention, token_embedding, triton_device
 from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
+from hmar_kernels.token_embedding import Known
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
 # Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows.
@@ -330,6 +333,7 @@ class Engine:
             setattr(self.model, name, nn.ModuleList([FusedBlocks(fused)] if together else fused))
         for name in self._head_names():
             setattr(self.model, name, FusedHead(getattr(self.model, name), choices))
+        self.model.embedding = FusedTokenEmbedding(self.model.embedding, choices)
 
     def _compile(self, module: nn.Module, backend: str) -> None:
         # NOTE: every scale and batch size is a shape, and a mask, of its own.
@@ -723,12 +727,12 @@ class Program:
     def _predict(self, k: int) -> None:
         engine, settings = self.engine, self.settings
         model, scale = engine.model, (k, k + 1)
-        self.inputs_BnE = engine.scale_maps.inputs(self.f_hat_BEhw, k).to(model.embedding.codes.weight.dtype)
-        class_R, (inputs_RnE,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
+        self.inputs_BnE = engine.scale_maps.inputs(self.f_hat_BEhw, k)
+        class_R, (inputs,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
         if engine.is_hmar:
-            logits_RnV = model.next_scale(class_R, inputs_RnE, scale)
+            logits_RnV = model.next_scale(class_R, inputs, scale)
         else:
-            logits_RnV = model(class_R, inputs_RnE, scale, self.caches)
+            logits_RnV = model(class_R, inputs, scale, self.caches)
         positions_n = self.positions_L[engine.pyramid.slice(k)]
         self.codes_Bn, self.confidence_Bn, self.bad_Bn = draw(
             logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, positions_n
@@ -774,17 +778,21 @@ class Program:
 
     def _masked_logits(self, k: int, guided: bool, wanted_Bm: Tensor | None = None) -> Tensor:
         engine = self.engine
-        residuals_BnE = engine.scale_maps.own_residual(self.codes_Bn, k).to(self.inputs_BnE.dtype)
-        arguments = [self.inputs_BnE, residuals_BnE, self.hidden_Bn]
-        arguments += [wanted_Bm] if wanted_Bm is not None else []
-        class_R, (inputs, residuals, hidden, *wanted) = self._with_null(guided, *arguments)
-        return engine.model.masked(class_R, inputs, residuals, hidden, (k, k + 1), *wanted)
+        residuals_BnE = engine.scale_maps.own_residual(self.codes_Bn, k)
+        class_R, arguments = self._with_null(guided, self.inputs_BnE, residuals_BnE, self.hidden_Bn)
+        wanted_Rm = wanted_Bm if wanted_Bm is None or not guided else torch.cat([wanted_Bm, wanted_Bm])
+        return engine.model.masked(class_R, *arguments, (k, k + 1), wanted_Rm)
 
     def _with_null(self, guided: bool, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As `hmar.generate.with_null`, of classes that are there already."""
-        if not guided:
-            return self.class_R[: self.settings.batch], list(tensors)
-        return self.class_R, [torch.cat([tensor, tensor]) for tensor in tensors]
+        """As `hmar.generate.with_null`, of classes that are there already, and in the dtype of the embedding's weight;
+        an embedding that rounds and repeats by itself takes the tensors as they are."""
+        embedding, class_R = self.engine.model.embedding, self.class_R
+        class_R = class_R if guided else class_R[: self.settings.batch]
+        if isinstance(embedding, FusedTokenEmbedding):
+            return class_R, list(tensors)
+        dtype = embedding.codes.weight.dtype
+        tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+        return class_R, [torch.cat([tensor, tensor]) for tensor in tensors] if guided else tensors
 
     def _commit(self, k: int) -> None:
         torch.any(self.bad_Bn, 1, out=self.bad_SB[k])
@@ -802,6 +810,40 @@ class Choices:
     few_rows: int
     attention: str
     overlap: bool
+
+
+class FusedTokenEmbedding(nn.Module):
+    """The embedding of one scale, whose tokens of codes are one kernel's. Rows of the model that are a multiple of the
+    images, as with the null class, have the same tokens."""
+
+    def __init__(self, embedding: TokenEmbedding, choices: Choices):
+        super().__init__()
+        self.pyramid, self.stream_dtype = embedding.pyramid, embedding.stream_dtype
+        self.classes, self.codes, self.scales = embedding.classes, embedding.codes, embedding.scales
+        self.start_LC, self.position_LC = embedding.start_LC, embedding.position_LC
+        self.choices = choices
+
+    def forward(
+        self, class_R: Tensor, inputs_BnE: Tensor, scales: Scales, known: Known | None = None
+    ) -> tuple[Tensor, Tensor]:
+        k, last = scales
+        assert last == k + 1, f"a pass has the tokens of one scale, got {scales}"
+        cond_RC = self.classes(class_R)
+        position_nC, scale_C = self.position_LC[self.pyramid.slice(k)], self.scales.weight[k]
+        if k == 0:
+            x_RnC = cond_RC[:, None] + self.start_LC + position_nC + scale_C
+        else:
+            x_RnC = token_embedding(
+                inputs_BnE,
+                self.codes.weight,
+                self.codes.bias,
+                position_nC,
+                scale_C,
+                known,
+                copies=len(class_R) // len(inputs_BnE),
+                overlap=self.choices.overlap,
+            )
+        return cond_RC, x_RnC if self.stream_dtype is None else x_RnC.to(self.stream_dtype)
 
 
 class FusedLinear(nn.Module):

@@ -28,7 +28,7 @@ from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, Attention, MaskedTransformer
 from hmar.tokenizer import Upsample
-from hmar_kernels import transformer_blocks, triton_device
+from hmar_kernels import token_embedding, transformer_blocks, triton_device
 from hmar_kernels.blocks import MAX_ROWS
 from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
@@ -234,6 +234,28 @@ def test_short_images_are_attended_by_one_kernel(monkeypatch):
         assert {tuple(shape) for shape in shapes} == seen
         assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
         shapes.clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_codes_by_one_kernel(kind, monkeypatch):
+    """Images once, whether or not the null class has the same tokens; all scales but the first."""
+    calls = []
+
+    def embedded(inputs, *tables, copies, **options):
+        calls.append((*inputs.shape[:2], copies, tables[-1] is not None))
+        return token_embedding(inputs, *tables, copies=copies, impl="triton", **options)
+
+    model, tokenizer = build(kind), build_tokenizer()
+    sampling = replace(sampling_for(model, "guided masked passes"), cfg_ramp=[0.0, 0.0, 1.0, 1.0])
+    monkeypatch.setattr(engine_module, "token_embedding", embedded)
+    actual = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+    monkeypatch.setattr(engine_module, "token_embedding", token_embedding)
+    expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
+    first = 2 if kind == "var" else 1
+    masked = Counter({(3, 4, 2, True): 1, (3, 9, 2, True): 3} if kind == "hmar" else {})
+    assert Counter(calls) == {(3, 4, first, False): 1, (3, 9, 2, False): 1, (3, 25, 2, False): 1} | masked
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_engine_gpu.py runs the kernels")

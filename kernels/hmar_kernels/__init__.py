@@ -2,8 +2,9 @@
 
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
-behind, keeping less for the backward; linear, qk_norm_attention, blocks: for generation, where rows are few; sampling:
-from logits to codes; group_norm, conv2d: for the decoder. Each in `api.py` of its folder.
+behind, keeping less for the backward; linear, qk_norm_attention, blocks: for generation, where rows are few;
+token_embedding: before the blocks there; sampling: from logits to codes; group_norm, conv2d: for the decoder. Each in
+`api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
@@ -19,6 +20,7 @@ from .norm_linear import norm_linear, residual_norm_linear
 from .qk_norm import qk_norm
 from .qk_norm_attention import qk_norm_attention
 from .sampling import SampledCodes, sample_codes
+from .token_embedding import token_embedding
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -42,6 +44,7 @@ __all__ = [
     "residual_modulated_norm",
     "residual_norm_linear",
     "sample_codes",
+    "token_embedding",
     "transformer_blocks",
     "unavailable",
 ]
