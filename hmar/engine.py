@@ -50,13 +50,12 @@ from hmar.generate import (
     checked_classes,
     draw,
     image_keys,
-    least_confident,
-    least_confident_first,
     masked_passes,
     masked_step,
     refuse_nonfinite,
     resolve_ramp,
     resolve_schedule,
+    stay_hidden,
     with_null,
 )
 from hmar.model import (
@@ -75,7 +74,16 @@ from hmar.model import (
 from hmar.pyramid import Pyramid
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import SpanMask, blocks, linear, qk_norm_attention, token_embedding, triton_device
+from hmar_kernels import (
+    SampledCodes,
+    SpanMask,
+    blocks,
+    least_confident,
+    linear,
+    qk_norm_attention,
+    token_embedding,
+    triton_device,
+)
 from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
@@ -608,6 +616,7 @@ class Program:
         self.positions_L = torch.arange(pyramid.length, device=device)
         self.f_hat_BEhw = engine.scale_maps.empty_f_hat(batch)
         self.codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
+        self.confidence_BL = torch.zeros(batch, pyramid.length, device=device)
         self.bad_SB = torch.zeros(pyramid.num_scales, batch, dtype=torch.bool, device=device)
         if settings.edited:
             self.known_codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
@@ -699,7 +708,7 @@ class Program:
 
     def _drop(self) -> None:
         """Let go of what steps leave for each other: once recorded, their memory is free for other programs."""
-        self.inputs_BnE = self.codes_Bn = self.confidence_Bn = self.hidden_Bn = self.bad_Bn = self.caches = None
+        self.inputs_BnE = self.hidden_Bn = self.caches = None
         for module in self.engine._remembered:
             module.vectors = None
 
@@ -722,6 +731,7 @@ class Program:
         for head in engine._heads():
             head.modulation.remember(activated_RC)
         self.f_hat_BEhw.zero_()
+        self.bad_SB.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
 
     def _predict(self, k: int) -> None:
@@ -733,38 +743,30 @@ class Program:
             logits_RnV = model.next_scale(class_R, inputs, scale)
         else:
             logits_RnV = model(class_R, inputs, scale, self.caches)
-        positions_n = self.positions_L[engine.pyramid.slice(k)]
-        self.codes_Bn, self.confidence_Bn, self.bad_Bn = draw(
-            logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, positions_n
-        )
+        span, drawn = engine.pyramid.slice(k), self._drawn(k)
+        draw(logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, self.positions_L[span], into=drawn)
+        self.hidden_Bn = None
         if settings.edited:
-            span = engine.pyramid.slice(k)
             self.hidden_Bn = ~self.known_tokens_BL[:, span]
-            self.codes_Bn = torch.where(self.hidden_Bn, self.codes_Bn, self.known_codes_BL[:, span])
-        else:
-            self.hidden_Bn = torch.ones_like(self.codes_Bn, dtype=torch.bool)
+            drawn.codes.copy_(torch.where(self.hidden_Bn, drawn.codes, self.known_codes_BL[:, span]))
 
     def _masked(self, k: int, i: int) -> None:
         """A masked pass that hides as many codes of every image; only their logits are computed."""
-        num_hidden = sum(self.settings.schedule[k][i:])
-        wanted_Bm = least_confident_first(self.confidence_Bn, self.hidden_Bn)[:, :num_hidden]
-        self.hidden_Bn = torch.zeros_like(self.hidden_Bn).scatter(1, wanted_Bm, True)
-        logits_RmV = self._masked_logits(k, self.settings.masked_guided, wanted_Bm)
-        positions_Bm = wanted_Bm + self.engine.pyramid.offsets[k]
-        codes_Bm, confidence_Bm, bad_Bm = draw(
-            logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i)
+        num_hidden, drawn = sum(self.settings.schedule[k][i:]), self._drawn(k)
+        places_Bm, positions_Bm, self.hidden_Bn = least_confident(
+            drawn.confidence, self.hidden_Bn, count=num_hidden, first=self.engine.pyramid.offsets[k]
         )
-        self.codes_Bn.scatter_(1, wanted_Bm, codes_Bm)
-        self.confidence_Bn.scatter_(1, wanted_Bm, confidence_Bm)
-        self.bad_Bn[:, :num_hidden] |= bad_Bm
+        logits_RmV = self._masked_logits(k, self.settings.masked_guided, places_Bm)
+        to_places = {"into": drawn, "at_Bn": places_Bm}
+        draw(logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i), **to_places)
 
     def _masked_edit(self, row: int, k: int, i: int) -> None:
         """A masked pass that hides as many codes of each image as the arguments say; none means that it is skipped."""
         # NOTE: the first pass that sees known codes takes the place of the next-scale pass, with its guidance.
         guided, strength = (self.settings.guided_S[k], k) if i == 0 else (self.settings.masked_guided, -1)
-        num_hidden_B = self.num_hidden_PB[row]
+        num_hidden_B, drawn = self.num_hidden_PB[row], self._drawn(k)
         active_B1 = num_hidden_B[:, None] > 0
-        fewer_Bn = least_confident(self.confidence_Bn, self.hidden_Bn, num_hidden_B)
+        fewer_Bn = stay_hidden(drawn.confidence, self.hidden_Bn, num_hidden_B)
         # NOTE: in place, for a graph that is skipped must leave what the next one reads as it was.
         self.hidden_Bn.copy_(torch.where(active_B1, fewer_Bn, self.hidden_Bn))
         logits_RnV = self._masked_logits(k, guided)
@@ -772,16 +774,21 @@ class Program:
         codes_Bn, confidence_Bn, bad_Bn = draw(
             logits_RnV, self.sampling, self.strengths_SB[strength], self.keys_B, positions_n, masked_step(i)
         )
-        self.codes_Bn.copy_(torch.where(self.hidden_Bn & active_B1, codes_Bn, self.codes_Bn))
-        self.confidence_Bn.copy_(torch.where(active_B1, confidence_Bn, self.confidence_Bn))
-        self.bad_Bn |= bad_Bn
+        drawn.codes.copy_(torch.where(self.hidden_Bn & active_B1, codes_Bn, drawn.codes))
+        drawn.confidence.copy_(torch.where(active_B1, confidence_Bn, drawn.confidence))
+        drawn.nonfinite.logical_or_(bad_Bn.any(1))
 
-    def _masked_logits(self, k: int, guided: bool, wanted_Bm: Tensor | None = None) -> Tensor:
+    def _drawn(self, k: int) -> SampledCodes:
+        """The draws of scale k so far, in their places."""
+        span = self.engine.pyramid.slice(k)
+        return SampledCodes(self.codes_BL[:, span], self.confidence_BL[:, span], self.bad_SB[k])
+
+    def _masked_logits(self, k: int, guided: bool, places_Bm: Tensor | None = None) -> Tensor:
         engine = self.engine
-        residuals_BnE = engine.scale_maps.own_residual(self.codes_Bn, k)
+        residuals_BnE = engine.scale_maps.own_residual(self._drawn(k).codes, k)
         class_R, arguments = self._with_null(guided, self.inputs_BnE, residuals_BnE, self.hidden_Bn)
-        wanted_Rm = wanted_Bm if wanted_Bm is None or not guided else torch.cat([wanted_Bm, wanted_Bm])
-        return engine.model.masked(class_R, *arguments, (k, k + 1), wanted_Rm)
+        places_Rm = torch.cat([places_Bm, places_Bm]) if guided and places_Bm is not None else places_Bm
+        return engine.model.masked(class_R, *arguments, (k, k + 1), places_Rm)
 
     def _with_null(self, guided: bool, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As `hmar.generate.with_null`, of classes that are there already, and in the dtype of the embedding's weight;
@@ -795,9 +802,7 @@ class Program:
         return class_R, [torch.cat([tensor, tensor]) for tensor in tensors] if guided else tensors
 
     def _commit(self, k: int) -> None:
-        torch.any(self.bad_Bn, 1, out=self.bad_SB[k])
-        self.engine.scale_maps.accumulate_(self.f_hat_BEhw, self.codes_Bn, k)
-        self.codes_BL[:, self.engine.pyramid.slice(k)] = self.codes_Bn
+        self.engine.scale_maps.accumulate_(self.f_hat_BEhw, self._drawn(k).codes, k)
 
     def _decode(self) -> None:
         self.images_BCHW = self.engine.decode(self.f_hat_BEhw)

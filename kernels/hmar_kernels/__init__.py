@@ -3,8 +3,8 @@
 attention: block-sparse attention. Read `mask.py` first (which tokens see which), then `attention/api.py`.
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
 behind, keeping less for the backward; linear, qk_norm_attention, blocks: for generation, where rows are few;
-token_embedding: before the blocks there; sampling: from logits to codes; group_norm, conv2d: for the decoder. Each in
-`api.py` of its folder.
+token_embedding: before the blocks there; sampling: from logits to codes; least_confident: which of them are predicted
+again; group_norm, conv2d: for the decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
@@ -12,6 +12,7 @@ from .blocks import transformer_blocks
 from .conv2d import conv2d, conv_transpose2d
 from .gelu_linear import gelu_linear
 from .group_norm import group_norm, group_norm_conv, residual_group_norm
+from .least_confident import least_confident
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mask import SpanMask
@@ -34,6 +35,7 @@ __all__ = [
     "gelu_linear",
     "group_norm",
     "group_norm_conv",
+    "least_confident",
     "linear",
     "linear_cross_entropy",
     "modulated_norm",
