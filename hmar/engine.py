@@ -1,16 +1,20 @@
 """The engine: generation with fixed shapes, as CUDA graphs on a GPU and step by step elsewhere.
 
     begin           modulation vectors of all blocks, once an image: they follow from the class alone
-    predict k       inputs of scale k from f_hat (`hmar.scale_maps`), next-scale pass, draw
-    masked k, i     hide the least confident codes, masked pass without the null class, draw
+    predict k       inputs of scale k from f_hat (`hmar.scale_maps`), next-scale pass, draw into the codes
+    masked k, i     hide the least confident codes, masked pass without the null class, draw into their places
     commit k        f_hat += contribution of the codes
     decode          bf16, channels last (`hmar.decoder`)
 
 The same arithmetic and the same random numbers as `hmar.generate`, whose plain functions say what is computed; here no
 shape depends on data, nothing waits for the device within an image, and what is the same for every pass is computed
-once. An `Engine` holds the weights in the precision they are used in. For every batch size and setting it makes a
-`Program`: buffers for the arguments, and the steps above, captured one after another into graphs that share a pool of
-memory. Read `hmar.serve` for requests that arrive one by one.
+once. Around the model a pass has few kernels: the quantizer's maps, one that embeds tokens of codes in a dtype
+(`hmar_kernels.token_embedding`), one that tells which codes stay hidden (`hmar_kernels.least_confident`), and one that
+draws codes and writes them where they belong.
+
+An `Engine` holds the weights in the precision they are used in. For every batch size and setting it makes a `Program`:
+buffers for the arguments, and the steps above, captured one after another into graphs that share a pool of memory. Read
+`hmar.serve` for requests that arrive one by one.
 
 Shapes: B images, R rows of the model (2B where the null class takes part), n tokens of one scale, m hidden ones, L
 tokens of the pyramid, E code dimensions, S scales, P masked passes of an image, h w latent sides.
@@ -197,8 +201,8 @@ class Engine:
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
-        overlap: whether these kernels may start, and read weights, while the kernel before them still runs, on GPUs
-            that can (compute capability 9.0).
+        overlap: whether these kernels, and the one of the embedding, may start, and read weights, while the kernel
+            before them still runs, on GPUs that can (compute capability 9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.

@@ -14,13 +14,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hmar_kernels.group_norm import triton as group_norm
+from hmar_kernels.least_confident import triton as ranks
 from hmar_kernels.qk_norm_attention import triton as attention
 from hmar_kernels.token_embedding import triton as embedding
 
 FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "log_scale_ptr")
 SCALARS = ("eps", "max_log_scale")
 VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width")
-VARYING += ("rows", "copies")
+VARYING += ("rows", "copies", "count", "first")
+INTEGERS = {"hidden_ptr": "i1", "still_hidden_ptr": "i1", "places_ptr": "i64", "positions_ptr": "i64"}
 VARYING += SCALARS
 arch, dtype = int(sys.argv[1]), sys.argv[2]
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -38,6 +40,8 @@ for tile in (embedding.FEW, embedding.MANY):
         constants |= {"BLOCK_E": 32, "OVERLAP": overlap}
         floats = ["inputs_ptr", "position_ptr", "scale_ptr", "residuals_ptr", "mask_ptr", "out_ptr"]
         jobs[f"embedding {tile} {known}"] = embedding._embedding_kernel, constants, tile.warps, floats
+constants = {"HIDDEN": True, "BLOCK_I": ranks.BLOCK_I, "BLOCK_J": ranks.BLOCK_J}
+jobs["ranks"] = ranks._ranks_kernel, constants, ranks.WARPS, ["confidence_ptr"]
 for residual in (False, True):
     for block_c in (32, 128):
         constants = {"RESIDUAL": residual, "HAS_SHIFT": residual, "ROWS": group_norm.TILE // block_c}
@@ -58,8 +62,8 @@ for name, (kernel, constants, warps, floats) in jobs.items():
             signature[argument], constexprs[i,] = "constexpr", constants[argument]
             continue
         if argument.endswith("_ptr"):
-            kind = "i1" if argument == "hidden_ptr" else "fp32" if argument in (*FLOATS, *floats) else dtype
-            signature[argument] = "*" + kind
+            kind = "fp32" if argument in (*FLOATS, *floats) else dtype
+            signature[argument] = "*" + INTEGERS.get(argument, kind)
         else:
             signature[argument] = "fp32" if argument in SCALARS else "i32"
         if argument not in VARYING:
@@ -95,7 +99,7 @@ def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
-    assert len(report) == 2 * 5 + 4 + 8
+    assert len(report) == 2 * 5 + 4 + 1 + 8
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
         assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"

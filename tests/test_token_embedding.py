@@ -139,6 +139,13 @@ def test_in_a_graph_and_strided_on_a_gpu():
         doubled = inputs["inputs"] * 2
         captured = run(inputs | {"inputs": doubled / 2}, "triton", copies=2, overlap=True)["out"]
     graph.replay()
+    first, given = torch.cuda.CUDAGraph(), inputs["inputs"].clone()
+    with torch.cuda.graph(first):
+        alone = run(inputs | {"inputs": given}, "triton", copies=2, overlap=True)["out"]
+    for factor in (3, 1):
+        torch.mul(inputs["inputs"], factor, out=given)
+        first.replay()
+    assert torch.equal(alone, expected), "as the first kernel of a graph, after one that writes what it reads"
     assert torch.equal(captured, expected) and torch.equal(run(strided, "triton", copies=2)["out"], expected)
 
 
