@@ -53,7 +53,6 @@ from hmar.generate import (
     generate_hmar,
     generate_var,
     masked_step,
-    with_null,
 )
 from hmar.model import HMAR, Head, NextScaleTransformer
 from hmar.tokenizer import Level, Tokenizer
@@ -335,11 +334,10 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
     batch, config = settings.batch, engine.config
     program._begin()
     f_hat_BEhw = torch.randn_like(program.f_hat_BEhw)
-    inputs_dtype = model.embedding.codes.weight.dtype
     transformer, sampling, quantizing = [], [], []
 
     def pass_(call: Callable[..., torch.Tensor], guided: bool, tensors, positions, row: int, step: int) -> None:
-        class_R, arguments = with_null(guided, program.class_B, config, *tensors)
+        class_R, arguments = program._with_null(guided, *tensors)
         transformer.append(lambda: call(class_R, *arguments))
         rows = (2 if guided else 1) * batch
         dtype = engine.dtype or f_hat_BEhw.dtype
@@ -355,7 +353,7 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
     if program.caches is not None:
         transformer.append(lambda: setattr(program, "caches", [LayerKeysValues(pyramid.length) for _ in model.blocks]))
     for k, size in enumerate(pyramid.sizes):
-        inputs_BnE = maps.inputs(f_hat_BEhw, k).to(inputs_dtype)
+        inputs_BnE = maps.inputs(f_hat_BEhw, k)
         codes_Bn = torch.randint(config.vocab_size, (batch, size), device=engine.device)
         span = pyramid.slice(k)
         pass_(next_scale(k), settings.guided_S[k], [inputs_BnE], program.positions_L[span], k, 0)
@@ -364,15 +362,17 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
             wanted_Bm = torch.arange(num_hidden, device=engine.device).expand(batch, -1)
             hidden_Bn = torch.arange(size, device=engine.device).expand(batch, -1) < num_hidden
 
-            def masked(class_R, inputs, residuals, hidden, wanted, k=k):
+            wanted_Rm = wanted_Bm.repeat(1 + settings.masked_guided, 1)
+
+            def masked(class_R, inputs, residuals, hidden, wanted=wanted_Rm, k=k):
                 return model.masked(class_R, inputs, residuals, hidden, (k, k + 1), wanted)
 
-            tensors = [inputs_BnE, inputs_BnE, hidden_Bn, wanted_Bm]
+            tensors = [inputs_BnE, inputs_BnE, hidden_Bn]
             positions = wanted_Bm + pyramid.offsets[k]
             pass_(masked, settings.masked_guided, tensors, positions, -1, masked_step(i))
             quantizing.append(lambda codes_Bn=codes_Bn, k=k: maps.own_residual(codes_Bn, k))
         quantizing.append(lambda codes_Bn=codes_Bn, k=k: maps.accumulate_(f_hat_BEhw, codes_Bn, k))
-        quantizing.append(lambda k=k: maps.inputs(f_hat_BEhw, k).to(inputs_dtype))
+        quantizing.append(lambda k=k: maps.inputs(f_hat_BEhw, k))
     return {
         "transformer": [program._begin, *transformer],
         "sampling": sampling,

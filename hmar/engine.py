@@ -1,16 +1,20 @@
 """The engine: generation with fixed shapes, as CUDA graphs on a GPU and step by step elsewhere.
 
     begin           modulation vectors of all blocks, once an image: they follow from the class alone
-    predict k       inputs of scale k from f_hat (`hmar.scale_maps`), next-scale pass, draw
-    masked k, i     hide the least confident codes, masked pass without the null class, draw
+    predict k       inputs of scale k from f_hat (`hmar.scale_maps`), next-scale pass, draw into the codes
+    masked k, i     hide the least confident codes, masked pass without the null class, draw into their places
     commit k        f_hat += contribution of the codes
     decode          bf16, channels last (`hmar.decoder`)
 
 The same arithmetic and the same random numbers as `hmar.generate`, whose plain functions say what is computed; here no
 shape depends on data, nothing waits for the device within an image, and what is the same for every pass is computed
-once. An `Engine` holds the weights in the precision they are used in. For every batch size and setting it makes a
-`Program`: buffers for the arguments, and the steps above, captured one after another into graphs that share a pool of
-memory. Read `hmar.serve` for requests that arrive one by one.
+once. Around the model a pass has few kernels: the quantizer's maps, one that embeds tokens of codes in a dtype
+(`hmar_kernels.token_embedding`), one that tells which codes stay hidden (`hmar_kernels.least_confident`), and one that
+draws codes and writes them where they belong.
+
+An `Engine` holds the weights in the precision they are used in. For every batch size and setting it makes a `Program`:
+buffers for the arguments, and the steps above, captured one after another into graphs that share a pool of memory. Read
+`hmar.serve` for requests that arrive one by one.
 
 Shapes: B images, R rows of the model (2B where the null class takes part), n tokens of one scale, m hidden ones, L
 tokens of the pyramid, E code dimensions, S scales, P masked passes of an image, h w latent sides.
@@ -50,13 +54,12 @@ from hmar.generate import (
     checked_classes,
     draw,
     image_keys,
-    least_confident,
-    least_confident_first,
     masked_passes,
     masked_step,
     refuse_nonfinite,
     resolve_ramp,
     resolve_schedule,
+    stay_hidden,
     with_null,
 )
 from hmar.model import (
@@ -68,15 +71,29 @@ from hmar.model import (
     LayerCache,
     NextScaleTransformer,
     Residual,
+    Scales,
     SharedModulation,
+    TokenEmbedding,
 )
 from hmar.pyramid import Pyramid
 from hmar.scale_maps import ScaleMaps
 from hmar.tokenizer import Tokenizer
-from hmar_kernels import SpanMask, blocks, linear, linear_parts, qk_norm_attention, summed_modulated_norm, triton_device
+from hmar_kernels import (
+    SampledCodes,
+    SpanMask,
+    blocks,
+    least_confident,
+    linear,
+    linear_parts,
+    qk_norm_attention,
+    summed_modulated_norm,
+    token_embedding,
+    triton_device,
+)
 from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
 from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
+from hmar_kernels.token_embedding import Known
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
 # Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows.
@@ -190,8 +207,8 @@ class Engine:
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
-        overlap: whether these kernels may start, and read weights, while the kernel before them still runs, on GPUs
-            that can (compute capability 9.0).
+        overlap: whether these kernels, and the one of the embedding, may start, and read weights, while the kernel
+            before them still runs, on GPUs that can (compute capability 9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -334,6 +351,7 @@ class Engine:
             setattr(self.model, name, nn.ModuleList([FusedBlocks(fused)] if together else fused))
         for name in self._head_names():
             setattr(self.model, name, FusedHead(getattr(self.model, name), choices))
+        self.model.embedding = FusedTokenEmbedding(self.model.embedding, choices)
 
     def _compile(self, module: nn.Module, backend: str) -> None:
         # NOTE: every scale and batch size is a shape, and a mask, of its own.
@@ -608,6 +626,7 @@ class Program:
         self.positions_L = torch.arange(pyramid.length, device=device)
         self.f_hat_BEhw = engine.scale_maps.empty_f_hat(batch)
         self.codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
+        self.confidence_BL = torch.zeros(batch, pyramid.length, device=device)
         self.bad_SB = torch.zeros(pyramid.num_scales, batch, dtype=torch.bool, device=device)
         if settings.edited:
             self.known_codes_BL = torch.zeros(batch, pyramid.length, dtype=torch.int64, device=device)
@@ -699,7 +718,7 @@ class Program:
 
     def _drop(self) -> None:
         """Let go of what steps leave for each other: once recorded, their memory is free for other programs."""
-        self.inputs_BnE = self.codes_Bn = self.confidence_Bn = self.hidden_Bn = self.bad_Bn = self.caches = None
+        self.inputs_BnE = self.hidden_Bn = self.caches = None
         for module in self.engine._remembered:
             module.vectors = None
 
@@ -722,49 +741,42 @@ class Program:
         for head in engine._heads():
             head.modulation.remember(activated_RC)
         self.f_hat_BEhw.zero_()
+        self.bad_SB.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
 
     def _predict(self, k: int) -> None:
         engine, settings = self.engine, self.settings
         model, scale = engine.model, (k, k + 1)
-        self.inputs_BnE = engine.scale_maps.inputs(self.f_hat_BEhw, k).to(model.embedding.codes.weight.dtype)
-        class_R, (inputs_RnE,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
+        self.inputs_BnE = engine.scale_maps.inputs(self.f_hat_BEhw, k)
+        class_R, (inputs,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
         if engine.is_hmar:
-            logits_RnV = model.next_scale(class_R, inputs_RnE, scale)
+            logits_RnV = model.next_scale(class_R, inputs, scale)
         else:
-            logits_RnV = model(class_R, inputs_RnE, scale, self.caches)
-        positions_n = self.positions_L[engine.pyramid.slice(k)]
-        self.codes_Bn, self.confidence_Bn, self.bad_Bn = draw(
-            logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, positions_n
-        )
+            logits_RnV = model(class_R, inputs, scale, self.caches)
+        span, drawn = engine.pyramid.slice(k), self._drawn(k)
+        draw(logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, self.positions_L[span], into=drawn)
+        self.hidden_Bn = None
         if settings.edited:
-            span = engine.pyramid.slice(k)
             self.hidden_Bn = ~self.known_tokens_BL[:, span]
-            self.codes_Bn = torch.where(self.hidden_Bn, self.codes_Bn, self.known_codes_BL[:, span])
-        else:
-            self.hidden_Bn = torch.ones_like(self.codes_Bn, dtype=torch.bool)
+            drawn.codes.copy_(torch.where(self.hidden_Bn, drawn.codes, self.known_codes_BL[:, span]))
 
     def _masked(self, k: int, i: int) -> None:
         """A masked pass that hides as many codes of every image; only their logits are computed."""
-        num_hidden = sum(self.settings.schedule[k][i:])
-        wanted_Bm = least_confident_first(self.confidence_Bn, self.hidden_Bn)[:, :num_hidden]
-        self.hidden_Bn = torch.zeros_like(self.hidden_Bn).scatter(1, wanted_Bm, True)
-        logits_RmV = self._masked_logits(k, self.settings.masked_guided, wanted_Bm)
-        positions_Bm = wanted_Bm + self.engine.pyramid.offsets[k]
-        codes_Bm, confidence_Bm, bad_Bm = draw(
-            logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i)
+        num_hidden, drawn = sum(self.settings.schedule[k][i:]), self._drawn(k)
+        places_Bm, positions_Bm, self.hidden_Bn = least_confident(
+            drawn.confidence, self.hidden_Bn, count=num_hidden, first=self.engine.pyramid.offsets[k]
         )
-        self.codes_Bn.scatter_(1, wanted_Bm, codes_Bm)
-        self.confidence_Bn.scatter_(1, wanted_Bm, confidence_Bm)
-        self.bad_Bn[:, :num_hidden] |= bad_Bm
+        logits_RmV = self._masked_logits(k, self.settings.masked_guided, places_Bm)
+        to_places = {"into": drawn, "at_Bn": places_Bm}
+        draw(logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i), **to_places)
 
     def _masked_edit(self, row: int, k: int, i: int) -> None:
         """A masked pass that hides as many codes of each image as the arguments say; none means that it is skipped."""
         # NOTE: the first pass that sees known codes takes the place of the next-scale pass, with its guidance.
         guided, strength = (self.settings.guided_S[k], k) if i == 0 else (self.settings.masked_guided, -1)
-        num_hidden_B = self.num_hidden_PB[row]
+        num_hidden_B, drawn = self.num_hidden_PB[row], self._drawn(k)
         active_B1 = num_hidden_B[:, None] > 0
-        fewer_Bn = least_confident(self.confidence_Bn, self.hidden_Bn, num_hidden_B)
+        fewer_Bn = stay_hidden(drawn.confidence, self.hidden_Bn, num_hidden_B)
         # NOTE: in place, for a graph that is skipped must leave what the next one reads as it was.
         self.hidden_Bn.copy_(torch.where(active_B1, fewer_Bn, self.hidden_Bn))
         logits_RnV = self._masked_logits(k, guided)
@@ -772,28 +784,35 @@ class Program:
         codes_Bn, confidence_Bn, bad_Bn = draw(
             logits_RnV, self.sampling, self.strengths_SB[strength], self.keys_B, positions_n, masked_step(i)
         )
-        self.codes_Bn.copy_(torch.where(self.hidden_Bn & active_B1, codes_Bn, self.codes_Bn))
-        self.confidence_Bn.copy_(torch.where(active_B1, confidence_Bn, self.confidence_Bn))
-        self.bad_Bn |= bad_Bn
+        drawn.codes.copy_(torch.where(self.hidden_Bn & active_B1, codes_Bn, drawn.codes))
+        drawn.confidence.copy_(torch.where(active_B1, confidence_Bn, drawn.confidence))
+        drawn.nonfinite.logical_or_(bad_Bn.any(1))
 
-    def _masked_logits(self, k: int, guided: bool, wanted_Bm: Tensor | None = None) -> Tensor:
+    def _drawn(self, k: int) -> SampledCodes:
+        """The draws of scale k so far, in their places."""
+        span = self.engine.pyramid.slice(k)
+        return SampledCodes(self.codes_BL[:, span], self.confidence_BL[:, span], self.bad_SB[k])
+
+    def _masked_logits(self, k: int, guided: bool, places_Bm: Tensor | None = None) -> Tensor:
         engine = self.engine
-        residuals_BnE = engine.scale_maps.own_residual(self.codes_Bn, k).to(self.inputs_BnE.dtype)
-        arguments = [self.inputs_BnE, residuals_BnE, self.hidden_Bn]
-        arguments += [wanted_Bm] if wanted_Bm is not None else []
-        class_R, (inputs, residuals, hidden, *wanted) = self._with_null(guided, *arguments)
-        return engine.model.masked(class_R, inputs, residuals, hidden, (k, k + 1), *wanted)
+        residuals_BnE = engine.scale_maps.own_residual(self._drawn(k).codes, k)
+        class_R, arguments = self._with_null(guided, self.inputs_BnE, residuals_BnE, self.hidden_Bn)
+        places_Rm = torch.cat([places_Bm, places_Bm]) if guided and places_Bm is not None else places_Bm
+        return engine.model.masked(class_R, *arguments, (k, k + 1), places_Rm)
 
     def _with_null(self, guided: bool, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As `hmar.generate.with_null`, of classes that are there already."""
-        if not guided:
-            return self.class_R[: self.settings.batch], list(tensors)
-        return self.class_R, [torch.cat([tensor, tensor]) for tensor in tensors]
+        """As `hmar.generate.with_null`, of classes that are there already, and in the dtype of the embedding's weight;
+        an embedding that rounds and repeats by itself takes the tensors as they are."""
+        embedding, class_R = self.engine.model.embedding, self.class_R
+        class_R = class_R if guided else class_R[: self.settings.batch]
+        if isinstance(embedding, FusedTokenEmbedding):
+            return class_R, list(tensors)
+        dtype = embedding.codes.weight.dtype
+        tensors = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+        return class_R, [torch.cat([tensor, tensor]) for tensor in tensors] if guided else tensors
 
     def _commit(self, k: int) -> None:
-        torch.any(self.bad_Bn, 1, out=self.bad_SB[k])
-        self.engine.scale_maps.accumulate_(self.f_hat_BEhw, self.codes_Bn, k)
-        self.codes_BL[:, self.engine.pyramid.slice(k)] = self.codes_Bn
+        self.engine.scale_maps.accumulate_(self.f_hat_BEhw, self._drawn(k).codes, k)
 
     def _decode(self) -> None:
         self.images_BCHW = self.engine.decode(self.f_hat_BEhw)
@@ -806,6 +825,40 @@ class Choices:
     few_rows: int
     attention: str
     overlap: bool
+
+
+class FusedTokenEmbedding(nn.Module):
+    """The embedding of one scale, whose tokens of codes are one kernel's. Rows of the model that are a multiple of the
+    images, as with the null class, have the same tokens."""
+
+    def __init__(self, embedding: TokenEmbedding, choices: Choices):
+        super().__init__()
+        self.pyramid, self.stream_dtype = embedding.pyramid, embedding.stream_dtype
+        self.classes, self.codes, self.scales = embedding.classes, embedding.codes, embedding.scales
+        self.start_LC, self.position_LC = embedding.start_LC, embedding.position_LC
+        self.choices = choices
+
+    def forward(
+        self, class_R: Tensor, inputs_BnE: Tensor, scales: Scales, known: Known | None = None
+    ) -> tuple[Tensor, Tensor]:
+        k, last = scales
+        assert last == k + 1, f"a pass has the tokens of one scale, got {scales}"
+        cond_RC = self.classes(class_R)
+        position_nC, scale_C = self.position_LC[self.pyramid.slice(k)], self.scales.weight[k]
+        if k == 0:
+            x_RnC = cond_RC[:, None] + self.start_LC + position_nC + scale_C
+        else:
+            x_RnC = token_embedding(
+                inputs_BnE,
+                self.codes.weight,
+                self.codes.bias,
+                position_nC,
+                scale_C,
+                known,
+                copies=len(class_R) // len(inputs_BnE),
+                overlap=self.choices.overlap,
+            )
+        return cond_RC, x_RnC if self.stream_dtype is None else x_RnC.to(self.stream_dtype)
 
 
 class Summands(NamedTuple):

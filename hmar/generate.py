@@ -33,6 +33,7 @@ from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import SIDES_BY_RESOLUTION, Pyramid
 from hmar.tokenizer import Tokenizer
 from hmar_kernels import SampledCodes, sample_codes
+from hmar_kernels.least_confident.reference import least_confident_first
 
 ScheduleLike = str | Mapping[int, Sequence[int]] | Sequence[Sequence[int]] | None
 RampLike = str | Sequence[float]
@@ -164,7 +165,7 @@ def generate_hmar(
                     continue
                 guidance = guidance_S[k] if i == 0 else sampling.cfg * sampling.masked_cfg_factor
                 active_B1 = torch.tensor(active, device=codes_Bn.device)[:, None]
-                fewer_Bn = least_confident(confidence_Bn, hidden_Bn, torch.tensor(num_hidden, device=codes_Bn.device))
+                fewer_Bn = stay_hidden(confidence_Bn, hidden_Bn, torch.tensor(num_hidden, device=codes_Bn.device))
                 hidden_Bn = torch.where(active_B1, fewer_Bn, hidden_Bn)
                 # NOTE: the map holds the last draw for hidden codes too: resizing mixes it into the visible ones.
                 residuals_BnE = quantizer.own_residual(codes_Bn, k).to(inputs_BnE.dtype)
@@ -273,10 +274,13 @@ def draw(
     seeds_B: Tensor,
     positions: Tensor,
     step: int = 0,
+    into: SampledCodes | None = None,
+    at_Bn: Tensor | None = None,
 ) -> SampledCodes:
     """Codes of the tokens at `positions` of the pyramid ([n] or [B, n]), for as many images as there are seeds.
 
     The logits are those of the images, or, twice as many, also those of the null class, as `with_null` puts them.
+    into, at_Bn: where the draws are written, see `hmar_kernels.sample_codes`.
     """
     conditional_BnV, unconditional_BnV = logits_BnV, None
     if logits_BnV.shape[0] > len(seeds_B):
@@ -292,6 +296,8 @@ def draw(
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         greedy=sampling.greedy,
+        into=into,
+        at=at_Bn,
     )
 
 
@@ -313,17 +319,12 @@ def refuse_nonfinite(scales: Sequence[int], bad_draws: Sequence[Tensor]) -> None
             )
 
 
-def least_confident(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden_B: Tensor | int) -> Tensor:
+def stay_hidden(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden_B: Tensor | int) -> Tensor:
     """The positions of lowest confidence among those still hidden, so many of each image, as a bool mask [B, n]."""
     order_Bn = least_confident_first(confidence_Bn, hidden_Bn)
     ranks_n = torch.arange(order_Bn.shape[1], device=order_Bn.device)
     stays_Bn = ranks_n < torch.as_tensor(num_hidden_B, device=order_Bn.device).view(-1, 1)
     return torch.zeros_like(hidden_Bn).scatter(1, order_Bn, stays_Bn.expand_as(order_Bn))
-
-
-def least_confident_first(confidence_Bn: Tensor, hidden_Bn: Tensor) -> Tensor:
-    """All positions, int64 [B, n]: hidden ones by rising confidence, then the others."""
-    return confidence_Bn.masked_fill(~hidden_Bn, math.inf).argsort(dim=1, stable=True)
 
 
 def masked_passes(passes: Sequence[int], num_unknown: Sequence[int]) -> list[list[int]]:

@@ -35,6 +35,7 @@ from hmar_kernels import (
     residual_norm_linear,
 )
 from hmar_kernels import attention as masked_attention
+from hmar_kernels.token_embedding import Known
 
 PATTERNS = ("block_diagonal", "block_causal")
 Scales = tuple[int, int]
@@ -147,8 +148,8 @@ class MaskedTransformer(nn.Module):
         residuals_BLE: `MultiScaleQuantizer.own_residuals`, of the shape of inputs_BLE. masked: bool [L] or [B, L], True
         where a code is hidden. Scale 1 is never masked; its entries are ignored.
         """
-        known_BLC = known_codes(self.embedding, residuals_BLE, masked, self.mask_embedding_C)
-        cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known_BLC)
+        known = Known(residuals_BLE, masked, self.mask_embedding_C)
+        cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known)
         modulation, mask = self.shared_modulation(cond_BC), self.masks[scales]
         stream = run(self.trunk, Residual(x_BLC), modulation, mask)
         stream = run(self.blocks, stream, modulation, mask)
@@ -216,8 +217,8 @@ class HMAR(nn.Module):
 
         wanted_Bm: int64 positions within the tokens at hand; the logits [B, m, V] are then those of these tokens alone.
         """
-        known_BLC = known_codes(self.embedding, residuals_BLE, masked, self.mask_embedding_C)
-        cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known_BLC)
+        known = Known(residuals_BLE, masked, self.mask_embedding_C)
+        cond_BC, x_BLC = self.embedding(class_B, inputs_BLE, scales, known)
         modulation, mask = self.shared_modulation(cond_BC), self.masks[scales]
         stream = run(self.trunk, Residual(x_BLC), modulation, mask)
         stream = run(self.mask_blocks, stream, modulation, mask)
@@ -245,19 +246,19 @@ class TokenEmbedding(nn.Module):
             init_linear(module, config)
 
     def forward(
-        self, class_B: Tensor, inputs_BLE: Tensor, scales: Scales | None = None, known_BLC: Tensor | None = None
+        self, class_B: Tensor, inputs_BLE: Tensor, scales: Scales | None = None, known: Known | None = None
     ) -> tuple[Tensor, Tensor]:
         """The class embedding [B, C], which conditions every block, and the tokens [B, L, C].
 
-        known_BLC: what masked prediction adds to the tokens of inputs_BLE, see `known_codes`.
+        known: what masked prediction adds to the tokens of inputs_BLE, see `known_codes`.
         """
         first, last = scales or (0, self.pyramid.num_scales)
         span = slice(self.pyramid.offsets[first], self.pyramid.offsets[last])
         self._check(class_B, inputs_BLE, first, span)
         cond_BC = self.classes(class_B)
         x_BLC = self.codes(inputs_BLE)
-        if known_BLC is not None:
-            x_BLC = x_BLC + known_BLC
+        if known is not None:
+            x_BLC = x_BLC + known_codes(self.codes.weight, *known)
         if first == 0:
             x_BLC = torch.cat([cond_BC[:, None] + self.start_LC, x_BLC], dim=1)
         x_BLC = x_BLC + self.position_LC[span] + self.scales(self.scale_of_token_L[span])
@@ -514,10 +515,10 @@ def run(
     return stream
 
 
-def known_codes(embedding: TokenEmbedding, residuals_BLE: Tensor, masked: Tensor, mask_embedding_C: Tensor) -> Tensor:
+def known_codes(weight_CE: Tensor, residuals_BLE: Tensor, masked: Tensor, mask_embedding_C: Tensor) -> Tensor:
     """What masked prediction adds to a token: W own residual where the code is visible, else the mask embedding."""
     masked = masked[..., masked.shape[-1] - residuals_BLE.shape[1] :]
-    visible_BLC = F.linear(residuals_BLE, embedding.codes.weight)
+    visible_BLC = F.linear(residuals_BLE, weight_CE)
     return torch.where(masked[..., None], mask_embedding_C.to(visible_BLC.dtype), visible_BLC)
 
 

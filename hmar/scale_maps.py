@@ -50,7 +50,6 @@ class ScaleMaps(nn.Module):
             self.grow.append(both_orders(shifted, weight))
             self.own.append(both_orders(torch.einsum("mi,idn->mdn", down, shifted), weight))
             self.shrink.append(down.to(weight))
-        self.first_rows_d = torch.arange(3, device=weight.device)[:, None] * self.config.vocab_size
         self.tables = [torch.empty_like(table) for table in self._tables()]
         self.derive()
 
@@ -60,14 +59,14 @@ class ScaleMaps(nn.Module):
             table.copy_(new)
 
     def _tables(self) -> list[Tensor]:
-        """By phi: T of every code, [3 V, 3 E], rows (d, code), columns (d', e)."""
+        """By phi: T of every code, [3, V, 3 E], of every d rows of codes, columns (d', e)."""
         (quantizer,), ratio = self._quantizer, self.config.phi_ratio
         codebook_VE = quantizer.codebook.weight.detach().double()
         tables = []
         for phi in quantizer.phis:
             taps = ratio * torch.einsum("vc,ecdx->dvxe", codebook_VE, phi.weight.detach().double())
             taps[1, :, 1] += (1 - ratio) * codebook_VE + ratio * phi.bias.detach().double()
-            tables.append(taps.flatten(2).flatten(0, 1).to(quantizer.codebook.weight))
+            tables.append(taps.flatten(2).to(quantizer.codebook.weight))
         return tables
 
     def empty_f_hat(self, batch: int) -> Tensor:
@@ -106,7 +105,9 @@ class ScaleMaps(nn.Module):
         """Two factors [B m, m, 3 n_k] and [B m, 3 n_k, E] whose product is the map [B m, m, E]."""
         batch, n, m = codes_Bn.shape[0], self.pyramid.sides[k], row_matrix.shape[0]
         table = self.tables[self.phi_of_scale[k]]
-        taps = F.embedding(codes_Bn[:, None] + self.first_rows_d, table).view(batch, 3 * n, -1)
+        # NOTE: a gather of expanded views is one kernel; an embedding would need the codes of every d, made by another.
+        index = codes_Bn[:, None, :, None].expand(-1, 3, -1, table.shape[2])
+        taps = table.expand(batch, -1, -1, -1).gather(2, index).view(batch, 3 * n, -1)
         rows = torch.bmm(row_matrix.expand(batch, -1, -1), taps).view(batch * m, 3 * n, self.config.code_dim)
         return column_matrix.expand(batch * m, -1, -1), rows
 

@@ -4,10 +4,11 @@ import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine_cases import (
     CLASSES,
@@ -22,16 +23,18 @@ from engine_cases import (
     sampling_for,
 )
 from hmar import engine as engine_module
+from hmar import generate as generate_module
 from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
 from hmar.generate import SamplingConfig, even_schedule
 from hmar.model import HMAR, Attention, MaskedTransformer
 from hmar.tokenizer import Upsample
-from hmar_kernels import transformer_blocks, triton_device
+from hmar_kernels import token_embedding, transformer_blocks, triton_device
 from hmar_kernels.blocks import MAX_ROWS
 from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
+from hmar_kernels.token_embedding import Known
 
 attend = attention.forward
 
@@ -235,6 +238,41 @@ def test_short_images_are_attended_by_one_kernel(monkeypatch):
         shapes.clear()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_codes_by_one_kernel(kind, monkeypatch):
+    """Images once, whether or not the null class has the same tokens; all scales but the first."""
+    calls = []
+
+    def embedded(inputs, *tables, copies, **options):
+        calls.append((*inputs.shape[:2], copies, tables[-1] is not None))
+        return token_embedding(inputs, *tables, copies=copies, impl="triton", **options)
+
+    model, tokenizer = build(kind), build_tokenizer()
+    sampling = replace(sampling_for(model, "guided masked passes"), cfg_ramp=[0.0, 0.0, 1.0, 1.0])
+    monkeypatch.setattr(engine_module, "token_embedding", embedded)
+    actual = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+    monkeypatch.setattr(engine_module, "token_embedding", token_embedding)
+    expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
+    assert (actual.codes_BL == expected.codes_BL).float().mean() > 0.9
+    first = 2 if kind == "var" else 1
+    masked = Counter({(3, 4, 2, True): 1, (3, 9, 2, True): 3} if kind == "hmar" else {})
+    assert Counter(calls) == {(3, 4, first, False): 1, (3, 9, 2, False): 1, (3, 25, 2, False): 1} | masked
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
+@pytest.mark.parametrize("name", ["default", "one-token", "guided masked passes"])
+def test_draws_by_the_kernels(name, monkeypatch):
+    """Written where they belong, and put in order by ranks: the codes of the plain functions."""
+    model, tokenizer, sampling = build("hmar"), build_tokenizer(), SAMPLINGS[name]
+    expected = plain(model, tokenizer, CLASSES, sampling)
+    for module, operator in ((engine_module, "least_confident"), (generate_module, "sample_codes")):
+        monkeypatch.setattr(module, operator, partial(getattr(module, operator), impl="triton"))
+    engine = Engine(model, tokenizer)
+    for _ in range(2):
+        assert torch.equal(engine.generate(CLASSES, sampling).codes_BL, expected.codes_BL)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_engine_gpu.py runs the kernels")
 @pytest.mark.parametrize("kind", ["hmar", "var"])
 def test_half_precision_with_the_kernels_of_a_block(kind, monkeypatch):
@@ -339,6 +377,76 @@ def test_steps_have_fixed_shapes_and_read_no_numbers(engines, model, edited):
     assert seen[0] == seen[1] and len(seen[0]) > 100
     waiting = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.item.default", "aten.equal.default"}
     assert not waiting & {name for name, _ in seen[0]}
+
+
+class Kernels(TorchDispatchMode):
+    """Names of all operators that run, without those that only look at memory in another way or take some."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kinds = [value.alias_info for value in func._schema.returns]
+        is_view = any(kind is not None and not kind.is_write for kind in kinds)
+        if not is_view and "empty" not in str(func):
+            self.names.append(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+    def unseen(self, name, call):
+        """`call`, of which nothing counts but `name`."""
+
+        def named(*arguments, **options):
+            self.names.extend([name] if name else [])
+            with _disable_current_modes():
+                return call(*arguments, **options)
+
+        return named
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["unguided", "guided"])
+def test_few_kernels_around_the_model(guided, monkeypatch):
+    """Maps, embedding and draws of a pass; nothing is copied, repeated, cast or put in order beside them."""
+    engine = Engine(build("hmar"), build_tokenizer(), dtype=torch.float16)
+    sampling = SamplingConfig(cfg=2.0 * guided, masked_cfg_factor=1.0, schedule={3: [1, 3, 5]}, cfg_ramp="constant")
+    engine.generate(CLASSES, sampling)
+    (program,), seen = engine.programs.values(), Kernels()
+    for module, name in (
+        (engine_module, "token_embedding"),
+        (engine_module, "least_confident"),
+        (generate_module, "sample_codes"),
+    ):
+        monkeypatch.setattr(module, name, seen.unseen(name, getattr(module, name)))
+    logits = seen.unseen(None, lambda rows, n: torch.randn(rows, n, CONFIG.vocab_size).half())
+    mask_C, embedding = engine.model.mask_embedding_C, engine.model.embedding
+
+    def next_scale(class_R, inputs, scales):
+        return logits(len(embedding(class_R, inputs, scales)[1]), PYRAMID.sizes[scales[0]])
+
+    def masked(class_R, inputs, residuals, hidden, scales, places_Rm):
+        x_RnC = embedding(class_R, inputs, scales, Known(residuals, hidden, mask_C))[1]
+        assert len(x_RnC) == len(places_Rm)
+        return logits(len(x_RnC), places_Rm.shape[1])
+
+    monkeypatch.setattr(engine.model, "next_scale", next_scale)
+    monkeypatch.setattr(engine.model, "masked", masked)
+    steps = []
+    with torch.no_grad(), engine._surroundings():
+        program._begin()
+        with seen:
+            for step in (
+                lambda: program._predict(2),
+                lambda: program._masked(2, 1),
+                lambda: program._masked(2, 2),
+                lambda: program._commit(2),
+            ):
+                step()
+                steps.append(seen.names)
+                seen.names = []
+    masked_pass = ["least_confident", "gather", "bmm", "bmm"] + guided * ["cat"] + ["token_embedding", "sample_codes"]
+    assert steps[0] == ["bmm", "bmm", "token_embedding", "sample_codes"]
+    assert steps[1] == steps[2] == masked_pass
+    assert steps[3] == ["gather", "bmm", "baddbmm_"]
 
 
 # --- no wasted work ---------------------------------------------------------------------------------------------------

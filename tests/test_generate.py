@@ -17,9 +17,9 @@ from hmar.generate import (
     generate_hmar,
     generate_var,
     image_seed,
-    least_confident,
     resolve_ramp,
     resolve_schedule,
+    stay_hidden,
 )
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import Pyramid
@@ -75,13 +75,13 @@ class Counting:
         return self.model.masked(classes, *args)
 
 
-def test_least_confident_never_hides_a_committed_code_again():
+def test_a_committed_code_is_never_hidden_again():
     confidence = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.4, 0.3, 0.2, 0.1]])
     hidden = torch.tensor([[False, True, True, True], [True, True, True, True]])
     expected = torch.tensor([[False, False, True, True], [False, False, True, True]])
-    assert torch.equal(least_confident(confidence, hidden, 2), expected)
+    assert torch.equal(stay_hidden(confidence, hidden, 2), expected)
     expected = torch.tensor([[False, False, False, True], [False, False, False, False]])
-    assert torch.equal(least_confident(confidence, hidden, torch.tensor([1, 0])), expected)
+    assert torch.equal(stay_hidden(confidence, hidden, torch.tensor([1, 0])), expected)
 
 
 def test_default_schedules():

@@ -14,12 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hmar_kernels.group_norm import triton as group_norm
+from hmar_kernels.least_confident import triton as ranks
 from hmar_kernels.qk_norm_attention import triton as attention
 from hmar_kernels.scaled_softmax import triton as softmax
+from hmar_kernels.token_embedding import triton as embedding
 
 FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "log_scale_ptr")
 SCALARS = ("eps", "max_log_scale", "scale")
 VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width", "columns")
+VARYING += ("rows", "copies", "count", "first")
+INTEGERS = {"hidden_ptr": "i1", "still_hidden_ptr": "i1", "places_ptr": "i64", "positions_ptr": "i64"}
 VARYING += SCALARS
 arch, dtype = int(sys.argv[1]), sys.argv[2]
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -31,6 +35,14 @@ for length in attention.TILES:
         constants = {"H": 16, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_L": tile.block_l, "BLOCK_Q": tile.block_q}
         constants |= {"STAGES": tile.stages, "OVERLAP": overlap}
         jobs[f"attention {length} {head_dim}"] = attention._attention_kernel, constants, tile.warps, []
+for tile in (embedding.FEW, embedding.MANY):
+    for known in (False, True):
+        constants = {"C": 1536, "E": 32, "KNOWN": known, "BLOCK_R": tile.block_r, "BLOCK_C": tile.block_c}
+        constants |= {"BLOCK_E": 32, "OVERLAP": overlap}
+        floats = ["inputs_ptr", "position_ptr", "scale_ptr", "residuals_ptr", "mask_ptr", "out_ptr"]
+        jobs[f"embedding {tile} {known}"] = embedding._embedding_kernel, constants, tile.warps, floats
+constants = {"HIDDEN": True, "BLOCK_I": ranks.BLOCK_I, "BLOCK_J": ranks.BLOCK_J}
+jobs["ranks"] = ranks._ranks_kernel, constants, ranks.WARPS, ["confidence_ptr"]
 for residual in (False, True):
     for block_c in (32, 128):
         constants = {"RESIDUAL": residual, "HAS_SHIFT": residual, "ROWS": group_norm.TILE // block_c}
@@ -53,7 +65,8 @@ for name, (kernel, constants, warps, floats) in jobs.items():
             signature[argument], constexprs[i,] = "constexpr", constants[argument]
             continue
         if argument.endswith("_ptr"):
-            signature[argument] = "*fp32" if argument in (*FLOATS, *floats) else "*" + dtype
+            kind = "fp32" if argument in (*FLOATS, *floats) else dtype
+            signature[argument] = "*" + INTEGERS.get(argument, kind)
         else:
             signature[argument] = "fp32" if argument in SCALARS else "i32"
         if argument not in VARYING:
@@ -89,9 +102,9 @@ def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     report = json.loads(run.stdout)
-    assert len(report) == 2 * 4 + 8 + 3
+    assert len(report) == 2 * 4 + 8 + 3 + 4 + 1
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
         assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"
-        overlapping = arch >= 90 and name.startswith("attention")
+        overlapping = arch >= 90 and name.startswith(("attention", "embedding"))
         assert usage["waits"] == overlapping and usage["written_ahead"] == 0, f"{name}: all programs wait, then write"

@@ -13,7 +13,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from hmar_kernels import sample_codes
+from hmar_kernels import SampledCodes, sample_codes
 from hmar_kernels.sampling import reference
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_sampling_gpu.py runs the kernel")
@@ -223,6 +223,36 @@ def test_kernel_equals_the_reference(num_codes, top_k, top_p, poisoned_memory):
         assert_same_draws(draw(*logits, impl="triton", **options, step=3, temperature=0.8), expected)
 
 
+def assert_written(device, impl):
+    """At their places of what is there already, any strides, and nothing else; what was not finite stays so."""
+    logits, positions = draw_logits(3, 4, 9).to(device), torch.arange(4, device=device) + 50
+    logits[1, 2, 3] = math.nan
+    seeds = torch.tensor([3, 2**40, 5], device=device)
+    options = {"seeds": seeds, "positions": positions, "top_k": 5}
+    drawn = sample_codes(logits, impl=impl, **options)
+    for places in (torch.tensor([[6, 0, 3, 5], [0, 1, 2, 3], [3, 6, 5, 4]], device=device), None):
+        size = 4 if places is None else 7
+        codes = torch.arange(3 * 2 * size, device=device).view(3, 2 * size)[:, ::2] + 100
+        confidence = torch.arange(3.0 * size, device=device).view(size, 3).T + 100
+        into = SampledCodes(codes, confidence, torch.tensor([True, False, False], device=device))
+        at = torch.arange(4, device=device).expand(3, 4) if places is None else places
+        expected = codes.scatter(1, at, drawn.codes), confidence.scatter(1, at, drawn.confidence)
+        written = sample_codes(logits, impl=impl, into=into, at=places, **options)
+        assert written.codes is codes and written.confidence is confidence and written.nonfinite is into.nonfinite
+        assert torch.equal(codes, expected[0]) and into.nonfinite.tolist() == [True, True, False]
+        torch.testing.assert_close(confidence, expected[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=interpreted)])
+def test_draws_are_written_into_their_places(impl):
+    assert_written("cpu", impl)
+
+
+@pytest.mark.gpu
+def test_draws_are_written_into_their_places_on_a_gpu():
+    assert_written("cuda", "triton")
+
+
 @interpreted
 def test_kernel_with_the_published_vocabulary_and_any_strides():
     logits = draw_logits(4096, 2, 3, dtype=torch.float32).permute(1, 2, 0)
@@ -275,14 +305,15 @@ from hmar_kernels.sampling import triton as sampling
 
 kernel, report = sampling._sample_kernel, []
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-integers = {"seeds": "i64", "positions": "i64", "codes": "i64", "nonfinite": "i1"}
+integers = {"seeds": "i64", "positions": "i64", "places": "i64", "codes": "i64", "nonfinite": "i1"}
 types = {"guidance": "fp32", "confidence": "fp32", **integers}
-for arch, dtype, truncated, greedy in json.loads(sys.argv[1]):
+for arch, dtype, truncated, greedy, into in json.loads(sys.argv[1]):
     constants = {"GUIDED": True, "GREEDY": greedy, "TOP_K": truncated, "TOP_P": truncated, "BLOCK_V": 4096}
+    constants |= {"PLACED": into, "INTO": into}
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument.endswith("_strides"):
-            last = 1 if argument == "positions_strides" else 2
+            last = 2 if argument in ("logits_strides", "unconditional_strides") else 1
             signature[argument] = ("i32",) * last + ("constexpr",)
             constexprs[i, last] = 1
             attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(last)}
@@ -316,7 +347,7 @@ print(json.dumps(report))
 
 def test_kernel_compiles_for_gpus_without_spills():
     """Rows stay in registers, are read in wide loads, and shared memory serves reductions alone."""
-    jobs = [(80, "bf16", True, False), (90, "fp32", True, False), (90, "bf16", False, True)]
+    jobs = [(80, "bf16", True, False, False), (90, "fp32", True, False, True), (90, "bf16", False, True, True)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps(jobs)],
@@ -332,6 +363,11 @@ def test_kernel_compiles_for_gpus_without_spills():
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def empty(*shape):
+    codes = torch.zeros(*shape, dtype=torch.int64)
+    return SampledCodes(codes, torch.zeros(*shape), torch.zeros(shape[0], dtype=torch.bool))
 
 
 @pytest.mark.parametrize(
@@ -352,6 +388,11 @@ def test_kernel_compiles_for_gpus_without_spills():
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"impl": "cuda"}, "unknown impl"),
         ({"impl": "triton", "logits": torch.zeros(2, 3, 4, dtype=torch.float64)}, "not torch.float64"),
+        ({"at": torch.zeros(2, 3, dtype=torch.int64)}, "at is given without into"),
+        ({"into": empty(2, 4)}, r"into.codes must be torch.int64 \[2, 3\]"),
+        ({"into": empty(2, 4), "at": torch.zeros(3, dtype=torch.int64)}, r"at must be torch.int64 \[2, 3\]"),
+        ({"into": empty(2, 3)._replace(nonfinite=torch.zeros(2, 3))}, r"into.nonfinite must be torch.bool \[2\]"),
+        ({"into": empty(2, 3)._replace(confidence=torch.zeros(2, 3, device="meta"))}, "into.confidence is on meta"),
     ],
 )
 def test_bad_input_is_refused(change, message):

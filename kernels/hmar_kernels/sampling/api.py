@@ -25,7 +25,7 @@ class SampledCodes(NamedTuple):
         confidence: float32 [B, n], the probability with which the code was drawn: after guidance, temperature and
             truncation; when greedy, after guidance alone.
         nonfinite: bool [B, n], whether the token's (guided) logits hold NaN or infinity. Its code is then 0 and means
-            nothing, and its confidence is NaN.
+            nothing, and its confidence is NaN. Of draws that are written `into` something, bool [B].
     """
 
     codes: Tensor
@@ -45,6 +45,8 @@ def sample_codes(
     top_k: int = 0,
     top_p: float = 0.0,
     greedy: bool = False,
+    into: SampledCodes | None = None,
+    at: Tensor | None = None,
     impl: str = "auto",
 ) -> SampledCodes:
     """One code a token, from logits with classifier-free guidance, truncated by top-k and then top-p.
@@ -65,12 +67,16 @@ def sample_codes(
         top_p: of those, the smallest set of most likely codes with a probability of at least p; of equally likely ones
             those of higher index first. In [0, 1]; 0 and 1 turn it off. Rounded to multiples of 2^-31.
         greedy: take the likeliest code (the first of equals), whatever temperature, top_k and top_p are.
+        into: what the draws are written into and is returned, any strides: codes and confidence [B, N] at the places
+            `at`, and in nonfinite [B] True for images of which a token's logits are not finite; the rest stays.
+        at: int64 [B, n], places in [0, N), of which no image has two that are equal; None: N is n.
         impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises.
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, or the implementation cannot take them.
     """
     _check(logits, unconditional, seeds, positions, step, guidance, temperature, top_k, top_p)
     B, n, num_codes = logits.shape
+    _check_into(logits, into, at)
     if unconditional is not None:
         if not isinstance(guidance, Tensor):
             guidance = torch.full((B,), float(guidance), device=logits.device)
@@ -82,14 +88,24 @@ def sample_codes(
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
     elif impl == "triton" and reason is not None:
         raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" would take "reference"')
-    if impl == "reference":
-        forward = reference.forward
-    else:
-        # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
-        forward = _sample_triton if torch.compiler.is_compiling() else triton.forward
     numbers = (step, 1 / temperature, top_k, float(top_p), greedy)
-    drawn = forward(logits, unconditional, guidance, seeds.contiguous(), positions.expand(B, n), *numbers)
-    return SampledCodes(*drawn)
+    arguments = (logits, unconditional, guidance, seeds.contiguous(), positions.expand(B, n), *numbers)
+    # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
+    if impl == "triton" and not torch.compiler.is_compiling():
+        return SampledCodes(*triton.forward(*arguments, into, at))
+    drawn = SampledCodes(*(reference.forward if impl == "reference" else _sample_triton)(*arguments))
+    return drawn if into is None else _write(drawn, into, at)
+
+
+def _write(drawn: SampledCodes, into: SampledCodes, at: Tensor | None) -> SampledCodes:
+    """What the kernel does by itself."""
+    for target, values in ((into.codes, drawn.codes), (into.confidence, drawn.confidence)):
+        if at is None:
+            target.copy_(values)
+        else:
+            target.scatter_(1, at, values)
+    into.nonfinite.logical_or_(drawn.nonfinite.any(1))
+    return into
 
 
 @torch.library.custom_op("hmar_kernels::sample_codes_triton", mutates_args=())
@@ -150,6 +166,27 @@ def _check(logits, unconditional, seeds, positions, step, guidance, temperature,
     ):
         if not valid:
             raise ValueError(f"{name} is {number}; it must be {expected}")
+
+
+def _check_into(logits: Tensor, into: SampledCodes | None, at: Tensor | None) -> None:
+    B, n, _ = logits.shape
+    if into is None:
+        if at is not None:
+            raise ValueError("at is given without into: places are those of what the draws are written into")
+        return
+    size = n if at is None else into.codes.shape[-1]
+    for name, tensor, shape, dtype in (
+        ("into.codes", into.codes, (B, size), torch.int64),
+        ("into.confidence", into.confidence, (B, size), torch.float32),
+        ("into.nonfinite", into.nonfinite, (B,), torch.bool),
+        ("at", at, (B, n), torch.int64),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {_describe(tensor)}")
+        if tensor.device != logits.device:
+            raise ValueError(f"{name} is on {tensor.device} and logits are on {logits.device}; move it there")
 
 
 def _describe(x: Tensor) -> str:

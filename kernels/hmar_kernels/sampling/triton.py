@@ -135,12 +135,17 @@ def _sample_kernel(
     guidance_ptr,
     seeds_ptr,
     positions_ptr,
+    places_ptr,
     codes_ptr,
     confidence_ptr,
     nonfinite_ptr,
     logits_strides,
     unconditional_strides,
     positions_strides,
+    places_strides,
+    codes_strides,
+    confidence_strides,
+    nonfinite_strides,
     num_tokens,
     num_codes,
     step,
@@ -151,6 +156,8 @@ def _sample_kernel(
     GREEDY: tl.constexpr,
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
+    PLACED: tl.constexpr,
+    INTO: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -217,9 +224,18 @@ def _sample_kernel(
     weight = tl.sum(tl.where(codes == code, weights, 0.0))
     kept = total.to(tl.float32) * (1.0 / ONE_MASS)
 
-    tl.store(codes_ptr + row, tl.where(bad, 0, code).to(tl.int64))
-    tl.store(confidence_ptr + row, tl.where(bad, float("nan"), tl.div_rn(weight, kept)))
-    tl.store(nonfinite_ptr + row, bad)
+    place = n
+    if PLACED:
+        place = tl.load(places_ptr + b * places_strides[0] + n * places_strides[1])
+    tl.store(codes_ptr + b * codes_strides[0] + place * codes_strides[1], tl.where(bad, 0, code).to(tl.int64))
+    confidence = tl.where(bad, float("nan"), tl.div_rn(weight, kept))
+    tl.store(confidence_ptr + b * confidence_strides[0] + place * confidence_strides[1], confidence)
+    nonfinite_ptr += b * nonfinite_strides[0] + n * nonfinite_strides[1]
+    # NOTE: tokens of an image share what they are written into, and none may undo what another has found.
+    if INTO:
+        tl.store(nonfinite_ptr, bad, mask=bad)
+    else:
+        tl.store(nonfinite_ptr, bad)
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, num_codes: int) -> str | None:
@@ -244,12 +260,20 @@ def forward(
     top_k: int,
     top_p: float,
     greedy: bool,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [B, n, V], guidance [B], seeds [B], positions [B, n] -> codes, confidence, nonfinite [B, n]."""
+    """logits [B, n, V], guidance [B], seeds [B], positions [B, n] -> codes, confidence, nonfinite [B, n].
+
+    into: codes and confidence [B, N], which are written at the places [B, n], or else N = n, and nonfinite [B].
+    """
     B, n, num_codes = logits.shape
-    codes = torch.empty(B, n, dtype=torch.int64, device=logits.device)
-    confidence = torch.empty(B, n, dtype=torch.float32, device=logits.device)
-    nonfinite = torch.empty(B, n, dtype=torch.bool, device=logits.device)
+    if into is None:
+        codes, confidence, nonfinite = (
+            torch.empty(B, n, dtype=dtype, device=logits.device) for dtype in (torch.int64, torch.float32, torch.bool)
+        )
+    else:
+        codes, confidence, nonfinite = into[0], into[1], into[2][:, None].expand(B, n)
     guided = unconditional is not None
     block = max(16, triton.next_power_of_2(num_codes))
     # NOTE: Triton launches on the current device, whatever device the tensors are on.
@@ -260,12 +284,17 @@ def forward(
             guidance_ptr=guidance if guided else logits,
             seeds_ptr=seeds,
             positions_ptr=positions,
+            places_ptr=positions if places is None else places,
             codes_ptr=codes,
             confidence_ptr=confidence,
             nonfinite_ptr=nonfinite,
             logits_strides=logits.stride(),
             unconditional_strides=unconditional.stride() if guided else logits.stride(),
             positions_strides=positions.stride(),
+            places_strides=(positions if places is None else places).stride(),
+            codes_strides=codes.stride(),
+            confidence_strides=confidence.stride(),
+            nonfinite_strides=nonfinite.stride(),
             num_tokens=n,
             num_codes=num_codes,
             step=step,
@@ -276,9 +305,11 @@ def forward(
             GREEDY=greedy,
             TOP_K=not greedy and 0 < top_k < num_codes,
             TOP_P=not greedy and 0 < top_p < 1,
+            PLACED=places is not None,
+            INTO=into is not None,
             BLOCK_V=block,
             num_warps=num_warps(block),
             # NOTE: the reference rounds every product of the guidance; fused ones would order near ties in another way.
             enable_fp_fusion=False,
         )
-    return codes, confidence, nonfinite
+    return (codes, confidence, nonfinite) if into is None else into
