@@ -26,8 +26,10 @@ constexpr auto kFloat16 = DType::kFloat16, kBFloat16 = DType::kBFloat16;
 const Instance INSTANCES[] = {
     instance<kFloat16, 8>(),
     instance<kFloat16, 16>(),
+    instance<kFloat16, 32>(),
     instance<kBFloat16, 8>(),
     instance<kBFloat16, 16>(),
+    instance<kBFloat16, 32>(),
 };
 constexpr int kNumInstances = sizeof(INSTANCES) / sizeof(Instance), kMaxDevices = 64;
 

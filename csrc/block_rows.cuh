@@ -38,8 +38,11 @@ struct BlockRowsTile {
   static constexpr int kMultiplyRegisters = 48, kWeightRegisters = 32;
   static constexpr int kNormRegisters = (kAllRegisters - kGroups * kMultiplyRegisters - kWeightRegisters) / 2 / 8 * 8;
   static constexpr int kRowsAtOnce = 1;    // of which a warp reads the parts together
-  static constexpr int kNormPieces = 2;    // that a thread has under way
-  static constexpr int kHiddenPieces = 3;
+  // That a thread has under way.
+  static constexpr int kNormPieces = kRows <= 16 ? 2 : 3, kHiddenPieces = kRows <= 16 ? 3 : 6;
+  // Whether attention is a product of its own, dealt to all blocks of the kernel, and not done by each cluster for itself.
+  static constexpr bool kAttendsApart = kRows > 16;
+  static constexpr int kAttendedRows = kRows <= 16 ? kRows : 16;  // by a warp together, at most
 
   static constexpr int kWeightBytes = kLinearFeatures * kPanelRowBytes, kXBytes = kRows * kPanelRowBytes;
   static constexpr int kXStages = 16;                     // a power of two
@@ -108,9 +111,30 @@ struct Share {
   __device__ __forceinline__ int num_passes() const { return resident ? 1 : num_tiles; }
 };
 
-// visit(layer, block, share, course) of every product.
-template <class Tile, class Visit>
-__device__ __forceinline__ void go_through(const BlockRowsParams& params, Visit visit) {
+// Rows of whole images.
+struct RowSpan {
+  int first, count;
+};
+
+// Heads of so many rows that a warp attends together, where attention is dealt to all blocks of the kernel.
+template <class Tile>
+struct AttendedParts {
+  int heads, rows, parts;
+
+  __device__ __forceinline__ explicit AttendedParts(const BlockRowsParams& params)
+      : heads(params.width / kBlockHeadDim),
+        rows(Tile::kAttendedRows / params.image_rows * params.image_rows),
+        parts(heads * ((params.num_rows + rows - 1) / rows)) {}
+  __device__ __forceinline__ int head(int part) const { return part % heads; }
+  __device__ __forceinline__ RowSpan span(int part, int num_rows) const {
+    const int first = part / heads * rows;
+    return {first, min(rows, num_rows - first)};
+  }
+};
+
+// visit(layer, block, share, course) of every product; attend(block, course) before the projection, where that is apart.
+template <class Tile, class Visit, class Attend>
+__device__ __forceinline__ void go_through(const BlockRowsParams& params, Visit visit, Attend attend) {
   Course course;
   const auto step = [&](auto layer, int block) {
     const int outputs = layer.outputs(params), tiles = outputs / kLinearFeatures;
@@ -124,8 +148,18 @@ __device__ __forceinline__ void go_through(const BlockRowsParams& params, Visit 
   };
 #pragma unroll 1
   for (int block = 0; block < params.num_blocks; ++block) {
-    step(LayerOf<QKV>(), block), step(LayerOf<PROJ>(), block), step(LayerOf<FC1>(), block), step(LayerOf<FC2>(), block);
+    step(LayerOf<QKV>(), block);
+    if constexpr (Tile::kAttendsApart) {
+      attend(block, course);
+      course.counted += min(AttendedParts<Tile>(params).parts, int(gridDim.x));
+    }
+    step(LayerOf<PROJ>(), block), step(LayerOf<FC1>(), block), step(LayerOf<FC2>(), block);
   }
+}
+
+template <class Tile, class Visit>
+__device__ __forceinline__ void go_through(const BlockRowsParams& params, Visit visit) {
+  go_through<Tile>(params, visit, [](int, const Course&) {});
 }
 
 // --- the warp that brings weights ------------------------------------------------------------------------------------
@@ -186,18 +220,15 @@ __device__ __forceinline__ uint8_t* free_buffer(typename Tile::Shared& shared, u
   return shared.x[stage];
 }
 
-// Of all rows, each by a warp: all blocks of the kernel read the same few lines, so none shall read them twice.
+// Of all rows at once, each by some lanes: all blocks of the kernel read the same few lines, so none shall read them twice.
 template <class Tile>
 __device__ __forceinline__ void find_moments(const BlockRowsParams& params, typename Tile::Shared& shared) {
-  const int warp = uniform((threadIdx.x - Tile::kFirstNormThread) / 32), lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < Tile::kRows / kNormWarps; ++i) {
-    const int row = warp + i * kNormWarps;
-    if (row >= params.num_rows) break;
-    const TileStatistics* tiles = params.statistics + row * (params.width / kLinearFeatures);
-    const RowMoments moments = moments_of_tiles<32, 2>(tiles, params.width, lane, params.eps);
-    if (lane == 0) shared.moments[row] = moments;
-  }
+  constexpr int kLanes = kNormThreads / Tile::kRows, kTilesAtOnce = kLanes < 16 ? 32 / kLanes : 2;
+  static_assert(kLanes <= 32);
+  const int thread = threadIdx.x - Tile::kFirstNormThread, row = thread / kLanes, lane = thread % kLanes;
+  const TileStatistics* tiles = params.statistics + min(row, params.num_rows - 1) * (params.width / kLinearFeatures);
+  const RowMoments moments = moments_of_tiles<kLanes, kTilesAtOnce>(tiles, params.width, lane, params.eps);
+  if (lane == 0) shared.moments[row] = moments;
   named_barrier_sync(kBroughtBarrier, kNormThreads);
 }
 
@@ -238,12 +269,13 @@ __device__ __forceinline__ void bring_normed(const BlockRowsParams& params, type
   }
 }
 
+// Rows of params.hidden, of so many numbers.
 template <class Tile>
 __device__ __forceinline__ void bring_hidden(const BlockRowsParams& params, typename Tile::Shared& shared, const Share& share,
-                                             const Course& course, int pass) {
+                                             const Course& course, int pass, int inputs) {
   constexpr int kPieces = Tile::kHiddenPieces;
   const PlaceInChunk<Tile> at(params.num_rows);
-  const auto* row = static_cast<const uint16_t*>(params.hidden) + int64_t{at.row} * params.hidden_width + at.column;
+  const auto* row = static_cast<const uint16_t*>(params.hidden) + int64_t{at.row} * inputs + at.column;
   const auto load = [&](int chunk) {
     return __ldcg(reinterpret_cast<const uint4*>(row + (share.chunks.begin + chunk) * kLinearInputs));
   };
@@ -312,13 +344,13 @@ __device__ __forceinline__ void load_sixteen(float (&numbers)[16], const float* 
   }
 }
 
-// One head of all rows, at most sixteen, by a warp; `ready` returns when qkv is there, buffer() is where its chunk of rows
-// goes. Rows beyond the last one are the last one.
-template <class Tile, class Ready, class Buffer>
-__device__ __forceinline__ void attend(const BlockRowsParams& params, const BlockWeights& weights, int head, Ready ready,
-                                       Buffer buffer) {
+// One head of some rows, at most sixteen, by a warp; `ready` returns when qkv is there, target() what stores eight numbers of a
+// row, of those rows, from a multiple of eight on. Rows beyond the last one are the last one.
+template <class Tile, class Ready, class Target>
+__device__ __forceinline__ void attend(const BlockRowsParams& params, const BlockWeights& weights, int head, RowSpan span,
+                                       Ready ready, Target target) {
   constexpr DType kType = Tile::kType;
-  constexpr int kEights = Tile::kRows / 8;
+  constexpr int kEights = Tile::kAttendedRows / 8;
   static_assert(kEights == 1 || kEights == 2);
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, width = params.width;
   const int column = head * kBlockHeadDim + 16 * t;
@@ -328,7 +360,7 @@ __device__ __forceinline__ void attend(const BlockRowsParams& params, const Bloc
   HeadPiece q[2], k[kEights], v[kEights];
 #pragma unroll
   for (int i = 0; i < kEights; ++i) {
-    const int64_t at = int64_t{min(8 * i + g, params.num_rows - 1)} * 3 * width + column;
+    const int64_t at = int64_t{span.first + min(8 * i + g, span.count - 1)} * 3 * width + column;
     const auto* row = static_cast<const uint16_t*>(params.qkv) + at;
     q[i].load(row), k[i].load(row + width), v[i].load(row + 2 * width);
   }
@@ -364,7 +396,7 @@ __device__ __forceinline__ void attend(const BlockRowsParams& params, const Bloc
   }
 #pragma unroll
   for (int half = 0; half < kEights; ++half) {
-    const int row = min(g + 8 * half, params.num_rows - 1), begin = row - row % params.image_rows;
+    const int row = min(g + 8 * half, span.count - 1), begin = row - row % params.image_rows;
     float largest = -INFINITY;
 #pragma unroll
     for (int n = 0; n < kEights; ++n) {
@@ -387,10 +419,10 @@ __device__ __forceinline__ void attend(const BlockRowsParams& params, const Bloc
     }
     total[half] = 1.0f / sum_of_lanes<4>(total[half]);
   }
-  uint8_t* rows = buffer();
+  const auto store = target();
   // NOTE: each image for itself, as what is not finite in another one's v would not go away by weights of zero.
 #pragma unroll 1
-  for (int first = 0; first < params.num_rows; first += params.image_rows) {
+  for (int first = 0; first < span.count; first += params.image_rows) {
     const auto counts = [&](int row) { return row >= first && row < first + params.image_rows; };
     uint32_t mask[kEights];
 #pragma unroll
@@ -421,10 +453,7 @@ __device__ __forceinline__ void attend(const BlockRowsParams& params, const Bloc
         for (int i = 0; i < 4; ++i) {
           words[i] = pack<kType>(o[i][2 * half] * total[half], o[i][2 * half + 1] * total[half]);
         }
-        if (counts(g + 8 * half)) {
-          *reinterpret_cast<uint4*>(rows + swizzled_chunk(g + 8 * half, 2 * t + part)) =
-              uint4{words[0], words[1], words[2], words[3]};
-        }
+        if (counts(g + 8 * half)) store(g + 8 * half, 2 * t + part, uint4{words[0], words[1], words[2], words[3]});
       }
     }
   }
@@ -444,8 +473,10 @@ __device__ __forceinline__ void bring_attended(const BlockRowsParams& params, ty
 #pragma unroll 1
   for (int chunk = warp; chunk < share.count; chunk += kNormWarps) {
     const uint32_t turn = course.turns + pass * share.count + chunk;
-    attend<Tile>(params, params.weights[block], share.chunks.begin + chunk, ready,
-                 [&] { return free_buffer<Tile>(shared, turn); });
+    attend<Tile>(params, params.weights[block], share.chunks.begin + chunk, {0, params.num_rows}, ready, [&] {
+      uint8_t* rows = free_buffer<Tile>(shared, turn);
+      return [=](int row, int eight, uint4 numbers) { *reinterpret_cast<uint4*>(rows + swizzled_chunk(row, eight)) = numbers; };
+    });
     __syncwarp();
     // NOTE: as often as the warps of a chunk would.
     if (lane < arrivals) barrier_arrive(shared.x_full[turn % Tile::kXStages]);
@@ -553,11 +584,43 @@ __device__ __forceinline__ uint32_t read_outputs_back(const RowsOutput& out, con
   return read;
 }
 
+// Attention to params.hidden, as rows of `width` numbers, which nobody reads meanwhile: each warp a head of some images.
+template <class Tile>
+__device__ __forceinline__ void attend_apart(const BlockRowsParams& params, int block, const Course& course) {
+  const AttendedParts<Tile> dealt(params);
+  if (blockIdx.x >= dealt.parts) return;
+  const int warp = uniform((threadIdx.x - Tile::kFirstNormThread) / 32), lane = threadIdx.x % 32;
+  const int first = blockIdx.x + warp * gridDim.x, step = kNormWarps * gridDim.x;
+  const auto place = [&](int part, int row, int eight) {
+    const int64_t of_row = int64_t{dealt.span(part, params.num_rows).first + row} * params.width;
+    return static_cast<uint16_t*>(params.hidden) + of_row + dealt.head(part) * kBlockHeadDim + 8 * eight;
+  };
+  wait_for_rows<Tile>(params, course);
+#pragma unroll 1
+  for (int part = first; part < dealt.parts; part += step) {
+    attend<Tile>(params, params.weights[block], dealt.head(part), dealt.span(part, params.num_rows), [] {}, [&] {
+      return [&](int row, int eight, uint4 numbers) { *reinterpret_cast<uint4*>(place(part, row, eight)) = numbers; };
+    });
+  }
+  uint32_t read = 0;
+#pragma unroll 1
+  for (int part = first; part < dealt.parts; part += step) {
+    const int rows = dealt.span(part, params.num_rows).count;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + 8 * half, eight = 2 * (lane % 4);
+      if (row < rows) read += read_back(place(part, row, eight)) + read_back(place(part, row, eight + 1));
+    }
+  }
+  count_outputs<Tile>(params, read);
+}
+
 template <class Tile>
 __device__ __forceinline__ void bring_rows(const BlockRowsParams& params, typename Tile::Shared& shared) {
   RingPosition<2> sums;
   count_outputs<Tile>(params, begin_stream<Tile>(params));
-  go_through<Tile>(params, [&](auto layer, int block, const Share& share, const Course& course) {
+  const auto attend = [&](int block, const Course& course) { attend_apart<Tile>(params, block, course); };
+  const auto bring = [&](auto layer, int block, const Share& share, const Course& course) {
     constexpr int kLayer = decltype(layer)::kLayer;
     const void* const* vectors = params.vectors[block];
     const int thread = threadIdx.x - Tile::kFirstNormThread;
@@ -572,9 +635,10 @@ __device__ __forceinline__ void bring_rows(const BlockRowsParams& params, typena
     // Of products that come later.
     if constexpr (kLayer == QKV) {
       const int line = 32 * thread;
-      if (line < share.count * kBlockHeadDim) {
-        prefetch_l2(params.weights[block].q_bias + share.chunks.begin * kBlockHeadDim + line);
-        prefetch_l2(params.weights[block].v_bias + share.chunks.begin * kBlockHeadDim + line);
+      const int head = Tile::kAttendsApart ? AttendedParts<Tile>(params).head(blockIdx.x) : share.chunks.begin;
+      if (line < (Tile::kAttendsApart ? 1 : share.count) * kBlockHeadDim) {
+        prefetch_l2(params.weights[block].q_bias + head * kBlockHeadDim + line);
+        prefetch_l2(params.weights[block].v_bias + head * kBlockHeadDim + line);
       }
       prefetch_vector<Tile>(params, share, vectors[SCALE_MLP]), prefetch_vector<Tile>(params, share, vectors[SHIFT_MLP]);
     }
@@ -586,12 +650,12 @@ __device__ __forceinline__ void bring_rows(const BlockRowsParams& params, typena
     for (int pass = 0; pass < share.num_passes(); ++pass) {
       if constexpr (kLayer == QKV) {
         bring_normed<Tile>(params, shared, share, course, pass, vectors[SCALE_ATTENTION], vectors[SHIFT_ATTENTION]);
-      } else if constexpr (kLayer == PROJ) {
+      } else if constexpr (kLayer == PROJ && !Tile::kAttendsApart) {
         bring_attended<Tile>(params, shared, share, course, pass, block);
       } else if constexpr (kLayer == FC1) {
         bring_normed<Tile>(params, shared, share, course, pass, vectors[SCALE_MLP], vectors[SHIFT_MLP]);
       } else {
-        bring_hidden<Tile>(params, shared, share, course, pass);
+        bring_hidden<Tile>(params, shared, share, course, pass, layer.inputs(params));
       }
       const RowsOutput out = output_of<kLayer>(params, block);
       const int end = share.resident ? share.num_tiles : pass + 1;
@@ -601,7 +665,8 @@ __device__ __forceinline__ void bring_rows(const BlockRowsParams& params, typena
       }
     }
     count_outputs<Tile>(params, read_outputs_back<Tile>(output_of<kLayer>(params, block), share, course));
-  });
+  };
+  go_through<Tile>(params, bring, attend);
   // NOTE: nobody waits for counts any more when all blocks have come here.
   if (threadIdx.x == Tile::kFirstNormThread) {
     __threadfence();

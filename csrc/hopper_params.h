@@ -220,7 +220,7 @@ struct BlockRowsParams {
   float* y;                    // the same
   TileStatistics* statistics;  // of y, [num_rows, width / 64]
   void* qkv;                   // [num_rows, 3 width], for use meanwhile
-  void* hidden;                // [num_rows, hidden_width], the same
+  void* hidden;                // [num_rows, the larger of both widths], the same
   // Zero at the launch, and left so: blocks that have written outputs, and those that have ended.
   int32_t* counters;
   int64_t vector_stride;

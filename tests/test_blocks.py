@@ -14,6 +14,7 @@ from hmar_kernels.blocks import BlockWeights, Table, cuda, unavailable_on
 
 # images, length: rows of each kernel, images that do not end where tiles of products do
 ROWS = [(1, 1), (2, 1), (2, 4), (1, 5), (8, 1), (1, 9), (2, 8), (1, 16), (3, 4), (5, 3), (16, 1)]
+ROWS += [(2, 9), (2, 16), (32, 1), (5, 6), (3, 7)]
 WIDTHS = [(256, 512, 2), (1024, 4096, 3), (1536, 6144, 2), (1920, 7680, 2), (2304, 9216, 1)]
 
 
@@ -76,7 +77,9 @@ def test_sizes_and_rows_that_the_kernel_does_not_take():
     assert "not torch.float32" in cuda.refusal_of_sizes(torch.float32, 256, 512, 1)
     vectors = [[torch.zeros(1, 1, 256).bfloat16()] * 6]
     assert cuda.refusal_of_rows(torch.zeros(1, 16, 256), vectors, torch.bfloat16) is None
-    assert "at most 16, got 18" in cuda.refusal_of_rows(torch.zeros(2, 9, 256), vectors, torch.bfloat16)
+    assert cuda.refusal_of_rows(torch.zeros(2, 16, 256), vectors, torch.bfloat16) is None
+    assert "at most 32, got 34" in cuda.refusal_of_rows(torch.zeros(2, 17, 256), vectors, torch.bfloat16)
+    assert "at most 16 rows, got 17" in cuda.refusal_of_rows(torch.zeros(1, 17, 256), vectors, torch.bfloat16)
     assert "float32, got torch.bfloat16" in cuda.refusal_of_rows(
         torch.zeros(1, 2, 256).bfloat16(), vectors, torch.bfloat16
     )
@@ -115,7 +118,7 @@ def test_blocks_on_a_gpu(sizes, images, length, poisoned_memory):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("images, length", [(2, 3), (1, 16), (2, 8)])
+@pytest.mark.parametrize("images, length", [(2, 3), (1, 16), (2, 8), (2, 9), (2, 16)])
 def test_blocks_on_a_gpu_in_half_precision(images, length, poisoned_memory):
     skip_without_kernel(torch.float16)
     given = x, blocks, vectors, most = case(images, length, 1024, 4096, 2, torch.float16, "cuda")
@@ -123,10 +126,11 @@ def test_blocks_on_a_gpu_in_half_precision(images, length, poisoned_memory):
 
 
 @pytest.mark.gpu
-def test_launches_on_a_gpu_are_alike_and_can_be_captured(poisoned_memory):
+@pytest.mark.parametrize("length", [8, 16])
+def test_launches_on_a_gpu_are_alike_and_can_be_captured(length, poisoned_memory):
     """One after the other without a pause, in a graph, of inputs that change: counters are left as they were found."""
     skip_without_kernel()
-    x, blocks, vectors, most = case(2, 8, 1536, 6144, 4, device="cuda")
+    x, blocks, vectors, most = case(2, length, 1536, 6144, 4, device="cuda")
     table = Table(blocks)
     options = {"max_log_scale": most, "impl": "cuda"}
     first = transformer_blocks(x, table, vectors, **options)

@@ -17,6 +17,7 @@ template <DType kType>
 void run(const BlockRowsParams& params, int kernel_rows, int num_clusters, bool last_thread_first, Cluster& cluster) {
   if (kernel_rows == 8) return run<BlockRowsTile<kType, 8>>(params, num_clusters, last_thread_first, cluster);
   if (kernel_rows == 16) return run<BlockRowsTile<kType, 16>>(params, num_clusters, last_thread_first, cluster);
+  if (kernel_rows == 32) return run<BlockRowsTile<kType, 32>>(params, num_clusters, last_thread_first, cluster);
   cluster.failure = "no such tile";
 }
 

@@ -11,7 +11,8 @@ from .. import extension
 from ..linear.cuda import DTYPES, empty_statistics, misaligned
 from .reference import BlockWeights
 
-ROWS = (8, 16)  # of the kernels, at most
+ROWS = (8, 16, 32)  # of the kernels, at most
+MAX_IMAGE_ROWS = 16  # of one image, for a warp attends a head of whole images
 MAX_ROWS, MAX_BLOCKS = max(ROWS), 64
 FLOATS = ("q_bias", "v_bias", "log_scale")  # which are float32
 HEAD_DIM, STEP, SPLITS = 64, 64, 4  # widths are multiples of STEP, at least SPLITS of them
@@ -111,6 +112,8 @@ def refusal_of_rows(x: Tensor, vectors: Sequence[Sequence[Tensor]], dtype: torch
         return f"the residual stream is float32, got {x.dtype}"
     if (rows := x.shape[:-1].numel()) > MAX_ROWS:
         return f"it has few rows, at most {MAX_ROWS}, got {rows}"
+    if x.shape[1] > MAX_IMAGE_ROWS:
+        return f"images have at most {MAX_IMAGE_ROWS} rows, got {x.shape[1]}"
     for vector in (vector for of_block in vectors for vector in of_block):
         if vector.dtype != dtype:
             return f"gates, scales and shifts are {dtype} as the weights, not {vector.dtype}"
@@ -128,7 +131,7 @@ def forward(
         strides = {x.shape[-1]}
     y = torch.empty_like(x)
     statistics = empty_statistics(y)
-    between = torch.empty(rows, 3 * table.width + table.hidden_width, dtype=table.dtype, device=x.device)
+    between = torch.empty(rows, 3 * table.width + max(table.width, table.hidden_width), dtype=table.dtype, device=x.device)
     extension.module.block_rows(
         table=table.described.data_ptr(),
         vectors=[[vector.data_ptr() for vector in of_block] for of_block in vectors],
