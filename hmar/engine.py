@@ -97,12 +97,11 @@ from hmar_kernels.token_embedding import Known
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
 # Width of the model up to -> rows of all images up to which `products="cuda"` takes the kernels for few rows.
-# NOTE: measured by `bench.linear` (reports/data/linear_rows_h100.json; 6aacedc, up to 8 rows a67dd7c): us a block, with
-# cuBLAS in brackets, at width 1024 20.6 (30.9) with 2 rows, 29.7 (33.9) with 32, 35.3 (34.0) with 50; at 1536 32.7
-# (42.3) with 2, 43.8 (44.3) with 18, 45.9 (45.0) with 32; at 1920 43.0 (54.1) with 2, 55.2 (56.5) with 32, 61.8 (56.8)
-# with 50. `products="blocks"` (abca5c8), which takes up to 16 rows before: 18.0, 23.8 and 31.2 with 2 rows, 22.8, 29.9
-# and 38.9 with 16.
-FEW_ROWS = {1024: 32, 1536: 18, math.inf: 32}
+# NOTE: measured by `bench.linear` (reports/data/linear_rows_h100.json, generation_steps_h100.json), us a block, with
+# cuBLAS in brackets: at width 1024 20.6 (30.9) with 2 rows, 28.5 (29.3) with 32; at 1536 37.1 (40.3) with 16,
+# 41.8 (40.6) with 18; at 1920 46.6 (51.2) with 16, 52.8 (50.9) with 18. `products="blocks"`, which takes up to 32 rows
+# of short images before: 21.9, 29.6 and 38.1 with 16 rows.
+FEW_ROWS = {1024: 32, math.inf: 16}
 # Width of the model up to -> of the projection and of fc2, up to so many rows: into how many products K is divided.
 # NOTE: measured on an H100 (reports/log.md, "products in parts"), with the norm that adds them up.
 PARTS: dict[float, tuple[tuple[tuple[int, int], ...], ...]] = {

@@ -59,7 +59,10 @@ def run_blocks(library, x, blocks, vectors, max_log_scale, clusters=2, last_firs
     rows, (width, hidden_width) = x.shape[:-1].numel(), cuda.widths(blocks[0])
     y = torch.full((rows + 1, width), math.nan)
     statistics = torch.full((rows + 1, width // 64, 2), math.nan)
-    between = [torch.full((rows + 1, size), math.nan, dtype=blocks[0].qkv.dtype) for size in (3 * width, max(width, hidden_width))]
+    between = [
+        torch.full((rows + 1, size), math.nan, dtype=blocks[0].qkv.dtype)
+        for size in (3 * width, max(width, hidden_width))
+    ]
     counters = torch.zeros(2, dtype=torch.int32)
     floats = [[t.float() for t in (block.q_bias, block.v_bias, block.log_scale)] for block in blocks]
     # NOTE: at a multiple of 64 bytes, as a tensor map lies.
@@ -113,8 +116,23 @@ def assert_accurate(outputs, x, blocks, vectors, max_log_scale):
 @pytest.mark.parametrize("last_first", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize(
     "images, length, kernel_rows",
-    [(2, 1, 8), (2, 4, 8), (1, 3, 8), (8, 1, 8), (1, 9, 16), (2, 8, 16), (1, 16, 16), (5, 3, 16), (1, 2, 16)]
-    + [(2, 9, 32), (2, 16, 32), (32, 1, 32), (5, 6, 32), (3, 7, 32), (1, 1, 32)],
+    [
+        (2, 1, 8),
+        (2, 4, 8),
+        (1, 3, 8),
+        (8, 1, 8),
+        (1, 9, 16),
+        (2, 8, 16),
+        (1, 16, 16),
+        (5, 3, 16),
+        (1, 2, 16),
+        (2, 9, 32),
+        (2, 16, 32),
+        (32, 1, 32),
+        (5, 6, 32),
+        (3, 7, 32),
+        (1, 1, 32),
+    ],
 )
 def test_blocks_of_the_source(library, images, length, kernel_rows, last_first):
     given = case(images, length, 256, 512, 2)
@@ -123,7 +141,8 @@ def test_blocks_of_the_source(library, images, length, kernel_rows, last_first):
 
 @pytest.mark.parametrize("clusters", [1, 3])
 @pytest.mark.parametrize(
-    "images, length, width, hidden_width", [(2, 1, 1024, 2048), (1, 9, 768, 3072), (2, 8, 576, 5184), (2, 16, 640, 4608), (4, 5, 1152, 512)]
+    "images, length, width, hidden_width",
+    [(2, 1, 1024, 2048), (1, 9, 768, 3072), (2, 8, 576, 5184), (2, 16, 640, 4608), (4, 5, 1152, 512)],
 )
 def test_rings_of_the_source_turn_over(library, images, length, width, hidden_width, clusters):
     """More chunks than the rings hold, which the blocks of a cluster do not share evenly, nor clusters the tiles; with

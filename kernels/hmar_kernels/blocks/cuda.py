@@ -131,7 +131,9 @@ def forward(
         strides = {x.shape[-1]}
     y = torch.empty_like(x)
     statistics = empty_statistics(y)
-    between = torch.empty(rows, 3 * table.width + max(table.width, table.hidden_width), dtype=table.dtype, device=x.device)
+    between = torch.empty(
+        rows, 3 * table.width + max(table.width, table.hidden_width), dtype=table.dtype, device=x.device
+    )
     extension.module.block_rows(
         table=table.described.data_ptr(),
         vectors=[[vector.data_ptr() for vector in of_block] for of_block in vectors],
