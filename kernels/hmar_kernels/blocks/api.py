@@ -38,9 +38,9 @@ def transformer_blocks(
         max_log_scale: the largest log_scale that counts, see `qk_norm_attention`.
         eps: added to the variance of norms.
         impl: "auto", "reference" or "cuda": one kernel that reads weights without a pause, for at most MAX_ROWS rows
-            of all images, a float32 stream and heads of 64 numbers, on GPUs of compute capability 9.0; without a
-            derivative. It has as many blocks as the GPU can hold at once, and waits for a GPU that is not otherwise
-            busy. "auto" is "cuda" where it can run. A named implementation runs or raises.
+            of all images and MAX_IMAGE_ROWS of one, a float32 stream and heads of 64 numbers, on GPUs of compute
+            capability 9.0; without a derivative. It has as many blocks as the GPU can hold at once, and waits for a GPU
+            that is not otherwise busy. "auto" is "cuda" where it can run. A named implementation runs or raises.
     Returns:
         [B, L, C], and float32 statistics of it [B, L, ceil(C / 64), 2], as `linear` takes and gives them.
     Raises:
