@@ -9,7 +9,8 @@
 // lest the few numbers that blocks send each other wait behind what memory has not delivered yet. Eight warps bring rows as
 // soon as all blocks have written what comes before: normed; attended, each warp a head, or of more than 16 rows as a step of
 // its own that all blocks share; or as they are. Two warpgroups multiply, chunks of 64 inputs in turn, as one waits for its
-// products most of the time: features are the rows of wgmma, rows of x its columns. The eight warps take their sums, and write the outputs, while they have the next tile.
+// products most of the time: features are the rows of wgmma, rows of x its columns. The eight warps take their sums, and
+// write the outputs, while they have the next tile.
 //
 // Tiles of 64 features are dealt to clusters like cards, on and on through the products, so that no cluster is always the one
 // with more. K is divided among the blocks of a cluster, which add up each other's sums in their order and write the outputs:
