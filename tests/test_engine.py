@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -57,8 +57,8 @@ def hmar():
 
 @pytest.fixture(scope="module")
 def engines(tokenizer):
-    made = {}
-    return lambda model: made.setdefault(id(model), Engine(model, tokenizer))
+    """The engine of a model, made once. The cache keeps the model: another one must not come to have its id."""
+    return cache(lambda model: Engine(model, tokenizer))
 
 
 def assert_same(actual, expected):

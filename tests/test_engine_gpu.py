@@ -1,6 +1,7 @@
 """The engine's CUDA graphs against the same steps one by one, to the bit, and their memory."""
 
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 import pytest
@@ -30,14 +31,7 @@ def model(request):
 @pytest.fixture(scope="module")
 def pairs(tokenizer):
     """By model and dtype: the engine that captures, and the one that does not."""
-    made = {}
-
-    def pair(model, dtype):
-        if (id(model), dtype) not in made:
-            made[id(model), dtype] = [Engine(model, tokenizer, dtype=dtype, capture=flag) for flag in (True, False)]
-        return made[id(model), dtype]
-
-    return pair
+    return cache(lambda model, dtype: [Engine(model, tokenizer, dtype=dtype, capture=flag) for flag in (True, False)])
 
 
 def assert_equal(actual, expected):
