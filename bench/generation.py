@@ -343,7 +343,8 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
         dtype = engine.dtype or f_hat_BEhw.dtype
         logits = torch.randn(rows, positions.shape[-1], config.vocab_size, device=engine.device).to(dtype)
         strength_B, chosen = program.strengths_SB[row], program.sampling
-        sampling.append(lambda: draw(logits, chosen, strength_B, program.keys_B, positions, step))
+        given = logits, chosen, strength_B, program.keys_B, positions, step
+        sampling.append(lambda: draw(*given, overlap=engine.overlap))
 
     def next_scale(k: int) -> Callable[..., torch.Tensor]:
         if engine.is_hmar:

@@ -143,9 +143,13 @@ def try_layer(layer: str, rows: int, width: int, device: torch.device) -> Iterat
 
 
 def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
-    """Microseconds of a block by the engine's choices, of BLOCKS with weights of their own."""
+    """Microseconds of a block by the engine's choices, of BLOCKS with weights of their own.
+
+    Even rows are those of two images, as of one with guidance.
+    """
     config = ModelConfig(depth=2, width=width, num_heads=width // 64)
-    mask, cond = SpanMask.block_diagonal([rows]), torch.randn(1, width, device=device)
+    images = 1 + (rows % 2 == 0)
+    mask, cond = SpanMask.block_diagonal([rows // images]), torch.randn(images, width, device=device)
     with torch.device(device):
         blocks = [Block(config, 1, "auto").eval().requires_grad_(False) for _ in range(BLOCKS)]
     for block in blocks:
@@ -153,9 +157,9 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
         for module in block.modules():
             if isinstance(module, torch.nn.Linear):
                 module.to(torch.bfloat16)
-        vectors = tuple(0.1 * torch.randn(6, 1, 1, width, device=device).bfloat16())
+        vectors = tuple(0.1 * torch.randn(6, images, 1, width, device=device).bfloat16())
         block.modulation.forward = lambda cond, vectors=vectors: vectors
-    x = torch.randn(1, rows, width, device=device)
+    x = torch.randn(images, rows // images, width, device=device)
     on_gpu = device.type == "cuda"
     for products, attention, overlap in itertools.product(
         products_of(rows, device), ATTENTIONS if on_gpu else ("separate",), (False, True)
@@ -182,12 +186,16 @@ def try_blocks(rows: int, width: int, device: torch.device) -> Iterator[dict]:
         row = {"layer": "block", "rows": rows, "by": "blocks", "us": None, "reason": None}
         try:
             together = FusedBlocks([FusedBlock(block, Choices(MAX_ROWS, "fused", True)) for block in blocks])
+            vectors = [block.modulation(cond) for block in blocks]
+            refusal = blocks_kernel.refusal_of_rows(x, vectors, together.table.dtype)
+            if refusal is not None:
+                raise ValueError(refusal)
 
             def run_together():
                 return together(Residual(x), cond, mask).x_BLC
 
             with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
-                check_blocks(run_together(), x, together.table, [block.modulation(cond) for block in blocks])
+                check_blocks(run_together(), x, together.table, vectors)
                 row["us"] = microseconds(run_together, device) / BLOCKS
         except ERRORS as error:
             row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]

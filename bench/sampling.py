@@ -1,10 +1,11 @@
 """Benchmark of drawing codes: `python -m bench.sampling` on a CUDA GPU.
 
-The last scale of each pyramid with guidance, bfloat16 logits, as generation has them. Every implementation is checked
-before it is timed: its codes lie in the set that truncation keeps, and its confidence is their probability there. Then
-the package's method: device events, L2 flushed, warm-up, median and spread. Rivals are what one writes in torch, with a
-sort, run eagerly and through torch.compile; they draw from torch's generator, which is cheaper than numbers by image.
-Results are one JSON file of kind "sampling", rewritten after every measurement. Read next: timing.py.
+The last scale of each pyramid with guidance, and few tokens, bfloat16 logits, as generation has them. Every
+implementation is checked before it is timed: its codes lie in the set that truncation keeps, and its confidence is
+their probability there. Then the package's method: device events, L2 flushed, warm-up, median and spread. Rivals are
+what one writes in torch, with a sort, run eagerly and through torch.compile; they draw from torch's generator, which is
+cheaper than numbers by image. Results are one JSON file of kind "sampling", rewritten after every measurement. Read
+next: timing.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from hmar.pyramid import SIDES_BY_RESOLUTION
 from hmar_kernels import sample_codes
-from hmar_kernels.sampling import reference, triton
+from hmar_kernels.sampling import reference
+from hmar_kernels.sampling.api import KERNELS
 
 from .check import CheckFailed
 from .environment import ceilings, environment
@@ -47,7 +49,7 @@ class Cell:
     top_p: float
 
     def __str__(self) -> str:
-        return f"{self.resolution or 'tiny'} x{self.batch} top-k {self.top_k} top-p {self.top_p}"
+        return f"{self.resolution or 'tiny'} x{self.batch}, {self.tokens} tokens, top-k {self.top_k} top-p {self.top_p}"
 
     @property
     def bytes(self) -> int:
@@ -55,14 +57,17 @@ class Cell:
         return 2 * 2 * self.batch * self.tokens * self.codes
 
 
+FEW_TOKENS = (1, 16, 100)
 TRUNCATIONS = ((0, 0.0), (900, 0.0), (900, 0.96))
 
 
 def cells(device: torch.device) -> list[Cell]:
     if device.type == "cpu":
         return [Cell(None, 2, 9, 64, *truncation) for truncation in ((0, 0.0), (20, 0.9))]
-    sizes = [(256, 1), (256, 16), (512, 16), (1024, 1), (1024, 8)]
-    return [Cell(px, batch, SIDES_BY_RESOLUTION[px][-1] ** 2, 4096, *t) for px, batch in sizes for t in TRUNCATIONS]
+    sizes = [(256, 1, tokens) for tokens in FEW_TOKENS]
+    last = [(256, 1), (256, 16), (512, 16), (1024, 1), (1024, 8)]
+    sizes += [(px, batch, SIDES_BY_RESOLUTION[px][-1] ** 2) for px, batch in last]
+    return [Cell(*size, 4096, *truncation) for size in sizes for truncation in TRUNCATIONS]
 
 
 def sorted_draw(
@@ -100,7 +105,7 @@ def ours(impl: str) -> Callable[[Cell, torch.device], Draw]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Cell, torch.device], Draw]] = {
-    "triton": ours("triton"),
+    **{impl: ours(impl) for impl in KERNELS},
     "reference": ours("reference"),
     "sort": lambda cell, device: sorted_draw,
     "sort_compiled": lambda cell, device: torch.compile(sorted_draw, dynamic=False),
@@ -146,7 +151,7 @@ def examine(name: str, inputs: Inputs, stopwatch: Stopwatch, seconds: float) -> 
     """Status and numbers of one implementation in one cell. What it raises is recorded and does not leave here."""
     cell, device = inputs.cell, stopwatch.device
     row = {"status": "ok", "reason": None} | dict.fromkeys(NUMBERS)
-    reason = triton.unavailable(device, torch.bfloat16, cell.codes) if name == "triton" else None
+    reason = KERNELS[name].unavailable(device, torch.bfloat16, cell.codes) if name in KERNELS else None
     if reason is not None:
         return row | {"status": "unavailable", "reason": reason}
     try:
@@ -175,7 +180,8 @@ NUMBERS = ("ms", "p10_ms", "p90_ms", "rounds", "host_us", "extra_bytes", "first_
 
 
 def line(row: dict) -> str:
-    place = f"{row['resolution'] or 'tiny':<5} x{row['batch']:<3} top-k {row['top_k']:<4} top-p {row['top_p']:<5}"
+    place = f"{row['resolution'] or 'tiny':<5} x{row['batch']:<3} {row['tokens']:>4} tokens"
+    place += f" top-k {row['top_k']:<4} top-p {row['top_p']:<5}"
     if row["status"] != "ok":
         return f"{place} {row['impl']:<14} {row['status']}: {row['reason']}"
     memory = "" if row["extra_bytes"] is None else f" {row['extra_bytes'] / 1e6:8.2f} MB"
@@ -209,7 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
             write(options.output, {**head, "complete": False}, rows)
         del inputs
     write(options.output, {**head, "complete": True}, rows)
-    return int(any(row["status"] == "failed" and row["impl"] in ("triton", "reference") for row in rows))
+    return int(any(row["status"] == "failed" and row["impl"] in (*KERNELS, "reference") for row in rows))
 
 
 if __name__ == "__main__":

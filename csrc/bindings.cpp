@@ -1,8 +1,9 @@
 // The Python module hmar_kernels._cuda: addresses, strides and the stream come as integers, so that no torch header and
-// no torch version is compiled in. Its callers, in hmar_kernels/{attention,conv2d,linear}, have checked every argument.
+// no torch version is compiled in. Its callers, in hmar_kernels/{attention,blocks,conv2d,linear,sampling}, have checked every argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,7 @@
 #include "hopper.h"
 #include "hopper_conv.h"
 #include "linear_rows.h"
+#include "sample_rows.h"
 #endif
 #include "launch.h"
 
@@ -275,6 +277,34 @@ void block_rows(uintptr_t table, const std::vector<std::array<uintptr_t, hmar::N
                      "block_rows");
 }
 
+// addresses: logits, unconditional, guidance, seeds, positions, places, codes, confidence, nonfinite; 0 where there is none.
+// row_strides: of the first two; strides: of the last five; both in elements.
+void sample_rows(const std::array<uintptr_t, 9>& addresses, const std::array<std::array<int64_t, 3>, 2>& row_strides,
+                 const std::array<std::array<int64_t, 2>, 5>& strides, const std::array<int, 3>& shape, int logit_type,
+                 int step, float inverse_temperature, int top_k, int64_t wanted_share, bool greedy, bool marks_only,
+                 bool whole_loads, bool overlap, int device, uintptr_t stream) {
+  const auto [logits, unconditional, guidance, seeds, positions, places, codes, confidence, nonfinite] = addresses;
+  hmar::SampleRowsParams params{};
+  params.logits = pointer<const void>(logits), params.unconditional = pointer<const void>(unconditional);
+  params.guidance = pointer<const float>(guidance), params.seeds = pointer<const int64_t>(seeds);
+  params.positions = pointer<const int64_t>(positions), params.places = pointer<const int64_t>(places);
+  params.codes = pointer<int64_t>(codes), params.confidence = pointer<float>(confidence);
+  params.nonfinite = pointer<bool>(nonfinite);
+  std::copy(row_strides[0].begin(), row_strides[0].end(), params.logits_strides);
+  std::copy(row_strides[1].begin(), row_strides[1].end(), params.unconditional_strides);
+  int64_t* const of_rows[] = {params.positions_strides, params.places_strides, params.codes_strides, params.confidence_strides,
+                              params.nonfinite_strides};
+  for (size_t i = 0; i < strides.size(); ++i) std::copy(strides[i].begin(), strides[i].end(), of_rows[i]);
+  params.num_images = shape[0], params.num_tokens = shape[1], params.num_codes = shape[2];
+  params.step = step, params.inverse_temperature = inverse_temperature, params.top_k = top_k;
+  params.wanted_share = wanted_share, params.greedy = greedy, params.marks_only = marks_only;
+  params.whole_loads = whole_loads;
+  const DeviceGuard guard(device);
+  DeviceGuard::check(
+      hmar::launch_sample_rows(params, hmar::LogitType(logit_type), overlap, reinterpret_cast<cudaStream_t>(stream)),
+      "sample_rows");
+}
+
 // (doubled, blocks, stages, map stages) of each kernel.
 py::list hopper_conv_tiles() {
   py::list rows;
@@ -331,6 +361,11 @@ void bind_hopper(py::module_& module) {
              py::arg("max_log_scale"), py::arg("eps"), py::arg("num_rows"), py::arg("image_rows"), py::arg("width"),
              py::arg("hidden_width"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("device"), py::arg("stream"),
              "Puts transformer blocks of few rows on a stream.");
+  module.attr("max_sampled_codes") = hmar::kMaxSampledCodes;
+  module.def("sample_rows", &sample_rows, py::kw_only(), py::arg("addresses"), py::arg("row_strides"), py::arg("strides"),
+             py::arg("shape"), py::arg("logit_type"), py::arg("step"), py::arg("inverse_temperature"), py::arg("top_k"),
+             py::arg("wanted_share"), py::arg("greedy"), py::arg("marks_only"), py::arg("whole_loads"), py::arg("overlap"),
+             py::arg("device"), py::arg("stream"), "Puts the drawing of codes on a stream.");
   module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
              "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
 }

@@ -1,6 +1,7 @@
 // Instances of the kernels for few rows and their launch. Everything else is in linear_rows.cuh.
 #include "linear_rows.cuh"
 
+#include "launch_kernel.h"
 #include "linear_rows.h"
 #include "tensor_map.h"
 
@@ -34,28 +35,6 @@ cudaError_t describe(TensorMap* map, DType dtype, const void* data, const MapGeo
                            CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-template <class Params>
-cudaError_t launch(void (*kernel)(Params), Params params, int num_blocks, int num_threads, int cluster_blocks,
-                   int shared_bytes, bool overlap, cudaStream_t stream) {
-  cudaLaunchAttribute attributes[2]{};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(num_blocks);
-  config.blockDim = dim3(num_threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  if (overlap) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (cluster_blocks > 1) {
-    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-    attributes[config.numAttrs++].val.clusterDim = {unsigned(cluster_blocks), 1, 1};
-  }
-  void* arguments[] = {&params};
-  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
-}
-
 }  // namespace
 
 std::vector<int> linear_rows_kernels() {
@@ -86,15 +65,15 @@ cudaError_t launch_linear_rows(const LinearRows& call, int kernel_rows, bool ove
     if (error != cudaSuccess) return error;
     const int num_tiles = divided(call.num_outputs, kLinearFeatures);
     const int splits = linear_splits(num_tiles, params.num_chunks, num_sms);
-    return launch(instance.kernel, params, num_tiles * splits, instance.num_threads, splits, instance.shared_bytes, overlap,
-                  stream);
+    return launch_kernel(instance.kernel, params, num_tiles * splits, instance.num_threads, splits, instance.shared_bytes,
+                         overlap, stream);
   }
   return cudaErrorInvalidValue;
 }
 
 cudaError_t launch_norm_rows(NormRowsParams params, DType dtype, int num_rows, bool overlap, cudaStream_t stream) {
   const auto kernel = dtype == kBFloat16 ? norm_rows_kernel<kBFloat16> : norm_rows_kernel<kFloat16>;
-  return launch(kernel, params, num_rows, kNormThreads, 1, 2 * kNormWarps * sizeof(float), overlap, stream);
+  return launch_kernel(kernel, params, num_rows, kNormThreads, 1, 2 * kNormWarps * sizeof(float), overlap, stream);
 }
 
 }  // namespace hmar

@@ -206,8 +206,8 @@ class Engine:
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
-        overlap: whether these kernels, and the one of the embedding, may start, and read weights, while the kernel
-            before them still runs, on GPUs that can (compute capability 9.0).
+        overlap: whether these kernels, and those of the embedding and of draws, may start, and read weights, while the
+            kernel before them still runs, on GPUs that can (compute capability 9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -260,7 +260,7 @@ class Engine:
         self.captures = self.device.type == "cuda" if capture is None else capture
         if self.captures and self.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, the engine's is {self.device}; leave capture out.")
-        self.cudnn_benchmark = cudnn_benchmark
+        self.overlap, self.cudnn_benchmark = overlap, cudnn_benchmark
         check_pair(model.config, tokenizer)
         self.config = model.config
         self.max_programs = max_programs
@@ -753,7 +753,8 @@ class Program:
         else:
             logits_RnV = model(class_R, inputs, scale, self.caches)
         span, drawn = engine.pyramid.slice(k), self._drawn(k)
-        draw(logits_RnV, self.sampling, self.strengths_SB[k], self.keys_B, self.positions_L[span], into=drawn)
+        arguments = self.strengths_SB[k], self.keys_B, self.positions_L[span]
+        draw(logits_RnV, self.sampling, *arguments, into=drawn, overlap=engine.overlap)
         self.hidden_Bn = None
         if settings.edited:
             self.hidden_Bn = ~self.known_tokens_BL[:, span]
@@ -766,8 +767,9 @@ class Program:
             drawn.confidence, self.hidden_Bn, count=num_hidden, first=self.engine.pyramid.offsets[k]
         )
         logits_RmV = self._masked_logits(k, self.settings.masked_guided, places_Bm)
-        to_places = {"into": drawn, "at_Bn": places_Bm}
-        draw(logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i), **to_places)
+        # NOTE: kernels that do not overlap with others, as those of the residual, come between positions and the draw.
+        options = {"into": drawn, "at_Bn": places_Bm, "overlap": self.engine.overlap}
+        draw(logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i), **options)
 
     def _masked_edit(self, row: int, k: int, i: int) -> None:
         """A masked pass that hides as many codes of each image as the arguments say; none means that it is skipped."""

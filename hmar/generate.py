@@ -276,11 +276,12 @@ def draw(
     step: int = 0,
     into: SampledCodes | None = None,
     at_Bn: Tensor | None = None,
+    overlap: bool = False,
 ) -> SampledCodes:
     """Codes of the tokens at `positions` of the pyramid ([n] or [B, n]), for as many images as there are seeds.
 
     The logits are those of the images, or, twice as many, also those of the null class, as `with_null` puts them.
-    into, at_Bn: where the draws are written, see `hmar_kernels.sample_codes`.
+    into, at_Bn, overlap: where the draws are written, and when they may begin, see `hmar_kernels.sample_codes`.
     """
     conditional_BnV, unconditional_BnV = logits_BnV, None
     if logits_BnV.shape[0] > len(seeds_B):
@@ -298,6 +299,7 @@ def draw(
         greedy=sampling.greedy,
         into=into,
         at=at_Bn,
+        overlap=overlap,
     )
 
 

@@ -27,12 +27,14 @@ from hmar_kernels.attention.plan import query_plan
 from hmar_kernels.blocks import cuda as blocks_cuda
 from hmar_kernels.conv2d import hopper as conv_hopper
 from hmar_kernels.linear import cuda as linear_cuda
+from hmar_kernels.sampling import cuda as sampling_cuda
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {
     "attention_forward": ("80", "90a"),
     "linear_rows": ("90a",),
     "block_rows": ("90a",),
+    "sample_rows": ("90a",),
     "hopper": ("90a",),
     "hopper_conv": ("90a",),
 }
@@ -184,6 +186,16 @@ def test_transformer_blocks_compile_without_spills(ptxas_output):
         assert numbers["spilled"] <= {"8": 0, "16": 64, "32": 96}[tile[2]], (name, numbers)
         found.add(tuple(map(int, tile.groups())))
     assert found == {(dtype, rows) for dtype in range(len(TYPES)) for rows in blocks_cuda.ROWS}
+
+
+def test_draws_compile_without_spills(ptxas_output):
+    """Of every type of logits, two blocks an SM of the smaller ones: 512 threads each."""
+    found = set()
+    for name, numbers in kernels_of(ptxas_output["sample_rows", "90a"]):
+        logit_type, groups = map(int, re.search(r"LogitTypeE(\d)ELi(\d+)E", name).groups())
+        found.add((logit_type, groups))
+        assert numbers["spilled"] == 0 and numbers["registers"] <= {2: 64, 4: 128}[groups], (name, numbers)
+    assert found == {(logit_type, groups) for logit_type in sampling_cuda.LOGIT_TYPES.values() for groups in (2, 4)}
 
 
 def test_hopper_convolutions_compile_without_spills(ptxas_output):
@@ -406,6 +418,7 @@ def test_extension_describes_itself(extension):
     if hasattr(extension, "hopper_load_error"):
         assert tuple(extension.linear_rows_kernels) == linear_cuda.ROWS
         assert tuple(extension.block_rows_kernels) == blocks_cuda.ROWS
+        assert extension.max_sampled_codes == sampling_cuda.MAX_CODES
 
 
 @pytest.mark.parametrize(

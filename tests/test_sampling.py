@@ -1,6 +1,8 @@
-"""The sampling operator: truncation against its definition, draws against their distribution, the kernel against the
-reference (under Triton's interpreter, and compiled without a GPU)."""
+"""The sampling operator: truncation against its definition, draws against their distribution, kernels against the
+reference (Triton's under its interpreter, and compiled without a GPU; csrc/sample_rows.cuh, as it stands, by the
+emulation of cuda_on_cpu/)."""
 
+import ctypes
 import json
 import math
 import os
@@ -8,13 +10,15 @@ import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
 import triton.language as tl
 
+import kernel_on_cpu
 from hmar_kernels import SampledCodes, sample_codes
-from hmar_kernels.sampling import reference
+from hmar_kernels.sampling import cuda, reference
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_sampling_gpu.py runs the kernel")
 
@@ -28,6 +32,86 @@ def draw(logits, unconditional=None, impl="reference", **options):
     options.setdefault("seeds", torch.arange(B) * 2**40 + 5)
     options.setdefault("positions", torch.arange(n))
     return sample_codes(logits, unconditional, impl=impl, **options)
+
+
+# --- the kernels on the CPU -------------------------------------------------------------------------------------------
+
+POINTERS = ("logits", "unconditional", "guidance", "seeds", "positions", "places", "codes", "confidence", "nonfinite")
+
+
+class Params(ctypes.Structure):
+    """SampleRowsParams of csrc/sample_rows.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((f"{name}_strides", ctypes.c_int64 * 3) for name in POINTERS[:2]),
+        *((f"{name}_strides", ctypes.c_int64 * 2) for name in POINTERS[4:]),
+        ("wanted_share", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("num_images", "num_tokens", "num_codes", "top_k", "step")),
+        ("inverse_temperature", ctypes.c_float),
+        *((name, ctypes.c_bool) for name in ("greedy", "marks_only", "whole_loads")),
+    )
+
+
+class Emulation:
+    """What stands in for the extension. last_first: the order of threads. groups: of four codes, that a thread has, 0
+    for those of a launch. previous: what the kernel before writes, which this one must not read before it has waited.
+    """
+
+    def __init__(self, folder):
+        headers = ("sample_rows.cuh", "sample_rows.h", "hopper_params.h")
+        self.library = kernel_on_cpu.build(folder, "sample_rows", "hopper_ptx.cuh", headers)
+        self.library.sample_rows_on_cpu.restype = ctypes.c_char_p
+        self.last_first, self.groups, self.previous, self.calls = False, 0, (), []
+
+    def sample_rows(self, *, addresses, row_strides, strides, shape, logit_type, overlap, device, stream, **numbers):
+        self.calls.append(numbers)
+        strides = [(ctypes.c_int64 * len(of_one))(*of_one) for of_one in (*row_strides, *strides)]
+        names = ("wanted_share", "top_k", "step", "inverse_temperature", "greedy", "marks_only", "whole_loads")
+        assert numbers.keys() == set(names)
+        share, top_k, step, *others = (numbers[name] for name in names)
+        params = Params(*addresses, *strides, share, *shape, top_k, step, *others)
+        pieces = [part for tensor in self.previous for part in (tensor.data_ptr(), tensor.numel() * tensor.itemsize)]
+        groups = self.groups or (2 if shape[2] <= 4096 else 4)
+        failure = self.library.sample_rows_on_cpu(
+            ctypes.byref(params),
+            logit_type,
+            groups,
+            (ctypes.c_int64 * len(pieces))(*pieces),
+            len(pieces) // 2,
+            self.last_first,
+        )
+        assert failure is None, failure.decode()
+
+
+@pytest.fixture(scope="module")
+def built_emulation(tmp_path_factory):
+    return Emulation(tmp_path_factory.mktemp("sample_rows"))
+
+
+@pytest.fixture
+def emulation(built_emulation, monkeypatch):
+    """impl="cuda" is then the emulation."""
+    monkeypatch.setattr(cuda.extension, "module", built_emulation)
+    monkeypatch.setattr(cuda, "unavailable", lambda *arguments: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    built_emulation.last_first, built_emulation.groups, built_emulation.previous = False, 0, ()
+    built_emulation.calls.clear()
+    return built_emulation
+
+
+RUNNABLE = [pytest.param("triton", marks=interpreted), "cuda", "cuda, last thread first"]
+
+
+def prepared(request):
+    impl, *schedule = request.param.split(", ")
+    if impl == "cuda":
+        request.getfixturevalue("emulation").last_first = bool(schedule)
+    return impl
+
+
+kernel = pytest.fixture(params=RUNNABLE, name="kernel")(prepared)
+implementation = pytest.fixture(params=["reference", *RUNNABLE], name="impl")(prepared)
 
 
 # --- truncation -------------------------------------------------------------------------------------------------------
@@ -185,7 +269,6 @@ BROKEN = [math.nan, math.inf, -math.inf]
 
 @pytest.mark.parametrize("greedy", [False, True])
 @pytest.mark.parametrize("value", BROKEN)
-@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=interpreted)])
 def test_logits_that_are_not_finite_are_reported(impl, value, greedy):
     conditional, unconditional = draw_logits(2, 3, 9), draw_logits(2, 3, 9, seed=1)
     expected = draw(conditional, unconditional, impl, guidance=0.5, greedy=greedy)
@@ -202,7 +285,7 @@ def test_guidance_that_overflows_is_reported():
     assert drawn.nonfinite.all()
 
 
-# --- the kernel -------------------------------------------------------------------------------------------------------
+# --- the kernels and the reference ------------------------------------------------------------------------------------
 
 
 def assert_same_draws(actual, expected):
@@ -211,16 +294,15 @@ def assert_same_draws(actual, expected):
     assert torch.equal(actual.nonfinite, expected.nonfinite)
 
 
-@interpreted
 @pytest.mark.parametrize("top_k, top_p", TRUNCATIONS)
 @pytest.mark.parametrize("num_codes", [3, 37])
-def test_kernel_equals_the_reference(num_codes, top_k, top_p, poisoned_memory):
+def test_kernel_equals_the_reference(kernel, num_codes, top_k, top_p, poisoned_memory):
     halves = draw_logits(2, 2, 2, num_codes)
     seeds, positions = torch.tensor([2**62 + 1, 77]), torch.tensor([[4, 700], [3, 2**31 - 1]])
     for logits in (halves, halves.round().clamp(-1, 2), -halves.abs(), halves.half(), 0 * -halves):
         options = dict(seeds=seeds, positions=positions, guidance=torch.tensor([0.0, 2.5]), top_k=top_k, top_p=top_p)
         expected = draw(*logits, **options, step=3, temperature=0.8)
-        assert_same_draws(draw(*logits, impl="triton", **options, step=3, temperature=0.8), expected)
+        assert_same_draws(draw(*logits, impl=kernel, **options, step=3, temperature=0.8), expected)
 
 
 def assert_written(device, impl):
@@ -243,26 +325,26 @@ def assert_written(device, impl):
         torch.testing.assert_close(confidence, expected[1], rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=interpreted)])
 def test_draws_are_written_into_their_places(impl):
     assert_written("cpu", impl)
 
 
 @pytest.mark.gpu
-def test_draws_are_written_into_their_places_on_a_gpu():
-    assert_written("cuda", "triton")
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_draws_are_written_into_their_places_on_a_gpu(impl):
+    if impl == "cuda" and (reason := cuda.unavailable(torch.device("cuda", 0), torch.float32, 9)) is not None:
+        pytest.skip(reason)
+    assert_written("cuda", impl)
 
 
-@interpreted
-def test_kernel_with_the_published_vocabulary_and_any_strides():
+def test_kernel_with_the_published_vocabulary_and_any_strides(kernel):
     logits = draw_logits(4096, 2, 3, dtype=torch.float32).permute(1, 2, 0)
     for options in ({}, {"top_k": 900, "top_p": 0.96}, {"greedy": True}):
-        assert_same_draws(draw(logits, impl="triton", **options), draw(logits, **options))
+        assert_same_draws(draw(logits, impl=kernel, **options), draw(logits, **options))
 
 
-@interpreted
 @pytest.mark.parametrize("top_k, top_p", [(5, 0.0), (0, 0.9), (20, 0.7)])
-def test_kernel_with_logits_of_any_size(top_k, top_p):
+def test_kernel_with_logits_of_any_size(kernel, top_k, top_p):
     """From the smallest floats to the largest, neighbours that differ in the last bit, and one far above the others."""
     generator = torch.Generator().manual_seed(2)
     signs = torch.randint(2, (1, 1, 40), generator=generator) * 2.0 - 1
@@ -271,25 +353,66 @@ def test_kernel_with_logits_of_any_size(top_k, top_p):
     alone = torch.cat([1e-3 * wide.sign() + near, torch.full((1, 1, 1), 1e30)], dim=-1)
     for logits in (wide, near, alone, -alone):
         options = {"top_k": top_k, "top_p": top_p}
-        assert_same_draws(draw(logits, impl="triton", **options), draw(logits, **options))
+        assert_same_draws(draw(logits, impl=kernel, **options), draw(logits, **options))
 
 
-@interpreted
 @pytest.mark.parametrize("top_p", [0.2, 0.5, 0.51, 0.99])
-def test_kernel_keeps_the_same_ties(top_p):
+def test_kernel_keeps_the_same_ties(kernel, top_p):
     """Equal codes, of which top-p cuts through the middle: every code that may be drawn is, and no other."""
     logits = torch.tensor([0.0, -0.0, 1.0, 1.0, -3.0, 1.0, 0.0, 1.0]).expand(1, 40, 8)
-    drawn = draw(logits, impl="triton", top_p=top_p)
+    drawn = draw(logits, impl=kernel, top_p=top_p)
     assert set(drawn.codes.flatten().tolist()) == truncated_set(logits[0, 0].tolist(), 0, top_p)
     assert_same_draws(drawn, draw(logits, top_p=top_p))
 
 
+def test_kernel_takes_the_likeliest_of_near_ties(impl):
+    """Logits so near each other that all their weights round to 1."""
+    logits = torch.tensor([1e-9, 3e-9, 2e-9, 3e-9, -1e-9]).expand(1, 2, 5)
+    assert draw(logits, impl=impl, greedy=True).codes.tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("top_k, top_p", [(700, 0.0), (0, 0.6), (900, 0.3)])
+def test_kernel_with_many_equal_codes(kernel, top_k, top_p):
+    """More of them than are compared with each other: bins are divided until they hold one value alone."""
+    logits = draw_logits(1, 2, 1000).clamp(-0.5, 0.5)
+    assert_same_draws(draw(logits, impl=kernel, top_k=top_k, top_p=top_p), draw(logits, top_k=top_k, top_p=top_p))
+    # And neighbours, among others far away
+    crowded = (1 + torch.arange(1000) * 2.0**-23).view(1, 1, 1000)
+    crowded[..., 0], crowded[..., 1] = -3e38, 3.0
+    assert_same_draws(draw(crowded, impl=kernel, top_k=top_k, top_p=top_p), draw(crowded, top_k=top_k, top_p=top_p))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_cuda_kernel_reads_whole_and_single_codes(emulation, dtype):
+    """Rows that begin at multiples of four numbers, and others; the larger kernel; what comes before is waited for."""
+    storage = draw_logits(2, 2, 3, 72, dtype=dtype)
+    for halves, whole in ((storage, True), (storage[..., 1:66], False), (storage[..., :66], True)):
+        for emulation.groups in (2, 4):
+            emulation.previous = (storage,)
+            actual = draw(*halves, impl="cuda", guidance=1.5, top_k=20)
+            assert_same_draws(actual, draw(*halves, guidance=1.5, top_k=20))
+            assert emulation.calls[-1]["whole_loads"] == whole
+
+
+def test_cuda_kernel_with_its_largest_vocabulary(emulation):
+    logits = draw_logits(1, 1, cuda.MAX_CODES)
+    for options in ({"top_p": 0.9}, {"top_k": 4000, "top_p": 0.5}):
+        assert_same_draws(draw(logits, impl="cuda", **options), draw(logits, **options))
+
+
+def test_cuda_kernel_needs_its_device():
+    with pytest.raises(ValueError, match="it needs a CUDA device, got cpu"):
+        draw(torch.zeros(1, 1, 8), impl="cuda")
+    assert "at most 8192 codes, got 8193" in cuda.unavailable(torch.device("cuda", 0), torch.float32, 8193)
+    assert "not torch.float64" in cuda.unavailable(torch.device("cuda", 0), torch.float64, 8)
+
+
 def test_operator_is_traceable():
-    op = torch.ops.hmar_kernels.sample_codes_triton
+    op = torch.ops.hmar_kernels.sample_codes
     with torch._subclasses.FakeTensorMode():
         logits, seeds = torch.empty(2, 3, 16), torch.empty(2, dtype=torch.int64)
         codes, confidence, nonfinite = op(
-            logits, None, None, seeds, torch.empty(2, 3, dtype=torch.int64), 0, 1.0, 0, 0.0, False
+            logits, None, None, seeds, torch.empty(2, 3, dtype=torch.int64), 0, 1.0, 0, 0.0, False, "cuda"
         )
     assert (codes.dtype, confidence.dtype, nonfinite.dtype) == (torch.int64, torch.float32, torch.bool)
     assert codes.shape == confidence.shape == nonfinite.shape == (2, 3)
@@ -386,7 +509,7 @@ def empty(*shape):
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"impl": "cuda"}, "unknown impl"),
+        ({"impl": "cublas"}, "unknown impl"),
         ({"impl": "triton", "logits": torch.zeros(2, 3, 4, dtype=torch.float64)}, "not torch.float64"),
         ({"at": torch.zeros(2, 3, dtype=torch.int64)}, "at is given without into"),
         ({"into": empty(2, 4)}, r"into.codes must be torch.int64 \[2, 3\]"),

@@ -1,7 +1,7 @@
 """The compiled extension hmar_kernels._cuda (csrc/), where it was built: `module` is it or None.
 
-Kernels of attention/cuda.py, attention/hopper.py, conv2d/hopper.py and linear/cuda.py; csrc/bindings.cpp has their
-signatures.
+Kernels of attention/cuda.py, attention/hopper.py, blocks/cuda.py, conv2d/hopper.py, linear/cuda.py and
+sampling/cuda.py; csrc/bindings.cpp has their signatures.
 """
 
 from __future__ import annotations

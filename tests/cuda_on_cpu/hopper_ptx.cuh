@@ -27,11 +27,14 @@
 using std::max;
 using std::min;
 
-inline int atomicAdd(int32_t* address, int number) {
-  const int before = *address;
+template <class T>
+T atomicAdd(T* address, T number) {
+  const T before = *address;
   *address += number;
   return before;
 }
+inline int atomicMin(int32_t* address, int number) { return std::exchange(*address, min(*address, number)); }
+inline int atomicMax(int32_t* address, int number) { return std::exchange(*address, max(*address, number)); }
 template <class T>
 T __ldcg(const T* address) {
   return *address;
@@ -42,6 +45,23 @@ void __stcg(T* address, const T& value) {
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
+inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  return bits;
+}
+inline float __int_as_float(int bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+// g++ fuses nothing where the processor that it compiles for need not have fused products.
+inline float __uint2float_rn(uint32_t x) { return float(x); }
+inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fsub_rn(float x, float y) { return x - y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 
 namespace hmar {
 
@@ -187,12 +207,13 @@ auto exchanged(const uint32_t* words, int count, Choose choose) {
 }
 template <class T>
 T value_of_lane(T x, int lane) {
-  static_assert(sizeof(T) == 4);
-  uint32_t word;
-  std::memcpy(&word, &x, 4);
-  word = exchanged(&word, 1, [&](auto& registers) { return registers[lane][0]; });
-  std::memcpy(&x, &word, 4);
-  return x;
+  static_assert(sizeof(T) % 4 == 0);
+  uint32_t words[sizeof(T) / 4];
+  std::memcpy(words, &x, sizeof(T));
+  return exchanged(words, sizeof(T) / 4, [&](auto& registers) {
+    std::memcpy(&x, registers[lane], sizeof(T));
+    return x;
+  });
 }
 template <class T>
 T __shfl_sync(uint32_t, T x, int lane) {
@@ -201,6 +222,25 @@ T __shfl_sync(uint32_t, T x, int lane) {
 template <class T>
 T __shfl_xor_sync(uint32_t, T x, int lanes) {
   return value_of_lane(x, (threadIdx.x % WARP_SIZE) ^ lanes);
+}
+template <class T>
+T __shfl_up_sync(uint32_t, T x, int lanes) {
+  const int lane = threadIdx.x % WARP_SIZE;
+  return value_of_lane(x, lane >= lanes ? lane - lanes : lane);
+}
+template <class Better>
+int best_of_lanes(int x, Better better) {
+  const auto word = uint32_t(x);
+  return exchanged(&word, 1, [&](auto& registers) {
+    for (int lane = 0; lane < WARP_SIZE; ++lane) x = better(x, int(registers[lane][0]));
+    return x;
+  });
+}
+inline int __reduce_min_sync(uint32_t, int x) {
+  return best_of_lanes(x, [](int a, int b) { return min(a, b); });
+}
+inline int __reduce_max_sync(uint32_t, int x) {
+  return best_of_lanes(x, [](int a, int b) { return max(a, b); });
 }
 inline uint32_t __ballot_sync(uint32_t, bool x) {
   const uint32_t word = x;

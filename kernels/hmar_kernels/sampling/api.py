@@ -1,6 +1,6 @@
 """The sampling operator: argument checks, choice of implementation, torch custom op.
 
-The mathematics is in reference.py, the kernel in triton.py.
+The mathematics is in reference.py, the kernels in triton.py and cuda.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, triton
+from . import cuda, reference, triton
 
-IMPLEMENTATIONS = ("reference", "triton")
+KERNELS = {"triton": triton, "cuda": cuda}
+IMPLEMENTATIONS = ("reference", *KERNELS)
 """Names that `sample_codes(..., impl=...)` takes beside "auto"."""
 
 
@@ -48,6 +49,7 @@ def sample_codes(
     into: SampledCodes | None = None,
     at: Tensor | None = None,
     impl: str = "auto",
+    overlap: bool = False,
 ) -> SampledCodes:
     """One code a token, from logits with classifier-free guidance, truncated by top-k and then top-p.
 
@@ -70,7 +72,10 @@ def sample_codes(
         into: what the draws are written into and is returned, any strides: codes and confidence [B, N] at the places
             `at`, and in nonfinite [B] True for images of which a token's logits are not finite; the rest stays.
         at: int64 [B, n], places in [0, N), of which no image has two that are equal; None: N is n.
-        impl: "auto" or one of IMPLEMENTATIONS. A named implementation runs or raises.
+        impl: "auto" or one of IMPLEMENTATIONS. "cuda" is for at most 8192 codes, on GPUs of compute capability 9.0.
+            "auto" is "triton" on a GPU. A named implementation runs or raises.
+        overlap: of "cuda": the kernel may start, and read seeds and positions, before the kernels queued before it have
+            ended. For seeds and positions that no kernel writes which may still run.
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, or the implementation cannot take them.
     """
@@ -81,19 +86,22 @@ def sample_codes(
         if not isinstance(guidance, Tensor):
             guidance = torch.full((B,), float(guidance), device=logits.device)
         guidance = guidance.contiguous()
-    reason = triton.unavailable(logits.device, logits.dtype, num_codes)
     if impl == "auto":
-        impl = "triton" if reason is None and logits.is_cuda else "reference"
+        takes = triton.unavailable(logits.device, logits.dtype, num_codes) is None
+        impl = "triton" if takes and logits.is_cuda else "reference"
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
-    elif impl == "triton" and reason is not None:
-        raise ValueError(f'impl="triton" cannot run here: {reason}; impl="auto" would take "reference"')
+    elif impl in KERNELS:
+        reason = KERNELS[impl].unavailable(logits.device, logits.dtype, num_codes)
+        if reason is not None:
+            raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="reference" would')
     numbers = (step, 1 / temperature, top_k, float(top_p), greedy)
     arguments = (logits, unconditional, guidance, seeds.contiguous(), positions.expand(B, n), *numbers)
     # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
-    if impl == "triton" and not torch.compiler.is_compiling():
-        return SampledCodes(*triton.forward(*arguments, into, at))
-    drawn = SampledCodes(*(reference.forward if impl == "reference" else _sample_triton)(*arguments))
+    if impl != "reference" and not torch.compiler.is_compiling():
+        options = {"overlap": overlap} if impl == "cuda" else {}
+        return SampledCodes(*KERNELS[impl].forward(*arguments, into, at, **options))
+    drawn = SampledCodes(*(reference.forward(*arguments) if impl == "reference" else _sample(*arguments, impl)))
     return drawn if into is None else _write(drawn, into, at)
 
 
@@ -108,8 +116,8 @@ def _write(drawn: SampledCodes, into: SampledCodes, at: Tensor | None) -> Sample
     return into
 
 
-@torch.library.custom_op("hmar_kernels::sample_codes_triton", mutates_args=())
-def _sample_triton(
+@torch.library.custom_op("hmar_kernels::sample_codes", mutates_args=())
+def _sample(
     logits: Tensor,
     unconditional: Tensor | None,
     guidance: Tensor | None,
@@ -120,14 +128,15 @@ def _sample_triton(
     top_k: int,
     top_p: float,
     greedy: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return triton.forward(
+    return KERNELS[impl].forward(
         logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy
     )
 
 
-@_sample_triton.register_fake
-def _(logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy):
+@_sample.register_fake
+def _(logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy, impl):
     B, n, _ = logits.shape
     return (
         logits.new_empty(B, n, dtype=torch.int64),

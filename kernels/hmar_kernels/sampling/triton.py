@@ -210,16 +210,18 @@ def _sample_kernel(
 
     # draw
     if GREEDY:
-        scores = tl.where(valid, weights, -1.0)
+        # NOTE: not of the weights, of which those of logits near the largest round to 1.
+        scores = tl.where(valid, keys, -ABOVE_ALL - 1)
     else:
         seed, position = (
             tl.load(seeds_ptr + b),
             tl.load(positions_ptr + b * positions_strides[0] + n * positions_strides[1]),
         )
         noise = _exponential(seed, position.to(tl.int32), step, groups)
-        scores = tl.where(valid, tl.div_rn(weights, noise), -1.0)
-    # The largest score, and of equal ones that of the lowest code: bits of floats from 0 on order as they do
-    ranked = (scores.to(tl.int32, bitcast=True).to(tl.int64) << 32) + (ABOVE_ALL - codes)
+        # Bits of floats from 0 on order as they do
+        scores = tl.where(valid, tl.div_rn(weights, noise), -1.0).to(tl.int32, bitcast=True)
+    # The largest score, and of equal ones that of the lowest code
+    ranked = (scores.to(tl.int64) << 32) + (ABOVE_ALL - codes)
     code = ABOVE_ALL - (tl.max(ranked) & 0xFFFFFFFF).to(tl.int32)
     weight = tl.sum(tl.where(codes == code, weights, 0.0))
     kept = total.to(tl.float32) * (1.0 / ONE_MASS)
@@ -245,6 +247,17 @@ def unavailable(device: torch.device, dtype: torch.dtype, num_codes: int) -> str
     return triton_device.unavailable(device, dtype)
 
 
+def targets(logits: Tensor, into: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What is written: codes and confidence [B, n], or else those of `into`, and nonfinite [B, n]."""
+    B, n, _ = logits.shape
+    if into is not None:
+        return into[0], into[1], into[2][:, None].expand(B, n)
+    codes, confidence, nonfinite = (
+        torch.empty(B, n, dtype=dtype, device=logits.device) for dtype in (torch.int64, torch.float32, torch.bool)
+    )
+    return codes, confidence, nonfinite
+
+
 def num_warps(block: int) -> int:
     return min(16, max(1, block // CODES_PER_WARP))
 
@@ -268,12 +281,7 @@ def forward(
     into: codes and confidence [B, N], which are written at the places [B, n], or else N = n, and nonfinite [B].
     """
     B, n, num_codes = logits.shape
-    if into is None:
-        codes, confidence, nonfinite = (
-            torch.empty(B, n, dtype=dtype, device=logits.device) for dtype in (torch.int64, torch.float32, torch.bool)
-        )
-    else:
-        codes, confidence, nonfinite = into[0], into[1], into[2][:, None].expand(B, n)
+    codes, confidence, nonfinite = targets(logits, into)
     guided = unconditional is not None
     block = max(16, triton.next_power_of_2(num_codes))
     # NOTE: Triton launches on the current device, whatever device the tensors are on.
