@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import cuda, reference, triton
 
-KERNELS = {"triton": triton, "cuda": cuda}
+KERNELS = {"cuda": cuda, "triton": triton}  # the faster one first
 IMPLEMENTATIONS = ("reference", *KERNELS)
 """Names that `sample_codes(..., impl=...)` takes beside "auto"."""
 
@@ -73,7 +73,8 @@ def sample_codes(
             `at`, and in nonfinite [B] True for images of which a token's logits are not finite; the rest stays.
         at: int64 [B, n], places in [0, N), of which no image has two that are equal; None: N is n.
         impl: "auto" or one of IMPLEMENTATIONS. "cuda" is for at most 8192 codes, on GPUs of compute capability 9.0.
-            "auto" is "triton" on a GPU. A named implementation runs or raises.
+            "auto" is the first of "cuda" and "triton" that can run on a GPU, else "reference". A named implementation
+            runs or raises.
         overlap: of "cuda": the kernel may start, and read seeds and positions, before the kernels queued before it have
             ended. For seeds and positions that no kernel writes which may still run.
     Raises:
@@ -87,8 +88,9 @@ def sample_codes(
             guidance = torch.full((B,), float(guidance), device=logits.device)
         guidance = guidance.contiguous()
     if impl == "auto":
-        takes = triton.unavailable(logits.device, logits.dtype, num_codes) is None
-        impl = "triton" if takes and logits.is_cuda else "reference"
+        given = logits.device, logits.dtype, num_codes
+        runs = (name for name, kernel in KERNELS.items() if logits.is_cuda and kernel.unavailable(*given) is None)
+        impl = next(runs, "reference")
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
     elif impl in KERNELS:
