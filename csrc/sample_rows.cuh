@@ -25,11 +25,10 @@ static_assert(kLimbs * kLimbBits > kMassBits && int64_t{kMaxSampledCodes} << kLi
 static_assert(kMembers <= kSampleThreads && kSampleWarps <= 32);
 constexpr int kLowestKey = INT32_MIN, kHighestKey = INT32_MAX, kInfiniteKey = 0x7f800000;
 
-// Where a search ends: the largest key of which the codes that reach it amount to what is wanted.
+// Where a search ends: the last code that is needed of all in order, larger keys first, of equal ones larger codes.
 struct Threshold {
-  int key;
-  int64_t above, reached;  // what codes beyond the key amount to, and those that reach it
-  int64_t wanted;
+  int key, code;
+  int64_t reached;  // what the codes up to it amount to
 };
 
 // Of the bin in which it lies.
@@ -43,7 +42,7 @@ struct SampleShared {
   uint32_t limbs[kLimbs][kBins];
   int64_t sums[kSampleWarps];
   int lowest[kSampleWarps], highest[kSampleWarps];
-  int member_keys[kMembers];
+  int member_keys[kMembers], member_codes[kMembers];
   int64_t member_masses[kMembers];
   int num_members, lowest_member, highest_member;
   FoundBin found;
@@ -175,8 +174,11 @@ struct Bins {
   }
 };
 
-// The threshold in [low, top], for all threads. kMasses: what a code amounts to is its mass, else 1. wanted_of: of what all
-// codes of this range amount to what is wanted, which must be more than 0 and not more than that.
+// Which code number i of a thread's is.
+__device__ __forceinline__ int code_of(int i) { return 4 * (i / 4 * kSampleThreads + int(threadIdx.x)) + i % 4; }
+
+// The threshold with a key in [low, top], for all threads. kMasses: what a code amounts to is its mass, else 1. wanted_of: of
+// what all codes of this range amount to what is wanted, which must be more than 0 and not more than that.
 template <bool kMasses, int kCodes, class Wanted>
 __device__ __forceinline__ Threshold find_threshold(SampleShared& shared, const int (&keys)[kCodes],
                                                     const float (&weights)[kCodes], int low, int top, Wanted wanted_of) {
@@ -255,7 +257,7 @@ __device__ __forceinline__ Threshold find_threshold(SampleShared& shared, const 
       if (!bins.hold(keys[i]) || bins.bin(keys[i]) != found.bin) continue;
       const int member = atomicAdd(&shared.num_members, 1);
       if (member < kMembers) {
-        shared.member_keys[member] = keys[i];
+        shared.member_keys[member] = keys[i], shared.member_codes[member] = code_of(i);
         if constexpr (kMasses) shared.member_masses[member] = mass_of(weights[i]);
       }
     }
@@ -263,22 +265,36 @@ __device__ __forceinline__ Threshold find_threshold(SampleShared& shared, const 
     const int num_members = shared.num_members;
     if (num_members <= kMembers) {
       if (thread < num_members) {
-        const int key = shared.member_keys[thread];
-        int64_t beyond = found.above, reached = found.above;
+        const int key = shared.member_keys[thread], code = shared.member_codes[thread];
+        const auto amount = [&](int member) { return kMasses ? shared.member_masses[member] : 1; };
+        int64_t earlier = found.above;
         for (int other = 0; other < num_members; ++other) {
-          const int64_t amount = kMasses ? shared.member_masses[other] : 1;
-          beyond += shared.member_keys[other] > key ? amount : 0;
-          reached += shared.member_keys[other] >= key ? amount : 0;
+          const int its_key = shared.member_keys[other];
+          const bool comes_first = its_key > key || (its_key == key && shared.member_codes[other] > code);
+          earlier += comes_first ? amount(other) : 0;
         }
-        // Codes with equal keys write the same.
-        if (beyond < wanted && wanted <= reached) shared.threshold = {key, beyond, reached, wanted};
+        const int64_t reached = earlier + amount(thread);
+        if (earlier < wanted && wanted <= reached) shared.threshold = {key, code, reached};
       }
       __syncthreads();
       return shared.threshold;
     }
     if (low == top) {
-      __syncthreads();  // all have read how many members there are
-      return {low, found.above, found.above + found.amount, wanted};
+      if constexpr (!kMasses) {
+        __syncthreads();  // all have read how many members there are
+        return {low, 0, wanted};
+      }
+      // Equal codes, of as much each: the largest code from which on there are as many as are needed.
+      const int64_t amount = found.amount / num_members, needed = (wanted - found.above + amount - 1) / amount;
+      int begin = 0;
+      for (int end = kCodes * kSampleThreads; end - begin > 1;) {
+        const int middle = begin + (end - begin) / 2;
+        int64_t num_tied = 0;
+#pragma unroll
+        for (int i = 0; i < kCodes; ++i) num_tied += keys[i] == low && code_of(i) >= middle;
+        (sum_of_block(shared, num_tied) >= needed ? begin : end) = middle;
+      }
+      return {low, begin, found.above + needed * amount};
     }
 #pragma unroll
     for (int i = 0; i < kCodes; ++i) {
@@ -301,12 +317,11 @@ __global__ void __launch_bounds__(kSampleThreads, kGroups > 2 ? 1 : 2) sample_ro
   constexpr int kCodes = 4 * kGroups;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int image = blockIdx.x / params.num_tokens, token = blockIdx.x % params.num_tokens;
-  const auto code_of = [thread](int i) { return 4 * (i / 4 * kSampleThreads + thread) + i % 4; };
 
   // what does not depend on logits
   for (int bin = thread; bin < kBins; bin += kSampleThreads) {
-    shared.counts[bin] = 0;
-    for (int limb = 0; limb < kLimbs; ++limb) shared.limbs[limb][bin] = 0;
+    if (params.top_k > 0) shared.counts[bin] = 0;
+    for (int limb = 0; limb < kLimbs && params.wanted_share > 0; ++limb) shared.limbs[limb][bin] = 0;
   }
   float noise[kCodes];
   if (!params.greedy) {
@@ -389,20 +404,7 @@ __global__ void __launch_bounds__(kSampleThreads, kGroups > 2 ? 1 : 2) sample_ro
       const int64_t rest = (all & ((int64_t{1} << kShareBits) - 1)) * params.wanted_share;
       return (all >> kShareBits) * params.wanted_share + ((rest + (int64_t{1} << kShareBits) - 1) >> kShareBits);
     });
-    low = threshold.key, total = threshold.reached;
-    const int64_t mass = mass_of(weight_of(low, top_value)), tied = threshold.reached - threshold.above;
-    if (tied > mass) {
-      const int64_t num_wanted = (threshold.wanted - threshold.above + mass - 1) / mass;
-      total = threshold.above + num_wanted * mass;
-      // The largest index from which on so many codes are tied.
-      for (int end = tied > num_wanted * mass ? params.num_codes : 1; end - first_tied > 1;) {
-        const int middle = first_tied + (end - first_tied) / 2;
-        int64_t num_tied = 0;
-#pragma unroll
-        for (int i = 0; i < kCodes; ++i) num_tied += keys[i] == low && code_of(i) >= middle;
-        (sum_of_block(shared, num_tied) >= num_wanted ? first_tied : end) = middle;
-      }
-    }
+    low = threshold.key, first_tied = threshold.code, total = threshold.reached;
   } else {
     int64_t kept = 0;
 #pragma unroll
