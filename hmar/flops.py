@@ -1,4 +1,4 @@
-"""How much arithmetic training on one image is, whatever computes it, and what a GPU can do at most.
+"""How much arithmetic training on one image, and generating it, is, and what a GPU can do at most.
 
 Model FLOPs in the sense of PaLM (Chowdhery et al., arXiv 2204.02311, appendix B): products of the linear layers and of
 attention over the pairs that the mask leaves, a multiply-add being two. Masked pairs, activations computed again and
@@ -9,6 +9,7 @@ logs it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -78,3 +79,39 @@ def utilization(flops_per_second: float, device: torch.device, dtype: torch.dtyp
         return None
     peak = peak_flops(torch.cuda.get_device_name(device))
     return None if peak is None else flops_per_second / peak
+
+
+def generation_flops(
+    config: ModelConfig, schedule: Sequence[Sequence[int]], guided_S: Sequence[bool], cached: bool = False
+) -> float:
+    """FLOPs of the transformer for one image, as `hmar.engine` computes it: the decoder and the quantizer not counted.
+
+    With the letters of `training_flops`, a pass over n tokens that see m keys each, and gives logits of w of them, is
+
+        N (2 n (4 + 2 r) C^2 + 4 n m C) + 2 w C V + 2 n E C
+
+    a row; in masked passes the codes in sight are a second product of the embedding. Every modulation is computed once
+    an image and row.
+
+    Args:
+        schedule: codes a pass, of every scale (`hmar.generate.resolve_schedule`); passes after a scale's first are
+            masked, and have logits of hidden codes alone and no null class.
+        guided_S: whether the null class, a second row, takes part in the next-scale pass of each scale.
+        cached: whether tokens see earlier scales too, as in VAR, which has no masked passes.
+    """
+    C, V, sizes = config.width, config.vocab_size, config.pyramid.sizes
+    if len(schedule) != len(sizes) or len(guided_S) != len(sizes):
+        raise ValueError(f"schedule and guided_S must be of {len(sizes)} scales, got {len(schedule)}, {len(guided_S)}")
+
+    def one_pass(n: int, keys: int, wanted: int, embedded: int) -> float:
+        blocks = config.depth * (2 * n * (4 * C * C + 2 * C * config.hidden_width) + 4 * n * keys * C)
+        return blocks + 2 * wanted * C * V + 2 * embedded * n * config.code_dim * C
+
+    flops = 0.0
+    for k, (n, passes, guided) in enumerate(zip(sizes, schedule, guided_S, strict=True)):
+        keys = config.pyramid.offsets[k + 1] if cached else n
+        flops += (1 + guided) * one_pass(n, keys, n, int(k > 0))
+        flops += sum(one_pass(n, keys, sum(passes[i:]), 2) for i in range(1, len(passes)))
+    num_blocks = 1 if config.shared_modulation else config.depth + (0 if cached else config.mask_depth)
+    modulation = 2 * C * (6 * C * num_blocks + 2 * C * (1 if cached else 2))
+    return flops + (1 + any(guided_S)) * modulation

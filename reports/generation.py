@@ -14,6 +14,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from hmar.config import PRESETS, ModelConfig
+from hmar.flops import generation_flops
+from hmar.generate import SamplingConfig, resolve_ramp, resolve_schedule
+
 from .markdown import DASH, number, or_dash, ratio, table
 from .results import TARGET_GPU, data_files, provenance
 from .style import save
@@ -63,6 +67,8 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     written[1].write_text(markdown(sources))
     for source in sources:
         written.append(save(draw(source), plots / f"{source.path.stem}_batch.png"))
+        if (figure := draw_scales(source)) is not None:
+            written.append(save(figure, plots / f"{source.path.stem}_scales.png"))
     return written
 
 
@@ -104,6 +110,7 @@ def markdown(sources: list[Source]) -> str:
         for (resolution, depth, batch), rows in source.rows.groupby(["resolution", "depth", "batch"], sort=False):
             parts.append(f"### {resolution:.0f} px, d{depth}, batch {batch}")
             parts += [_size_table(rows), _notes(rows)]
+        parts += _counts(source.rows)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -135,6 +142,44 @@ def _size_table(rows: pd.DataFrame) -> str:
         )
     head = ["", "ms", "p10 to p90", "images/s", "peak GB", "target, ms", "target / ours", "VAR eager / row"]
     return table([*head, "VAR optimised / row", *(f"{part}, ms" for part in PARTS)], lines, left=(0,))
+
+
+def _counts(rows: pd.DataFrame) -> list[str]:
+    """What VAR's operations are of HMAR's, beside what its time is, where both are optimised; nothing without them."""
+    lines = []
+    done = rows[(rows["engine"] == "optimised") & rows["ms"].notna()]
+    for (resolution, depth, batch), of_size in done.groupby(["resolution", "depth", "batch"], sort=False):
+        config = PRESETS[f"d{depth}-{resolution:.0f}"][1]
+        by_model = {(row["model"], row["schedule"]): row for _, row in of_size.iterrows()}
+        var = by_model.get(("var", "none"))
+        for schedule, name in (("default", "default"), ("none", "one pass a scale")):
+            hmar = by_model.get(("hmar", schedule))
+            if hmar is None or var is None:
+                continue
+            ours, theirs = (_flops(config, model, schedule) for model in ("hmar", "var"))
+            transformer = var["parts_ms"]["transformer"] / hmar["parts_ms"]["transformer"]
+            size = f"{resolution:.0f} px, d{depth}, batch {batch}"
+            numbers = number(ours / 1e12), number(theirs / 1e12), ratio(theirs / ours), ratio(transformer)
+            lines.append([size, name, *numbers, ratio(var["ms"] / hmar["ms"])])
+    if not lines:
+        return []
+    head = ["", "HMAR's passes", "HMAR, TFLOP", "VAR, TFLOP", "VAR / HMAR by operations", "by the transformer's time"]
+    return [
+        "### What the counts allow",
+        "Operations of the transformer for one image (`hmar.flops.generation_flops`), HMAR's masked passes without the "
+        "null class, and how many times VAR's are HMAR's, beside the same of the times, both optimised. Beyond the "
+        "operations VAR reads and writes its cache, and masked passes read the weights again, which at batch 1 is what "
+        "most scales wait for.",
+        table([*head, "by the whole image's"], lines, left=(0, 1)),
+    ]
+
+
+def _flops(config: ModelConfig, model: str, schedule: str) -> float:
+    """With the default ramp of guidance. All of VAR's rows enter its cache, whatever their guidance."""
+    ramp_S = resolve_ramp(config.pyramid, SamplingConfig().cfg_ramp)
+    if model == "var":
+        return generation_flops(config, resolve_schedule(config.pyramid, "none"), [True] * len(ramp_S), cached=True)
+    return generation_flops(config, resolve_schedule(config.pyramid, schedule), [factor > 0 for factor in ramp_S])
 
 
 def _notes(rows: pd.DataFrame) -> str:
@@ -179,9 +224,49 @@ def draw(source: Source) -> Figure:
                 ax.set_xlabel("batch")
             if j == 0:
                 ax.set_ylabel(label)
+    _legend(figure)
+    figure.suptitle(f"Generation, {source.environment['gpu']}, commit {or_dash(source.environment['commit'])[:10]}")
+    return figure
+
+
+def _legend(figure: Figure) -> None:
+    """One for all axes, below them."""
     labelled = {
-        label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
-    figure.suptitle(f"Generation, {source.environment['gpu']}, commit {or_dash(source.environment['commit'])[:10]}")
+
+
+def draw_scales(source: Source) -> Figure | None:
+    """Where the time of an image goes: the scales with all their passes, and decoding, of the optimised engines. A
+    column for each size of model and image, a row for its smallest and its largest batch. None without such times."""
+    timed = source.rows[source.rows["scales_ms"].map(lambda times: isinstance(times, list))]
+    if not len(timed):
+        return None
+    sizes = list(timed.groupby(["resolution", "depth"], sort=False))
+    figure, axes = plt.subplots(
+        2, len(sizes), figsize=(max(7, 4 * len(sizes) + 1), 7), squeeze=False, layout="constrained"
+    )
+    for j, ((resolution, depth), rows) in enumerate(sizes):
+        sides = PRESETS[f"d{depth}-{resolution:.0f}"][1].sides
+        ticks = [*range(len(sides)), 1.09 * len(sides)]  # decoding apart
+        for i, batch in enumerate((rows["batch"].min(), rows["batch"].max())):
+            ax, of_batch = axes[i][j], rows[rows["batch"] == batch]
+            width = 0.8 / max(1, len(of_batch))
+            for place, (_, row) in enumerate(of_batch.iterrows()):
+                name, colour, _ = LOOKS[row["model"], row["engine"], row["schedule"]]
+                at = [tick + (place - (len(of_batch) - 1) / 2) * width for tick in ticks]
+                ax.bar(at, row["scales_ms"], width, color=colour, label=name)
+            ax.set_xticks(ticks, [*map(str, sides), "decode"], fontsize=8)
+            ax.grid(axis="y", color="#dddddd", linewidth=0.7)
+            ax.set_axisbelow(True)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.set_title(f"{resolution:.0f} px, d{depth}, batch {batch}", fontsize=11)
+            if i == 1:
+                ax.set_xlabel("side of the scale")
+            if j == 0:
+                ax.set_ylabel("ms")
+    _legend(figure)
+    commit = or_dash(source.environment["commit"])[:10]
+    figure.suptitle(f"Time of an image by scale, {source.environment['gpu']}, commit {commit}")
     return figure

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.generation import parts
+from engine_cases import CONFIG, build, build_tokenizer
 from hmar.config import PRESETS
-from hmar.flops import peak_flops, training_flops, utilization
+from hmar.engine import Engine
+from hmar.flops import generation_flops, peak_flops, training_flops, utilization
+from hmar.generate import SamplingConfig, resolve_schedule
 from hmar.loss import token_weights
 from hmar.model import MaskedTransformer, NextScaleTransformer
 from hmar.stages import MaskedObjective, NextScaleObjective
@@ -57,6 +61,35 @@ def test_only_unmasked_pairs_count():
     # 6 FLOPs a parameter and token, in the main
     weights = 16 * 12 * 1024**2 * 680
     assert training_flops(diagonal) == pytest.approx(6 * weights, rel=0.1)
+
+
+@pytest.mark.parametrize("cfg", [0.0, 2.0])
+@pytest.mark.parametrize("kind", ["hmar", "var"])
+def test_an_image_is_what_torch_counts(kind, cfg):
+    """The calls of the engine's program that are the transformer's."""
+    model = build(kind)
+    engine = Engine(model, build_tokenizer())
+    engine.generate(torch.tensor([1]), SamplingConfig(cfg=cfg, schedule="even-3"))
+    (program,) = engine.programs.values()
+    with torch.no_grad():
+        calls = parts(engine, program)["transformer"]
+        with FlopCounterMode(display=False) as counter:
+            for call in calls:
+                call()
+    schedule = resolve_schedule(CONFIG.pyramid, "even-3" if engine.is_hmar else "none")
+    expected = generation_flops(CONFIG, schedule, program.settings.guided_S, engine.is_cached)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=1e-12)
+
+
+def test_counts_of_hmar_and_var_at_1024_px():
+    _, config = PRESETS["d24-1024"]
+    once, guided = resolve_schedule(config.pyramid, "none"), [True] * len(config.sides)
+    hmar, var = (generation_flops(config, once, guided, cached) for cached in (False, True))
+    pairs = sum(config.pyramid.offsets[k] * size for k, size in enumerate(config.pyramid.sizes))
+    attention_of_earlier = 2 * config.depth * 4 * pairs * config.width
+    assert var - hmar == pytest.approx(attention_of_earlier, rel=1e-3)
+    with pytest.raises(ValueError, match="must be of"):
+        generation_flops(config, once[1:], guided)
 
 
 def test_peaks_are_found_by_name():
