@@ -1,5 +1,6 @@
 // The Python module hmar_kernels._cuda: addresses, strides and the stream come as integers, so that no torch header and
-// no torch version is compiled in. Its callers, in hmar_kernels/{attention,blocks,conv2d,linear,sampling}, have checked every argument.
+// no torch version is compiled in. Its callers, in hmar_kernels/{attention,blocks,conv2d,linear,sampling}, have checked every
+// argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -278,11 +279,11 @@ void block_rows(uintptr_t table, const std::vector<std::array<uintptr_t, hmar::N
 }
 
 // addresses: logits, unconditional, guidance, seeds, positions, places, codes, confidence, nonfinite; 0 where there is none.
-// row_strides: of the first two; strides: of the last five; both in elements.
+// row_strides: of the first two; strides: of the last five; all in elements.
 void sample_rows(const std::array<uintptr_t, 9>& addresses, const std::array<std::array<int64_t, 3>, 2>& row_strides,
-                 const std::array<std::array<int64_t, 2>, 5>& strides, const std::array<int, 3>& shape, int logit_type,
-                 int step, float inverse_temperature, int top_k, int64_t wanted_share, bool greedy, bool marks_only,
-                 bool whole_loads, bool overlap, int device, uintptr_t stream) {
+                 int64_t seed_stride, const std::array<std::array<int64_t, 2>, 5>& strides, const std::array<int, 3>& shape,
+                 int logit_type, int step, float inverse_temperature, int top_k, int64_t wanted_share, bool greedy,
+                 bool marks_only, bool whole_loads, bool overlap, int device, uintptr_t stream) {
   const auto [logits, unconditional, guidance, seeds, positions, places, codes, confidence, nonfinite] = addresses;
   hmar::SampleRowsParams params{};
   params.logits = pointer<const void>(logits), params.unconditional = pointer<const void>(unconditional);
@@ -295,6 +296,7 @@ void sample_rows(const std::array<uintptr_t, 9>& addresses, const std::array<std
   int64_t* const of_rows[] = {params.positions_strides, params.places_strides, params.codes_strides, params.confidence_strides,
                               params.nonfinite_strides};
   for (size_t i = 0; i < strides.size(); ++i) std::copy(strides[i].begin(), strides[i].end(), of_rows[i]);
+  params.seed_stride = seed_stride;
   params.num_images = shape[0], params.num_tokens = shape[1], params.num_codes = shape[2];
   params.step = step, params.inverse_temperature = inverse_temperature, params.top_k = top_k;
   params.wanted_share = wanted_share, params.greedy = greedy, params.marks_only = marks_only;
@@ -362,10 +364,10 @@ void bind_hopper(py::module_& module) {
              py::arg("hidden_width"), py::arg("kernel_rows"), py::arg("bfloat16"), py::arg("device"), py::arg("stream"),
              "Puts transformer blocks of few rows on a stream.");
   module.attr("max_sampled_codes") = hmar::kMaxSampledCodes;
-  module.def("sample_rows", &sample_rows, py::kw_only(), py::arg("addresses"), py::arg("row_strides"), py::arg("strides"),
-             py::arg("shape"), py::arg("logit_type"), py::arg("step"), py::arg("inverse_temperature"), py::arg("top_k"),
-             py::arg("wanted_share"), py::arg("greedy"), py::arg("marks_only"), py::arg("whole_loads"), py::arg("overlap"),
-             py::arg("device"), py::arg("stream"), "Puts the drawing of codes on a stream.");
+  module.def("sample_rows", &sample_rows, py::kw_only(), py::arg("addresses"), py::arg("row_strides"), py::arg("seed_stride"),
+             py::arg("strides"), py::arg("shape"), py::arg("logit_type"), py::arg("step"), py::arg("inverse_temperature"),
+             py::arg("top_k"), py::arg("wanted_share"), py::arg("greedy"), py::arg("marks_only"), py::arg("whole_loads"),
+             py::arg("overlap"), py::arg("device"), py::arg("stream"), "Puts the drawing of codes on a stream.");
   module.def("hopper_load_error", &hopper_load_error, py::arg("device"),
              "Why this build's sm_90a kernels cannot run on a device; empty when they can.");
 }

@@ -1,11 +1,11 @@
-// How kernels for few rows are launched: of clusters, and before the kernels queued before them have ended.
+// How kernels are launched that are of clusters, or that may start before those queued before them have ended.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 namespace hmar {
 
-// cluster_blocks: 1 for none. overlap: programmatic dependent launch, the kernel waits by itself (hopper_ptx.cuh).
+// cluster_blocks: 1 for none. overlap: programmatic dependent launch; the kernel waits by itself (hopper_ptx.cuh).
 template <class Params>
 cudaError_t launch_kernel(void (*kernel)(Params), Params params, int num_blocks, int num_threads, int cluster_blocks,
                           int shared_bytes, bool overlap, cudaStream_t stream) {

@@ -7,13 +7,15 @@
 namespace hmar {
 namespace {
 
+static_assert(sizeof(SampleShared) <= 48 * 1024, "more shared memory has to be asked for");
+
 using Kernel = void (*)(SampleRowsParams);
 
-template <LogitType kLogits>
+template <LogitType kLogitType>
 Kernel kernel_for(int num_codes) {
-  constexpr int kCodesAtLeast = 4 * kSampleThreads;
-  static_assert(kMaxSampledCodes == 4 * kCodesAtLeast);
-  return num_codes <= 2 * kCodesAtLeast ? sample_rows_kernel<kLogits, 2> : sample_rows_kernel<kLogits, 4>;
+  constexpr int kGroupCodes = 4 * kSampleThreads;
+  static_assert(kMaxSampledCodes == 4 * kGroupCodes);
+  return num_codes <= 2 * kGroupCodes ? sample_rows_kernel<kLogitType, 2> : sample_rows_kernel<kLogitType, 4>;
 }
 
 Kernel kernel_for(LogitType type, int num_codes) {

@@ -4,7 +4,7 @@
 // Nothing is sorted. Codes are counted in bins of equal width in a table in shared memory; sums over the bins, from above, tell
 // which of them has the k-th likeliest code, and the few codes of that bin are compared with each other. The threshold of top-p
 // is found in the same way, with masses in the place of counts: integers, so that any order gives the same sum. Where a bin has
-// many codes (logits far apart, or equal ones) it is divided again, then by the bits of the floats, which end after four turns.
+// many codes (logits far apart, or equal ones) it is divided again, then by the bits of the floats, ten in a turn.
 // A block meets about twelve times in all, where a search by halves, as in sampling/triton.py, meets thirty times.
 //
 // Read next: sample_rows.h, hopper_ptx.cuh.
@@ -69,7 +69,7 @@ __device__ __forceinline__ int64_t sum_of_block(SampleShared& shared, int64_t x)
   if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = x;
   __syncthreads();
   int64_t sum = 0;
-#pragma unroll 2
+#pragma unroll 2  // more at once spill
   for (int warp = 0; warp < kSampleWarps; ++warp) sum += shared.sums[warp];
   return sum;
 }
@@ -115,12 +115,12 @@ __device__ __forceinline__ float exponential_of(uint32_t word) {
 
 // --- logits --------------------------------------------------------------------------------------------------------
 
-template <LogitType kLogits>
+template <LogitType kLogitType>
 __device__ __forceinline__ float logit_at(const void* logits, int64_t index) {
-  if constexpr (kLogits == LogitType::kFloat32) {
+  if constexpr (kLogitType == LogitType::kFloat32) {
     return static_cast<const float*>(logits)[index];
   } else {
-    constexpr auto kType = kLogits == LogitType::kFloat16 ? DType::kFloat16 : DType::kBFloat16;
+    constexpr auto kType = kLogitType == LogitType::kFloat16 ? DType::kFloat16 : DType::kBFloat16;
     float value, nothing;
     unpack<kType>(static_cast<const uint16_t*>(logits)[index], value, nothing);
     return value;
@@ -128,22 +128,22 @@ __device__ __forceinline__ float logit_at(const void* logits, int64_t index) {
 }
 
 // Four codes from `code` on, of a token whose logits begin there; zeros beyond the last code.
-template <LogitType kLogits>
+template <LogitType kLogitType>
 __device__ __forceinline__ void load_four(float* x, const void* logits, int64_t begin, int64_t stride, int code, int num_codes,
                                           bool whole) {
   if (whole && code + 4 <= num_codes) {
-    if constexpr (kLogits == LogitType::kFloat32) {
+    if constexpr (kLogitType == LogitType::kFloat32) {
       const float4 four = *reinterpret_cast<const float4*>(static_cast<const float*>(logits) + begin + code);
       x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
     } else {
-      constexpr auto kType = kLogits == LogitType::kFloat16 ? DType::kFloat16 : DType::kBFloat16;
+      constexpr auto kType = kLogitType == LogitType::kFloat16 ? DType::kFloat16 : DType::kBFloat16;
       const uint2 four = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(logits) + begin + code);
       unpack<kType>(four.x, x[0], x[1]), unpack<kType>(four.y, x[2], x[3]);
     }
     return;
   }
 #pragma unroll
-  for (int j = 0; j < 4; ++j) x[j] = code + j < num_codes ? logit_at<kLogits>(logits, begin + (code + j) * stride) : 0.0f;
+  for (int j = 0; j < 4; ++j) x[j] = code + j < num_codes ? logit_at<kLogitType>(logits, begin + (code + j) * stride) : 0.0f;
 }
 
 __device__ __forceinline__ float weight_of(int key, float top_value) { return expf(__fsub_rn(value_of_key(key), top_value)); }
@@ -177,8 +177,8 @@ struct Bins {
 // Which code number i of a thread's is.
 __device__ __forceinline__ int code_of(int i) { return 4 * (i / 4 * kSampleThreads + int(threadIdx.x)) + i % 4; }
 
-// The threshold with a key in [low, top], for all threads. kMasses: what a code amounts to is its mass, else 1. wanted_of: of
-// what all codes of this range amount to what is wanted, which must be more than 0 and not more than that.
+// The threshold with a key in [low, top], for all threads. kMasses: what a code amounts to is its mass; else it is 1, and the
+// result's key alone counts. wanted_of: from the sum over [low, top] to the wanted amount, in (0, sum].
 template <bool kMasses, int kCodes, class Wanted>
 __device__ __forceinline__ Threshold find_threshold(SampleShared& shared, const int (&keys)[kCodes],
                                                     const float (&weights)[kCodes], int low, int top, Wanted wanted_of) {
@@ -221,7 +221,9 @@ __device__ __forceinline__ Threshold find_threshold(SampleShared& shared, const 
       if constexpr (kMasses) {
         amounts[j] = 0;
 #pragma unroll
-        for (int limb = kLimbs - 1; limb >= 0; --limb) amounts[j] = (amounts[j] << kLimbBits) + shared.limbs[limb][upper_bin - j];
+        for (int limb = kLimbs - 1; limb >= 0; --limb) {
+          amounts[j] = (amounts[j] << kLimbBits) + shared.limbs[limb][upper_bin - j];
+        }
       } else {
         amounts[j] = shared.counts[upper_bin - j];
       }
@@ -257,23 +259,27 @@ __device__ __forceinline__ Threshold find_threshold(SampleShared& shared, const 
       if (!bins.hold(keys[i]) || bins.bin(keys[i]) != found.bin) continue;
       const int member = atomicAdd(&shared.num_members, 1);
       if (member < kMembers) {
-        shared.member_keys[member] = keys[i], shared.member_codes[member] = code_of(i);
-        if constexpr (kMasses) shared.member_masses[member] = mass_of(weights[i]);
+        shared.member_keys[member] = keys[i];
+        if constexpr (kMasses) shared.member_codes[member] = code_of(i), shared.member_masses[member] = mass_of(weights[i]);
       }
     }
     __syncthreads();
     const int num_members = shared.num_members;
     if (num_members <= kMembers) {
       if (thread < num_members) {
-        const int key = shared.member_keys[thread], code = shared.member_codes[thread];
-        const auto amount = [&](int member) { return kMasses ? shared.member_masses[member] : 1; };
-        int64_t earlier = found.above;
+        const int key = shared.member_keys[thread], code = kMasses ? shared.member_codes[thread] : 0;
+        int64_t earlier = found.above, reached = found.above;
         for (int other = 0; other < num_members; ++other) {
           const int its_key = shared.member_keys[other];
-          const bool comes_first = its_key > key || (its_key == key && shared.member_codes[other] > code);
-          earlier += comes_first ? amount(other) : 0;
+          if constexpr (kMasses) {
+            const bool comes_first = its_key > key || (its_key == key && shared.member_codes[other] > code);
+            earlier += comes_first ? shared.member_masses[other] : 0;
+          } else {
+            earlier += its_key > key, reached += its_key >= key;
+          }
         }
-        const int64_t reached = earlier + amount(thread);
+        if constexpr (kMasses) reached = earlier + shared.member_masses[thread];
+        // Of counted codes those with equal keys write the same.
         if (earlier < wanted && wanted <= reached) shared.threshold = {key, code, reached};
       }
       __syncthreads();
@@ -310,8 +316,9 @@ __device__ __forceinline__ Threshold find_threshold(SampleShared& shared, const 
 // --- the kernel ----------------------------------------------------------------------------------------------------
 
 // Of up to 4 kGroups kSampleThreads codes; a thread has groups of four of them.
-template <LogitType kLogits, int kGroups>
-__global__ void __launch_bounds__(kSampleThreads, kGroups > 2 ? 1 : 2) sample_rows_kernel(const __grid_constant__ SampleRowsParams params) {
+template <LogitType kLogitType, int kGroups>
+__global__ void __launch_bounds__(kSampleThreads, kGroups > 2 ? 1 : 2)
+    sample_rows_kernel(const __grid_constant__ SampleRowsParams params) {
   extern __shared__ __align__(1024) uint8_t shared_memory[];
   auto& shared = *reinterpret_cast<SampleShared*>(shared_memory);
   constexpr int kCodes = 4 * kGroups;
@@ -325,7 +332,7 @@ __global__ void __launch_bounds__(kSampleThreads, kGroups > 2 ? 1 : 2) sample_ro
   }
   float noise[kCodes];
   if (!params.greedy) {
-    const auto seed = static_cast<uint64_t>(params.seeds[image]);
+    const auto seed = static_cast<uint64_t>(params.seeds[image * params.seed_stride]);
     const auto position =
         static_cast<uint32_t>(params.positions[image * params.positions_strides[0] + token * params.positions_strides[1]]);
 #pragma unroll
@@ -342,7 +349,8 @@ __global__ void __launch_bounds__(kSampleThreads, kGroups > 2 ? 1 : 2) sample_ro
   const int64_t begin = image * params.logits_strides[0] + token * params.logits_strides[1];
 #pragma unroll
   for (int i = 0; i < kCodes; i += 4) {
-    load_four<kLogits>(x + i, params.logits, begin, params.logits_strides[2], code_of(i), params.num_codes, params.whole_loads);
+    load_four<kLogitType>(x + i, params.logits, begin, params.logits_strides[2], code_of(i), params.num_codes,
+                          params.whole_loads);
   }
   if (params.unconditional != nullptr) {
     const float strength = params.guidance[image], factor = __fadd_rn(1.0f, strength);
@@ -350,7 +358,7 @@ __global__ void __launch_bounds__(kSampleThreads, kGroups > 2 ? 1 : 2) sample_ro
     float u[kCodes];
 #pragma unroll
     for (int i = 0; i < kCodes; i += 4) {
-      load_four<kLogits>(u + i, params.unconditional, from, params.unconditional_strides[2], code_of(i), params.num_codes,
+      load_four<kLogitType>(u + i, params.unconditional, from, params.unconditional_strides[2], code_of(i), params.num_codes,
                          params.whole_loads);
     }
     // NOTE: every product is rounded, as in the reference: fused ones would order near ties in another way.

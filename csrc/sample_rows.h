@@ -23,6 +23,7 @@ struct SampleRowsParams {
   bool* nonfinite;                     // [B, n]
   int64_t logits_strides[3], unconditional_strides[3];
   int64_t positions_strides[2], places_strides[2], codes_strides[2], confidence_strides[2], nonfinite_strides[2];
+  int64_t seed_stride;
   int64_t wanted_share;  // of top-p, in units of 2^-31; 0 keeps all
   int32_t num_images, num_tokens, num_codes;
   int32_t top_k;  // 0 keeps all

@@ -206,8 +206,8 @@ class Engine:
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
             "fused" on a GPU that has it.
-        overlap: whether these kernels, and those of the embedding and of draws, may start, and read weights, while the
-            kernel before them still runs, on GPUs that can (compute capability 9.0).
+        overlap: whether these kernels, and those of the embedding and of draws, may start, and read what no kernel
+            writes, while the kernel before them still runs, on GPUs that can (compute capability 9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.

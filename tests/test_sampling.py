@@ -18,7 +18,8 @@ import triton.language as tl
 
 import kernel_on_cpu
 from hmar_kernels import SampledCodes, sample_codes
-from hmar_kernels.sampling import cuda, reference
+from hmar_kernels.sampling import choose, cuda, reference
+from hmar_kernels.sampling import triton as triton_kernel
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_sampling_gpu.py runs the kernel")
 
@@ -46,6 +47,7 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in POINTERS),
         *((f"{name}_strides", ctypes.c_int64 * 3) for name in POINTERS[:2]),
         *((f"{name}_strides", ctypes.c_int64 * 2) for name in POINTERS[4:]),
+        ("seed_stride", ctypes.c_int64),
         ("wanted_share", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_images", "num_tokens", "num_codes", "top_k", "step")),
         ("inverse_temperature", ctypes.c_float),
@@ -64,13 +66,15 @@ class Emulation:
         self.library.sample_rows_on_cpu.restype = ctypes.c_char_p
         self.last_first, self.groups, self.previous, self.calls = False, 0, (), []
 
-    def sample_rows(self, *, addresses, row_strides, strides, shape, logit_type, overlap, device, stream, **numbers):
-        self.calls.append(numbers)
+    def sample_rows(
+        self, *, addresses, row_strides, seed_stride, strides, shape, logit_type, overlap, device, stream, **numbers
+    ):
+        self.calls.append(numbers | {"overlap": overlap})
         strides = [(ctypes.c_int64 * len(of_one))(*of_one) for of_one in (*row_strides, *strides)]
         names = ("wanted_share", "top_k", "step", "inverse_temperature", "greedy", "marks_only", "whole_loads")
         assert numbers.keys() == set(names)
         share, top_k, step, *others = (numbers[name] for name in names)
-        params = Params(*addresses, *strides, share, *shape, top_k, step, *others)
+        params = Params(*addresses, *strides, seed_stride, share, *shape, top_k, step, *others)
         pieces = [part for tensor in self.previous for part in (tensor.data_ptr(), tensor.numel() * tensor.itemsize)]
         groups = self.groups or (2 if shape[2] <= 4096 else 4)
         failure = self.library.sample_rows_on_cpu(
@@ -388,10 +392,48 @@ def test_cuda_kernel_reads_whole_and_single_codes(emulation, dtype):
     storage = draw_logits(2, 2, 3, 72, dtype=dtype)
     for halves, whole in ((storage, True), (storage[..., 1:66], False), (storage[..., :66], True)):
         for emulation.groups in (2, 4):
-            emulation.previous = (storage,)
-            actual = draw(*halves, impl="cuda", guidance=1.5, top_k=20)
-            assert_same_draws(actual, draw(*halves, guidance=1.5, top_k=20))
-            assert emulation.calls[-1]["whole_loads"] == whole
+            guidance, places = torch.tensor([1.5, 0.5]), torch.tensor([[2, 0, 4], [1, 3, 0]])
+            into = SampledCodes(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, 5), torch.zeros(2).bool())
+            emulation.previous = (storage, guidance, places)
+            draw(*halves, impl="cuda", guidance=guidance, top_k=20, into=into, at=places, overlap=True)
+            expected = draw(*halves, guidance=guidance, top_k=20)
+            found = SampledCodes(into.codes.gather(1, places), into.confidence.gather(1, places), expected.nonfinite)
+            assert_same_draws(found, expected)
+            assert not into.nonfinite.any() and (into.codes == 0).sum() >= 4
+            assert (emulation.calls[-1]["whole_loads"], emulation.calls[-1]["overlap"]) == (whole, True)
+
+
+def test_seeds_are_read_where_they_are(kernel):
+    """A copy of them might still be under way where a kernel begins before its end."""
+    logits, table = draw_logits(3, 4, 9), torch.tensor([[2**40, 1], [7, 2], [5, 3]])
+    for seeds in (table[:, 0], torch.tensor([6]).expand(3)):
+        assert_same_draws(draw(logits, impl=kernel, seeds=seeds, top_p=0.9), draw(logits, seeds=seeds, top_p=0.9))
+
+
+@pytest.mark.parametrize(
+    "options, codes, chosen",
+    [
+        ({"top_k": 900}, 4096, "cuda"),
+        ({"top_p": 0.96}, 4096, "cuda"),
+        ({"top_k": 900, "top_p": 0.96, "greedy": True}, 4096, "triton"),
+        ({"top_k": 4096, "top_p": 1.0}, 4096, "triton"),
+        ({}, 4096, "triton"),
+        ({"top_k": 900}, 8192, "triton"),
+    ],
+    ids=str,
+)
+def test_auto_takes_the_faster_kernel(monkeypatch, options, codes, chosen):
+    """Of those that can run; it says why."""
+    logits = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 2, codes))
+    monkeypatch.setattr(cuda, "unavailable", lambda *arguments: None)
+    monkeypatch.setattr(triton_kernel, "unavailable", lambda *arguments: None)
+    assert choose(logits, **options)[0] == chosen
+    monkeypatch.setattr(cuda, "unavailable", lambda *arguments: "not built")
+    impl, reason = choose(logits, **options)
+    assert impl == "triton" and ("not built" in reason) == (chosen == "cuda")
+    monkeypatch.setattr(triton_kernel, "unavailable", lambda *arguments: "too old")
+    assert choose(logits, **options) == ("reference", "too old")
+    assert choose(torch.zeros(1, 2, 8))[0] == "reference"
 
 
 def test_cuda_kernel_with_its_largest_vocabulary(emulation):
@@ -412,7 +454,7 @@ def test_operator_is_traceable():
     with torch._subclasses.FakeTensorMode():
         logits, seeds = torch.empty(2, 3, 16), torch.empty(2, dtype=torch.int64)
         codes, confidence, nonfinite = op(
-            logits, None, None, seeds, torch.empty(2, 3, dtype=torch.int64), 0, 1.0, 0, 0.0, False, "cuda"
+            logits, None, None, seeds, torch.empty(2, 3, dtype=torch.int64), 0, 1.0, 0, 0.0, False, True, "cuda"
         )
     assert (codes.dtype, confidence.dtype, nonfinite.dtype) == (torch.int64, torch.float32, torch.bool)
     assert codes.shape == confidence.shape == nonfinite.shape == (2, 3)

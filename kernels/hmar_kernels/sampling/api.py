@@ -14,6 +14,9 @@ from torch import Tensor
 from . import cuda, reference, triton
 
 KERNELS = {"triton": triton, "cuda": cuda}
+# NOTE: measured by `bench.sampling` on an H100 (reports/data/sampling_h100.json, 036b6c3 and 3144409) with 4096 codes:
+# truncated draws by "cuda" are 1.3 to 2.2 times as fast as by "triton", others .7 to 1.0 times.
+MEASURED_CODES = 4096
 IMPLEMENTATIONS = ("reference", *KERNELS)
 """Names that `sample_codes(..., impl=...)` takes beside "auto"."""
 
@@ -73,8 +76,7 @@ def sample_codes(
             `at`, and in nonfinite [B] True for images of which a token's logits are not finite; the rest stays.
         at: int64 [B, n], places in [0, N), of which no image has two that are equal; None: N is n.
         impl: "auto" or one of IMPLEMENTATIONS. "cuda" is for at most 8192 codes, on GPUs of compute capability 9.0.
-            On a GPU "auto" is "cuda" for truncated draws where it can run, else "triton". A named implementation runs
-            or raises.
+            A named implementation runs or raises; `choose` tells what "auto" takes.
         overlap: of "cuda": the kernel may start, and read seeds and positions, before the kernels queued before it have
             ended. For seeds and positions that no kernel writes which may still run.
     Raises:
@@ -87,28 +89,39 @@ def sample_codes(
         if not isinstance(guidance, Tensor):
             guidance = torch.full((B,), float(guidance), device=logits.device)
         guidance = guidance.contiguous()
-    if impl == "auto":
-        # NOTE: measured by `bench.sampling` on an H100 (reports/data/sampling_h100.json): without a search in the row
-        # "triton" is as fast or faster, with one, "cuda" is from 1.3 to 2.2 times as fast.
-        truncates = not greedy and (0 < top_k < num_codes or 0 < top_p < 1)
-        wanted = (("cuda",) if truncates else ()) + ("triton",)
-        given = logits.device, logits.dtype, num_codes
-        runs = (name for name in wanted if logits.is_cuda and KERNELS[name].unavailable(*given) is None)
-        impl = next(runs, "reference")
-    elif impl not in IMPLEMENTATIONS:
+    if impl not in ("auto", *IMPLEMENTATIONS):
         raise ValueError(f'unknown impl "{impl}": expected "auto" or one of {", ".join(IMPLEMENTATIONS)}')
+    if impl == "auto":
+        impl, _ = choose(logits, top_k, top_p, greedy)
     elif impl in KERNELS:
         reason = KERNELS[impl].unavailable(logits.device, logits.dtype, num_codes)
         if reason is not None:
             raise ValueError(f'impl="{impl}" cannot run here: {reason}; impl="reference" would')
     numbers = (step, 1 / temperature, top_k, float(top_p), greedy)
-    arguments = (logits, unconditional, guidance, seeds.contiguous(), positions.expand(B, n), *numbers)
+    arguments = (logits, unconditional, guidance, seeds, positions.expand(B, n), *numbers)
     # NOTE: the operator's dispatch takes the host longer than the kernel takes, so it is there for tracing only.
     if impl != "reference" and not torch.compiler.is_compiling():
-        options = {"overlap": overlap} if impl == "cuda" else {}
-        return SampledCodes(*KERNELS[impl].forward(*arguments, into, at, **options))
-    drawn = SampledCodes(*(reference.forward(*arguments) if impl == "reference" else _sample(*arguments, impl)))
+        return SampledCodes(*KERNELS[impl].forward(*arguments, into, at, overlap))
+    drawn = SampledCodes(
+        *(reference.forward(*arguments) if impl == "reference" else _sample(*arguments, overlap, impl))
+    )
     return drawn if into is None else _write(drawn, into, at)
+
+
+def choose(logits: Tensor, top_k: int = 0, top_p: float = 0.0, greedy: bool = False) -> tuple[str, str]:
+    """What impl="auto" takes of IMPLEMENTATIONS, and the reason."""
+    if not logits.is_cuda:
+        return "reference", "the plain implementation serves CPU tensors"
+    device, dtype, num_codes = logits.device, logits.dtype, logits.shape[2]
+    reason = None
+    if any(reference.truncates(num_codes, top_k, top_p, greedy)) and num_codes <= MEASURED_CODES:
+        reason = cuda.unavailable(device, dtype, num_codes)
+        if reason is None:
+            return "cuda", "it finds what truncation keeps without a search by halves"
+    other = triton.unavailable(device, dtype, num_codes)
+    if other is None:
+        return "triton", f"not by CUDA: {reason}" if reason else "it is as fast or faster where nothing is searched for"
+    return "reference", other
 
 
 def _write(drawn: SampledCodes, into: SampledCodes, at: Tensor | None) -> SampledCodes:
@@ -134,15 +147,17 @@ def _sample(
     top_k: int,
     top_p: float,
     greedy: bool,
+    overlap: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return KERNELS[impl].forward(
-        logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy
-    )
+    numbers = (step, inverse_temperature, top_k, top_p, greedy)
+    return KERNELS[impl].forward(logits, unconditional, guidance, seeds, positions, *numbers, overlap=overlap)
 
 
 @_sample.register_fake
-def _(logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy, impl):
+def _(
+    logits, unconditional, guidance, seeds, positions, step, inverse_temperature, top_k, top_p, greedy, overlap, impl
+):
     B, n, _ = logits.shape
     return (
         logits.new_empty(B, n, dtype=torch.int64),

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import extension
-from .reference import share
-from .triton import targets
+from .reference import share, targets, truncates
 
 LOGIT_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # csrc/sample_rows.h, LogitType
 MAX_CODES = 8192  # a row must fit into the registers of a block
@@ -49,10 +48,10 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [B, n, V], guidance [B], seeds [B], positions [B, n] -> codes, confidence, nonfinite [B, n].
 
-    into, places: as in triton.py. overlap: it may start, and read seeds and positions, before the kernels queued before
-    it have ended.
+    into, places: as in triton.py. overlap: it may start, and read seeds and positions as they are given here, before
+    the kernels queued before it have ended.
     """
-    num_codes = logits.shape[2]
+    by_k, by_p = truncates(logits.shape[2], top_k, top_p, greedy)
     codes, confidence, nonfinite = targets(logits, into)
     halves = [half for half in (logits, unconditional) if half is not None]
     extension.module.sample_rows(
@@ -61,6 +60,7 @@ def forward(
             for tensor in (logits, unconditional, guidance, seeds, positions, places, codes, confidence, nonfinite)
         ],
         row_strides=[half.stride() for half in (halves[0], halves[-1])],
+        seed_stride=seeds.stride(0),
         strides=[
             (0, 0) if tensor is None else tensor.stride()
             for tensor in (positions, places, codes, confidence, nonfinite)
@@ -69,8 +69,8 @@ def forward(
         logit_type=LOGIT_TYPES[logits.dtype],
         step=step,
         inverse_temperature=inverse_temperature,
-        top_k=top_k if not greedy and top_k < num_codes else 0,
-        wanted_share=share(top_p) if not greedy and 0 < top_p < 1 else 0,
+        top_k=top_k if by_k else 0,
+        wanted_share=share(top_p) if by_p else 0,
         greedy=greedy,
         marks_only=into is not None,
         whole_loads=all(map(whole_loads, halves)),

@@ -65,6 +65,22 @@ def forward(
     )
 
 
+def truncates(num_codes: int, top_k: int, top_p: float, greedy: bool) -> tuple[bool, bool]:
+    """Whether top-k and top-p leave any code out."""
+    return not greedy and 0 < top_k < num_codes, not greedy and 0 < top_p < 1
+
+
+def targets(logits: Tensor, into: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """What kernels write: codes and confidence [B, n], or else those of `into`, and nonfinite [B, n]."""
+    B, n, _ = logits.shape
+    if into is not None:
+        return into[0], into[1], into[2][:, None].expand(B, n)
+    codes, confidence, nonfinite = (
+        torch.empty(B, n, dtype=dtype, device=logits.device) for dtype in (torch.int64, torch.float32, torch.bool)
+    )
+    return codes, confidence, nonfinite
+
+
 def kept_codes(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """The codes [..., V] (bool) that truncation keeps.
 

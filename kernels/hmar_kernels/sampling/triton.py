@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_device
-from .reference import MASS_BITS, SHARE_BITS, share
+from .reference import MASS_BITS, SHARE_BITS, share, targets, truncates
 
 MAX_CODES = 65536  # a row must fit into the registers of a program
 CODES_PER_WARP = 512
@@ -128,7 +128,7 @@ def _tie_start(tied, codes, low, num_codes, wanted):
     return low
 
 
-@triton.jit(do_not_specialize=["num_tokens", "step", "top_k", "wanted_share"])
+@triton.jit(do_not_specialize=["seeds_stride", "num_tokens", "step", "top_k", "wanted_share"])
 def _sample_kernel(
     logits_ptr,
     unconditional_ptr,
@@ -141,6 +141,7 @@ def _sample_kernel(
     nonfinite_ptr,
     logits_strides,
     unconditional_strides,
+    seeds_stride,
     positions_strides,
     places_strides,
     codes_strides,
@@ -214,7 +215,7 @@ def _sample_kernel(
         scores = tl.where(valid, keys, -ABOVE_ALL - 1)
     else:
         seed, position = (
-            tl.load(seeds_ptr + b),
+            tl.load(seeds_ptr + b * seeds_stride),
             tl.load(positions_ptr + b * positions_strides[0] + n * positions_strides[1]),
         )
         noise = _exponential(seed, position.to(tl.int32), step, groups)
@@ -247,17 +248,6 @@ def unavailable(device: torch.device, dtype: torch.dtype, num_codes: int) -> str
     return triton_device.unavailable(device, dtype)
 
 
-def targets(logits: Tensor, into: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """What is written: codes and confidence [B, n], or else those of `into`, and nonfinite [B, n]."""
-    B, n, _ = logits.shape
-    if into is not None:
-        return into[0], into[1], into[2][:, None].expand(B, n)
-    codes, confidence, nonfinite = (
-        torch.empty(B, n, dtype=dtype, device=logits.device) for dtype in (torch.int64, torch.float32, torch.bool)
-    )
-    return codes, confidence, nonfinite
-
-
 def num_warps(block: int) -> int:
     return min(16, max(1, block // CODES_PER_WARP))
 
@@ -275,14 +265,16 @@ def forward(
     greedy: bool,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
     places: Tensor | None = None,
+    overlap: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [B, n, V], guidance [B], seeds [B], positions [B, n] -> codes, confidence, nonfinite [B, n].
 
     into: codes and confidence [B, N], which are written at the places [B, n], or else N = n, and nonfinite [B].
+    overlap: without effect here.
     """
     B, n, num_codes = logits.shape
     codes, confidence, nonfinite = targets(logits, into)
-    guided = unconditional is not None
+    guided, (by_k, by_p) = unconditional is not None, truncates(num_codes, top_k, top_p, greedy)
     block = max(16, triton.next_power_of_2(num_codes))
     # NOTE: Triton launches on the current device, whatever device the tensors are on.
     with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
@@ -298,6 +290,7 @@ def forward(
             nonfinite_ptr=nonfinite,
             logits_strides=logits.stride(),
             unconditional_strides=unconditional.stride() if guided else logits.stride(),
+            seeds_stride=seeds.stride(0),
             positions_strides=positions.stride(),
             places_strides=(positions if places is None else places).stride(),
             codes_strides=codes.stride(),
@@ -311,8 +304,8 @@ def forward(
             wanted_share=share(top_p),
             GUIDED=guided,
             GREEDY=greedy,
-            TOP_K=not greedy and 0 < top_k < num_codes,
-            TOP_P=not greedy and 0 < top_p < 1,
+            TOP_K=by_k,
+            TOP_P=by_p,
             PLACED=places is not None,
             INTO=into is not None,
             BLOCK_V=block,
