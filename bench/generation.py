@@ -17,6 +17,7 @@ The method, in one place:
   `MIN_SAME_CODES`; unrelated logits would give less than a tenth).
 * `parts_ms` (optimised): transformer, sampling, quantizer and decode, each captured and timed alone with all its
   passes; `scales_ms`: the graph of each scale, then of decoding.
+* `transformer_tflop` (optimised): operations of the transformer for one image, counted (`hmar.flops`).
 * `decoder_ms` (optimised): the stages of decoding, each captured and timed alone on as many images as are decoded at
   once, times the number of such parts; the levels run from the smallest maps to the largest.
 * Variants of the optimised engine (--decoder, --convolutions, --products, --attention, --no-overlap, --compile,
@@ -45,6 +46,7 @@ import torch.nn as nn
 from hmar.config import PRESETS
 from hmar.decoder import CONVOLUTIONS, FusedDecoder
 from hmar.engine import ATTENTIONS, DECODERS, PRODUCTS, Engine, Program
+from hmar.flops import generation_flops
 from hmar.generate import (
     GenerationOutput,
     LayerKeysValues,
@@ -238,10 +240,13 @@ def measure(subject: Subject, cell: Cell, budget: float) -> dict:
         "parts_ms": None,
         "scales_ms": None,
         "decoder_ms": None,
+        "sides": None,
+        "transformer_tflop": None,
     }
     if cell.engine == "optimised":
         program = next(reversed(subject.engine.programs.values()))
         numbers["graph_gb"] = subject.engine.graph_bytes / 2**30 if device.type == "cuda" else None
+        numbers |= counts(subject.engine, program)
         numbers["scales_ms"] = segment_times(program, device)
         # NOTE: a large batch of VAR has no room for the caches of the parts beside those of its graphs.
         for segment in program.segments:
@@ -250,6 +255,13 @@ def measure(subject: Subject, cell: Cell, budget: float) -> dict:
         numbers["parts_ms"] = part_times(subject.engine, program, device)
         numbers["decoder_ms"] = decoder_times(subject.engine, cell.batch, device)
     return numbers
+
+
+def counts(engine: Engine, program: Program) -> dict:
+    """What the tables set beside times: sides of the scales, and operations of the transformer for one image, 1e12."""
+    settings = program.settings
+    flops = generation_flops(engine.config, settings.schedule, settings.guided_S, engine.is_cached)
+    return {"sides": list(engine.pyramid.sides), "transformer_tflop": flops / 1e12}
 
 
 def segment_times(program: Program, device: torch.device) -> list[float]:
@@ -449,6 +461,8 @@ NUMBERS = (
     "parts_ms",
     "scales_ms",
     "decoder_ms",
+    "sides",
+    "transformer_tflop",
     "same_codes",
 )
 

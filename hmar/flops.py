@@ -90,8 +90,8 @@ def generation_flops(
 
         N (2 n (4 + 2 r) C^2 + 4 n m C) + 2 w C V + 2 n E C
 
-    a row; in masked passes the codes in sight are a second product of the embedding. Every modulation is computed once
-    an image and row.
+    a row; in masked passes the codes in sight are a second product of the embedding. Every modulation, that of HMAR's
+    mask blocks too, is computed once an image and row.
 
     Args:
         schedule: codes a pass, of every scale (`hmar.generate.resolve_schedule`); passes after a scale's first are

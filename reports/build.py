@@ -6,7 +6,7 @@ plots/<file>_<what>.png:
 
 * "attention" (`pytest bench`): time, memory and roofline of the main batch, speed and memory against resolution, batch
   and density. Head dims beside 64 have plots of their own, named <file>_<what>_d128.png;
-* "generation" (`python -m bench.generation`): images a second and memory against the batch;
+* "generation" (`python -m bench.generation`): images a second and memory against the batch, and time by scale;
 * "loss_curve" (`python -m bench.loss_curve`): losses of the engine and of a plain loop, and how far they are apart
   beside the spread of seeds (plots/<file>.png);
 * "operators" (`python -m bench.operators`): time of the fused operators beside torch.compile and eager torch;

@@ -14,10 +14,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from hmar.config import PRESETS, ModelConfig
-from hmar.flops import generation_flops
-from hmar.generate import SamplingConfig, resolve_ramp, resolve_schedule
-
 from .markdown import DASH, number, or_dash, ratio, table
 from .results import TARGET_GPU, data_files, provenance
 from .style import save
@@ -77,6 +73,9 @@ def load(folder: Path) -> list[Source]:
     sources = []
     for path, content in data_files(folder, KIND, VERSIONS):
         rows = pd.DataFrame(content["results"])
+        rows = rows.reindex(
+            columns=rows.columns.union(["sides", "transformer_tflop"], sort=False)
+        )  # not of older files
         rows["gpu"] = content["environment"]["gpu"]
         for name in ("ms", "p10_ms", "p90_ms", "images_per_s", "peak_gb", "graph_gb"):
             rows[name] = rows[name].astype(float)
@@ -147,39 +146,30 @@ def _size_table(rows: pd.DataFrame) -> str:
 def _counts(rows: pd.DataFrame) -> list[str]:
     """What VAR's operations are of HMAR's, beside what its time is, where both are optimised; nothing without them."""
     lines = []
-    done = rows[(rows["engine"] == "optimised") & rows["ms"].notna()]
+    done = rows[(rows["engine"] == "optimised") & rows["transformer_tflop"].notna()]
     for (resolution, depth, batch), of_size in done.groupby(["resolution", "depth", "batch"], sort=False):
-        config = PRESETS[f"d{depth}-{resolution:.0f}"][1]
         by_model = {(row["model"], row["schedule"]): row for _, row in of_size.iterrows()}
         var = by_model.get(("var", "none"))
         for schedule, name in (("default", "default"), ("none", "one pass a scale")):
             hmar = by_model.get(("hmar", schedule))
             if hmar is None or var is None:
                 continue
-            ours, theirs = (_flops(config, model, schedule) for model in ("hmar", "var"))
+            ours, theirs = hmar["transformer_tflop"], var["transformer_tflop"]
             transformer = var["parts_ms"]["transformer"] / hmar["parts_ms"]["transformer"]
             size = f"{resolution:.0f} px, d{depth}, batch {batch}"
-            numbers = number(ours / 1e12), number(theirs / 1e12), ratio(theirs / ours), ratio(transformer)
+            numbers = number(ours), number(theirs), ratio(theirs / ours), ratio(transformer)
             lines.append([size, name, *numbers, ratio(var["ms"] / hmar["ms"])])
     if not lines:
         return []
     head = ["", "HMAR's passes", "HMAR, TFLOP", "VAR, TFLOP", "VAR / HMAR by operations", "by the transformer's time"]
     return [
-        "### What the counts allow",
+        "### Operations and times of HMAR and VAR",
         "Operations of the transformer for one image (`hmar.flops.generation_flops`), HMAR's masked passes without the "
-        "null class, and how many times VAR's are HMAR's, beside the same of the times, both optimised. Beyond the "
-        "operations VAR reads and writes its cache, and masked passes read the weights again, which at batch 1 is what "
-        "most scales wait for.",
+        "null class: how many times VAR's are HMAR's is what operations alone would give. Beside it the same of the "
+        "times, both optimised. Besides its operations VAR reads and writes a cache; masked passes read all weights "
+        "once more, which at batch 1 is what most scales wait for.",
         table([*head, "by the whole image's"], lines, left=(0, 1)),
     ]
-
-
-def _flops(config: ModelConfig, model: str, schedule: str) -> float:
-    """With the default ramp of guidance. All of VAR's rows enter its cache, whatever their guidance."""
-    ramp_S = resolve_ramp(config.pyramid, SamplingConfig().cfg_ramp)
-    if model == "var":
-        return generation_flops(config, resolve_schedule(config.pyramid, "none"), [True] * len(ramp_S), cached=True)
-    return generation_flops(config, resolve_schedule(config.pyramid, schedule), [factor > 0 for factor in ramp_S])
 
 
 def _notes(rows: pd.DataFrame) -> str:
@@ -241,6 +231,7 @@ def draw_scales(source: Source) -> Figure | None:
     """Where the time of an image goes: the scales with all their passes, and decoding, of the optimised engines. A
     column for each size of model and image, a row for its smallest and its largest batch. None without such times."""
     timed = source.rows[source.rows["scales_ms"].map(lambda times: isinstance(times, list))]
+    timed = timed[timed["sides"].notna()]
     if not len(timed):
         return None
     sizes = list(timed.groupby(["resolution", "depth"], sort=False))
@@ -248,7 +239,7 @@ def draw_scales(source: Source) -> Figure | None:
         2, len(sizes), figsize=(max(7, 4 * len(sizes) + 1), 7), squeeze=False, layout="constrained"
     )
     for j, ((resolution, depth), rows) in enumerate(sizes):
-        sides = PRESETS[f"d{depth}-{resolution:.0f}"][1].sides
+        sides = rows["sides"].iloc[0]
         ticks = [*range(len(sides)), 1.09 * len(sides)]  # decoding apart
         for i, batch in enumerate((rows["batch"].min(), rows["batch"].max())):
             ax, of_batch = axes[i][j], rows[rows["batch"] == batch]

@@ -47,6 +47,7 @@ def test_a_run_measures_every_engine(written):
         if row["engine"] == "optimised":
             assert row["same_codes"] >= 0.9 and set(row["parts_ms"]) == set(report.PARTS)
             assert len(row["scales_ms"]) == 4 and min(row["scales_ms"]) > 0
+            assert len(row["sides"]) == 3 and 0 < row["transformer_tflop"] < 1e-3
             stages = ["post_quant_conv", "middle", *decoder_names(len(PRESETS["tiny"][0].multipliers)), "out"]
             assert list(row["decoder_ms"]) == stages and min(row["decoder_ms"].values()) > 0
 
@@ -185,7 +186,10 @@ def data(tmp_path):
             cell = Cell(*key, 256, 16, batch)
             row = empty_row(cell, "ok", None, "0123456789") | {"ms": 20.0 * factor, "p10_ms": 19.0, "p90_ms": 21.0}
             row |= {"images_per_s": 1e3 * batch / row["ms"], "peak_gb": 2.5}
-            rows.append(row | {"parts_ms": dict.fromkeys(report.PARTS, 1.25)} if cell.engine == "optimised" else row)
+            if cell.engine == "optimised":
+                row |= {"parts_ms": dict.fromkeys(report.PARTS, 1.25), "transformer_tflop": 0.5 * factor}
+                row |= {"sides": [1, 2, 4], "scales_ms": [1.0, 2.0, 3.0, 0.5]}
+            rows.append(row)
     rows[5] |= {"status": "out of memory", "reason": "no room", "ms": None, "images_per_s": None, "peak_gb": None}
     facts = {"gpu": "NVIDIA H100 80GB HBM3", "commit": "0123456789", "date": "2031-02-03T04:05:06+00:00"}
     facts |= {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0", "driver": "580.1"}
@@ -198,7 +202,8 @@ def data(tmp_path):
 
 def test_tables_and_plots(data, tmp_path):
     paths = report.build(data, tmp_path, tmp_path)
-    assert [path.name for path in paths] == ["generation.csv", "generation.md", "generation_test_batch.png"]
+    plots = ["generation_test_batch.png", "generation_test_scales.png"]
+    assert [path.name for path in paths] == ["generation.csv", "generation.md", *plots]
     text = paths[0].read_text()
     assert text.splitlines()[0] == COLUMNS
     table = pd.read_csv(paths[0])
@@ -213,7 +218,26 @@ def test_tables_and_plots(data, tmp_path):
     assert best[0][1:] == ["20.0", "19.0 to 21.0", "50.0", "2.50", "12.0", "0.60", "6.00", "5.00", *["1.25"] * 4]
     assert best[1][5:9] == ["45.0", "2.25", "-", "5.00"]
     assert "VAR, eager: out of memory. no room" in markdown and "nan" not in markdown.lower()
-    assert paths[2].stat().st_size > 10_000
+    counts = [line for line in lines if line[0].startswith("256 px, d16, batch 1")]
+    # HMAR's and VAR's operations, their ratio, that of the transformers' times and of the images'
+    assert counts[0] == ["256 px, d16, batch 1", "default", "0.500", "2.50", "5.00", "1.00", "5.00"]
+    assert [line[1] for line in counts] == ["default", "one pass a scale"] * 2
+    assert all(path.stat().st_size > 10_000 for path in paths[2:])
+    scales = report.draw_scales(report.load(data)[0])
+    bars = [patch.get_height() for patch in scales.axes[0].patches]
+    assert bars == [1.0, 2.0, 3.0, 0.5] * 3
+    assert [label.get_text() for label in scales.axes[0].get_xticklabels()] == ["1", "2", "4", "decode"]
+
+
+def test_files_without_counts_have_their_tables(data, tmp_path):
+    """As they were written before operations were."""
+    path = data / "generation_test.json"
+    content = json.loads(path.read_text())
+    for row in content["results"]:
+        del row["transformer_tflop"], row["sides"]
+    path.write_text(json.dumps(content))
+    assert len(report.build(data, tmp_path, tmp_path)) == 3
+    assert "Operations" not in (tmp_path / "generation.md").read_text()
 
 
 def test_without_data_there_are_no_tables(tmp_path):
