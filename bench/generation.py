@@ -9,7 +9,8 @@ The method, in one place:
   bfloat16 weights, CUDA graphs, masked passes without the null class. HMAR with its default schedule and with one pass
   a scale; VAR has one pass a scale.
 * `ms` is the median time of a whole batch on the host's clock, device idle before and after: what one who waits for
-  the images waits. Warm-up first (it compiles and captures); p10 and p90 tell the spread.
+  the images waits. Warm-up first (it compiles and captures); p10 and p90 tell the spread. Throughput and memory against
+  the batch, up to the one that does not fit: --full --brief.
 * `peak_gb` is the largest amount of memory allocated from the first batch on, weights and capture included (2^30
   bytes).
 * Checked first: images are finite, f_hat is that of the codes, and the optimised engine gives the codes of the eager
@@ -87,6 +88,7 @@ HEAD_GAIN = 50
 CHECKED_BATCH = 2
 VARIANTS = ("decoder", "convolutions", "products", "attention", "compile", "compile_decoder")
 MIN_ROUNDS, MAX_ROUNDS, WARMUP_ROUNDS = 5, 50, 2
+LONG_SECONDS = 15  # after which fewer rounds than MIN_ROUNDS are enough, as of large batches
 
 
 @dataclass(frozen=True)
@@ -212,13 +214,17 @@ def single(call: Callable[[], object], device: torch.device) -> float:
 def seconds(call: Callable[[], object], device: torch.device, budget: float) -> list[float]:
     """Times of single calls, as many as `budget` seconds allow."""
     samples: list[float] = []
-    while len(samples) < MIN_ROUNDS or (len(samples) < MAX_ROUNDS and sum(samples) < budget):
+    while (
+        not samples
+        or (len(samples) < MIN_ROUNDS and sum(samples) < LONG_SECONDS)
+        or (len(samples) < MAX_ROUNDS and sum(samples) < budget)
+    ):
         samples.append(single(call, device))
     return samples
 
 
-def measure(subject: Subject, cell: Cell, budget: float) -> dict:
-    """The numbers of a row."""
+def measure(subject: Subject, cell: Cell, budget: float, brief: bool = False) -> dict:
+    """The numbers of a row. brief: but those of parts, scales and stages."""
     device = subject.device
     release(device)
     if device.type == "cuda":
@@ -247,6 +253,7 @@ def measure(subject: Subject, cell: Cell, budget: float) -> dict:
         program = next(reversed(subject.engine.programs.values()))
         numbers["graph_gb"] = subject.engine.graph_bytes / 2**30 if device.type == "cuda" else None
         numbers |= counts(subject.engine, program)
+    if cell.engine == "optimised" and not brief:
         numbers["scales_ms"] = segment_times(program, device)
         # NOTE: a large batch of VAR has no room for the caches of the parts beside those of its graphs.
         for segment in program.segments:
@@ -476,7 +483,13 @@ def empty_row(cell: Cell, status: str, reason: str | None, commit: str | None) -
 
 
 def run_cell(
-    subjects: dict, cell: Cell, device: torch.device, budget: float, commit: str | None, variant: dict | None = None
+    subjects: dict,
+    cell: Cell,
+    device: torch.device,
+    budget: float,
+    commit: str | None,
+    variant: dict | None = None,
+    brief: bool = False,
 ) -> dict:
     """Check, then measure one cell; whatever goes wrong is in the row."""
     try:
@@ -499,7 +512,7 @@ def run_cell(
         same = check(subject, cell, expected.get(cell.schedule) if cell.engine == "optimised" else None)
         if subject.engine is not None:
             subject.engine.forget()
-        return empty_row(cell, "ok", None, commit) | measure(subject, cell, budget) | {"same_codes": same}
+        return empty_row(cell, "ok", None, commit) | measure(subject, cell, budget, brief) | {"same_codes": same}
     except torch.OutOfMemoryError as error:
         status, reason = "out of memory", str(error).splitlines()[0]
     except Exception as error:
@@ -538,6 +551,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--full", action="store_true", help=f"batches {FULL_BATCHES}, up to the first that does not fit"
     )
+    parser.add_argument("--brief", action="store_true", help="no times of parts, scales and stages: for many batches")
     parser.add_argument("--seconds", type=float, default=2.0, help="time to spend on one measurement (default 2)")
     parser.add_argument(
         "--minutes", type=float, metavar="M", help="begin nothing new after so long; --continue goes on"
@@ -593,7 +607,7 @@ def main(arguments: list[str] | None = None) -> int:
             row = empty_row(cell, "out of memory", "a smaller batch did not fit", rows.commit)
         else:
             rows.write(complete=False, running=cell)
-            row = run_cell(subjects, cell, device, options.seconds, rows.commit, variant)
+            row = run_cell(subjects, cell, device, options.seconds, rows.commit, variant, options.brief)
         too_large |= {series} if row["status"] == "out of memory" else set()
         rows.add(cell, row)
         print(line(rows.rows[cell]), flush=True)

@@ -146,7 +146,7 @@ def _size_table(rows: pd.DataFrame) -> str:
 def _counts(rows: pd.DataFrame) -> list[str]:
     """What VAR's operations are of HMAR's, beside what its time is, where both are optimised; nothing without them."""
     lines = []
-    done = rows[(rows["engine"] == "optimised") & rows["transformer_tflop"].notna()]
+    done = rows[(rows["engine"] == "optimised") & rows["parts_ms"].notna() & rows["transformer_tflop"].notna()]
     for (resolution, depth, batch), of_size in done.groupby(["resolution", "depth", "batch"], sort=False):
         by_model = {(row["model"], row["schedule"]): row for _, row in of_size.iterrows()}
         var = by_model.get(("var", "none"))

@@ -52,6 +52,21 @@ def test_a_run_measures_every_engine(written):
             assert list(row["decoder_ms"]) == stages and min(row["decoder_ms"].values()) > 0
 
 
+def test_a_brief_run_has_times_and_memory_alone(tmp_path):
+    path = tmp_path / "brief.json"
+    arguments = ["--device", "cpu", "--seconds", "0", "--batches", "1", "--engines", "optimised", "--brief"]
+    assert generation.main([*arguments, "--output", str(path)]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert len(rows) == 3 and all(row["status"] == "ok" and row["ms"] > 0 and row["sides"] for row in rows)
+    assert all(row[name] is None for row in rows for name in ("parts_ms", "scales_ms", "decoder_ms"))
+
+
+def test_long_batches_have_fewer_rounds(monkeypatch):
+    monkeypatch.setattr(generation, "single", lambda call, device: call())
+    rounds = {seconds: len(generation.seconds(lambda s=seconds: s, None, 2.0)) for seconds in (0.01, 1.0, 6.0, 40.0)}
+    assert rounds == {0.01: generation.MAX_ROUNDS, 1.0: generation.MIN_ROUNDS, 6.0: 3, 40.0: 1}
+
+
 def decoder_names(levels):
     return [f"{name} {i}" for i in range(1, levels + 1) for name in ("level", "upsample")][:-1]
 
@@ -73,7 +88,7 @@ def test_stages_of_a_decoder_make_its_images(decoder):
 def test_a_variant_is_recorded_and_has_a_file_of_its_own(tmp_path, monkeypatch, capsys):
     given = []
 
-    def run_cell(subjects, cell, device, budget, commit, variant):
+    def run_cell(subjects, cell, device, budget, commit, variant, brief):
         given.append(variant)
         return empty_row(cell, "out of memory", "too large", commit)
 
@@ -235,6 +250,16 @@ def test_files_without_counts_have_their_tables(data, tmp_path):
     content = json.loads(path.read_text())
     for row in content["results"]:
         del row["transformer_tflop"], row["sides"]
+    path.write_text(json.dumps(content))
+    assert len(report.build(data, tmp_path, tmp_path)) == 3
+    assert "Operations" not in (tmp_path / "generation.md").read_text()
+
+
+def test_brief_files_have_their_tables(data, tmp_path):
+    path = data / "generation_test.json"
+    content = json.loads(path.read_text())
+    for row in content["results"]:
+        row["parts_ms"] = row["scales_ms"] = None
     path.write_text(json.dumps(content))
     assert len(report.build(data, tmp_path, tmp_path)) == 3
     assert "Operations" not in (tmp_path / "generation.md").read_text()
