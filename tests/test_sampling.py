@@ -411,26 +411,27 @@ def test_seeds_are_read_where_they_are(kernel):
 
 
 @pytest.mark.parametrize(
-    "options, codes, chosen",
+    "options, codes, reason",
     [
-        ({"top_k": 900}, 4096, "cuda"),
-        ({"top_p": 0.96}, 4096, "cuda"),
-        ({"top_k": 900, "top_p": 0.96, "greedy": True}, 4096, "triton"),
-        ({"top_k": 4096, "top_p": 1.0}, 4096, "triton"),
-        ({}, 4096, "triton"),
-        ({"top_k": 900}, 8192, "triton"),
+        ({"top_k": 900}, 4096, None),
+        ({"top_p": 0.96}, 4096, None),
+        ({"top_k": 900, "top_p": 0.96, "greedy": True}, 4096, "nothing is truncated"),
+        ({"top_k": 4096, "top_p": 1.0}, 4096, "nothing is truncated"),
+        ({}, 8192, "nothing is truncated"),
+        ({"top_k": 900}, 8192, "up to 4096 codes, got 8192"),
     ],
     ids=str,
 )
-def test_auto_takes_the_faster_kernel(monkeypatch, options, codes, chosen):
+def test_auto_takes_the_faster_kernel(monkeypatch, options, codes, reason):
     """Of those that can run; it says why."""
     logits = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(1, 2, codes))
     monkeypatch.setattr(cuda, "unavailable", lambda *arguments: None)
     monkeypatch.setattr(triton_kernel, "unavailable", lambda *arguments: None)
-    assert choose(logits, **options)[0] == chosen
+    impl, why = choose(logits, **options)
+    assert impl == ("cuda" if reason is None else "triton") and (reason or "without a search") in why
     monkeypatch.setattr(cuda, "unavailable", lambda *arguments: "not built")
-    impl, reason = choose(logits, **options)
-    assert impl == "triton" and ("not built" in reason) == (chosen == "cuda")
+    impl, why = choose(logits, **options)
+    assert impl == "triton" and (reason or "not built") in why
     monkeypatch.setattr(triton_kernel, "unavailable", lambda *arguments: "too old")
     assert choose(logits, **options) == ("reference", "too old")
     assert choose(torch.zeros(1, 2, 8))[0] == "reference"

@@ -113,15 +113,16 @@ def choose(logits: Tensor, top_k: int = 0, top_p: float = 0.0, greedy: bool = Fa
     if not logits.is_cuda:
         return "reference", "the plain implementation serves CPU tensors"
     device, dtype, num_codes = logits.device, logits.dtype, logits.shape[2]
-    reason = None
-    if any(reference.truncates(num_codes, top_k, top_p, greedy)) and num_codes <= MEASURED_CODES:
+    if not any(reference.truncates(num_codes, top_k, top_p, greedy)):
+        reason = "nothing is truncated, which it is not faster for"
+    elif num_codes > MEASURED_CODES:
+        reason = f"it was measured with up to {MEASURED_CODES} codes, got {num_codes}"
+    else:
         reason = cuda.unavailable(device, dtype, num_codes)
-        if reason is None:
-            return "cuda", "it finds what truncation keeps without a search by halves"
+    if reason is None:
+        return "cuda", "it finds what truncation keeps without a search by halves"
     other = triton.unavailable(device, dtype, num_codes)
-    if other is None:
-        return "triton", f"not by CUDA: {reason}" if reason else "it is as fast or faster where nothing is searched for"
-    return "reference", other
+    return ("triton", f"not cuda: {reason}") if other is None else ("reference", other)
 
 
 def _write(drawn: SampledCodes, into: SampledCodes, at: Tensor | None) -> SampledCodes:
