@@ -269,6 +269,9 @@ class Engine:
             self.max_bytes = torch.cuda.get_device_properties(self.device).total_memory // 2
         self.programs: OrderedDict[Settings, Program] = OrderedDict()
         self._pool, self._pool_bytes = None, 0
+        # NOTE: a stream of its own, with which cuBLAS's workspace goes: another engine may run at the same time. It is
+        # one for all programs, for the workspace, on an H100 of 32 MiB, stays for good.
+        self._stream = torch.cuda.Stream(self.device) if self.captures else None
         self._lock = threading.Lock()
         with torch.no_grad():
             self._place(model, tokenizer)
@@ -572,7 +575,7 @@ class Engine:
             program = Program(self, settings)
             if self.captures:
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
-                self._pool_bytes += program.capture(self._pool)
+                self._pool_bytes += program.capture(Recorder(self.device, self._pool, self._stream))
         return program
 
 
@@ -695,13 +698,11 @@ class Program:
     def _f_hat(self) -> Tensor:
         return self.f_hat_BEhw.clone(memory_format=torch.contiguous_format)
 
-    def capture(self, pool: tuple[int, int]) -> int:
+    def capture(self, recorder: Recorder) -> int:
         """Run all steps once, so that whatever is made on first use is there, then record them.
 
-        Returns the bytes by which the pool has grown.
+        Returns the bytes by which the recorder's pool has grown.
         """
-        # NOTE: a stream of its own, with which cuBLAS's workspace goes: another engine may run at the same time.
-        recorder = Recorder(self.engine.device, pool, torch.cuda.Stream())
         recorder.warm_up(self._run_segments)
         self._drop()
         del self.images_BCHW

@@ -10,6 +10,7 @@ plots/<file>_<what>.png:
 * "loss_curve" (`python -m bench.loss_curve`): losses of the engine and of a plain loop, and how far they are apart
   beside the spread of seeds (plots/<file>.png);
 * "operators" (`python -m bench.operators`): time of the fused operators beside torch.compile and eager torch;
+* "sampling" (`python -m bench.sampling`): time of drawing codes beside a sort in torch (plots/<file>.png);
 * "scaling" (`python -m bench.scaling`): speed and memory on several GPUs beside one (no plot);
 * "training" (`python -m bench.training`): time and memory of a step.
 
@@ -25,10 +26,10 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reports import attention, generation, loss_curve, operators, scaling, training
+from reports import attention, generation, loss_curve, operators, sampling, scaling, training
 
 HERE = Path(__file__).resolve().parent
-KINDS = (attention, generation, loss_curve, operators, scaling, training)
+KINDS = (attention, generation, loss_curve, operators, sampling, scaling, training)
 
 
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:

@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .markdown import DASH, number, or_dash, ratio, table
 from .results import TARGET_GPU, data_files, provenance
-from .style import save
+from .style import FLOOR_LINE, save
 
 KIND, VERSIONS = "generation", (1,)
 CELL = ["model", "engine", "schedule", "resolution", "depth", "batch"]
@@ -106,6 +106,9 @@ def markdown(sources: list[Source]) -> str:
     for source in sources:
         env = source.environment
         parts += [f"## {env['gpu']}", f"{provenance(source.path, env, source.rows)}."]
+        if not source.rows["parts_ms"].notna().any():
+            parts += _batch_tables(source.rows)
+            continue
         for (resolution, depth, batch), rows in source.rows.groupby(["resolution", "depth", "batch"], sort=False):
             parts.append(f"### {resolution:.0f} px, d{depth}, batch {batch}")
             parts += [_size_table(rows), _notes(rows)]
@@ -141,6 +144,33 @@ def _size_table(rows: pd.DataFrame) -> str:
         )
     head = ["", "ms", "p10 to p90", "images/s", "peak GB", "target, ms", "target / ours", "VAR eager / row"]
     return table([*head, "VAR optimised / row", *(f"{part}, ms" for part in PARTS)], lines, left=(0,))
+
+
+def _batch_tables(rows: pd.DataFrame) -> list[str]:
+    """Time and memory against the batch alone, for a run without times of parts: a table for each size of model and
+    image, with a group of columns for each engine."""
+    parts = []
+    for (resolution, depth), of_size in rows.groupby(["resolution", "depth"], sort=False):
+        present = {tuple(key) for key in of_size[["model", "engine", "schedule"]].to_numpy()}
+        groups = [key for key in LOOKS if key in present]
+        head = ["batch"]
+        for key in groups:
+            head += [f"{LOOKS[key][0]}: ms", "images/s", "peak GB"]
+        lines = []
+        for batch, of_batch in of_size.groupby("batch"):
+            by_key = {(row["model"], row["engine"], row["schedule"]): row for _, row in of_batch.iterrows()}
+            line = [f"{batch}"]
+            for key in groups:
+                row = by_key.get(key)
+                if row is None:
+                    line += [DASH] * 3
+                elif row["status"] != "ok":
+                    line += [row["status"], DASH, DASH]
+                else:
+                    line += [number(row["ms"]), number(row["images_per_s"]), number(row["peak_gb"])]
+            lines.append(line)
+        parts += [f"### {resolution:.0f} px, d{depth}, against the batch", table(head, lines, left=())]
+    return parts
 
 
 def _counts(rows: pd.DataFrame) -> list[str]:
@@ -182,6 +212,8 @@ def _notes(rows: pd.DataFrame) -> str:
 
 def draw(source: Source) -> Figure:
     """Images a second and peak memory against the batch, a column for each size of model and image."""
+    room = source.environment.get("gpu_memory_bytes")
+    room = None if room is None else room / 2**30
     sizes = source.rows[["resolution", "depth"]].drop_duplicates().to_dict("records")
     figure, axes = plt.subplots(
         2, len(sizes), figsize=(max(7, 3.6 * len(sizes) + 1), 7), squeeze=False, layout="constrained"
@@ -190,13 +222,18 @@ def draw(source: Source) -> Figure:
         rows = source.rows[(source.rows["resolution"] == size["resolution"]) & (source.rows["depth"] == size["depth"])]
         for i, (column, label) in enumerate((("images_per_s", "images / s"), ("peak_gb", "peak memory, GB"))):
             ax = axes[i][j]
-            for key, (name, colour, marker) in LOOKS.items():
+            for above, (key, (name, colour, marker)) in enumerate(reversed(LOOKS.items())):
                 model, engine, schedule = key
-                line = rows[
-                    (rows["model"] == model) & (rows["engine"] == engine) & (rows["schedule"] == schedule)
-                ].dropna(subset=column)
+                line = rows[(rows["model"] == model) & (rows["engine"] == engine) & (rows["schedule"] == schedule)]
+                too_large = line[line["status"] == "out of memory"].head(1)
+                line = line.dropna(subset=column)
+                look = {"color": colour, "zorder": 3 + above}
                 if len(line):
-                    ax.plot(line["batch"], line[column], color=colour, marker=marker, label=name, linewidth=1.4)
+                    ax.plot(line["batch"], line[column], marker=marker, label=name, linewidth=1.4, **look)
+                if i == 1 and room is not None and len(too_large):
+                    ax.plot(too_large["batch"], [room], linestyle="", marker="x", markersize=8, **look)
+            if i == 1 and room is not None and (rows["status"] == "out of memory").any():
+                ax.axhline(room, label="memory of the GPU; a cross: did not fit", **FLOOR_LINE)
             ax.set_xscale("log", base=2)
             ax.set_yscale("log")
             ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -224,6 +261,8 @@ def _legend(figure: Figure) -> None:
     labelled = {
         label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
     }
+    names = [name for name, _, _ in LOOKS.values()]
+    labelled = dict(sorted(labelled.items(), key=lambda item: names.index(item[0]) if item[0] in names else len(names)))
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 

@@ -12,6 +12,7 @@ from bench.generation import Cell, Rows, check, choose_cells, empty_row
 from hmar.config import PRESETS
 from hmar.engine import DECODERS
 from reports import generation as report
+from reports import sampling as sampling_report
 
 COLUMNS = "gpu,commit,model,engine,schedule,resolution,depth,batch,ms,images_per_s,peak_gb"
 
@@ -262,7 +263,22 @@ def test_brief_files_have_their_tables(data, tmp_path):
         row["parts_ms"] = row["scales_ms"] = None
     path.write_text(json.dumps(content))
     assert len(report.build(data, tmp_path, tmp_path)) == 3
-    assert "Operations" not in (tmp_path / "generation.md").read_text()
+    markdown = (tmp_path / "generation.md").read_text()
+    assert "Operations" not in markdown and markdown.count("256 px, d16, against the batch") == 1
+    lines = [[part.strip() for part in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    assert [line[0] for line in lines] == ["batch", "--:", "1", "16"]
+    assert lines[2][1:4] == ["20.0", "50.0", "2.50"] and len(lines[2]) == 1 + 3 * len(report.LOOKS)
+    assert lines[3][1:4] == ["20.0", "800", "2.50"] and lines[3][-3:] == ["out of memory", "-", "-"]
+
+
+def test_plots_tell_what_did_not_fit(data):
+    source = report.load(data)[0]
+    source.environment["gpu_memory_bytes"] = 80 << 30
+    memory = report.draw(source).axes[1]
+    crosses = [line for line in memory.lines if line.get_marker() == "x"]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in crosses] == [([16], [80.0])]
+    labels = [text.get_text() for text in memory.figure.legends[0].get_texts()]
+    assert labels == [*(name for name, _, _ in report.LOOKS.values()), "memory of the GPU; a cross: did not fit"]
 
 
 def test_without_data_there_are_no_tables(tmp_path):
@@ -291,6 +307,62 @@ def test_sampling_benchmark_checks_and_times_every_implementation(tmp_path):
     for row in content["results"]:
         assert row["status"] == "ok" and 0 < row["p10_ms"] <= row["ms"] <= row["p90_ms"], row
         assert row["check"]["outside"] == 0 and row["check"]["confidence_error"] < 1e-4
+
+
+@pytest.fixture
+def draws(tmp_path):
+    rows = []
+    for batch, top_k, top_p in ((16, 0, 0.0), (1, 0, 0.0), (1, 900, 0.96)):
+        for factor, impl in enumerate(sampling_report.LOOKS, start=1):
+            cell = {"resolution": 256, "batch": batch, "tokens": 100, "codes": 4096, "top_k": top_k, "top_p": top_p}
+            times = {"ms": 0.02 * factor, "p10_ms": 0.01, "p90_ms": 0.2, "rounds": 9, "host_us": 50.0}
+            facts = {"bytes": 6_000_000, "commit": "0123456789", "status": "ok", "reason": None, "extra_bytes": 1300}
+            rows.append(cell | times | facts | {"impl": impl})
+    rows[-1] |= {"status": "failed", "reason": "no sort today", "ms": None, "extra_bytes": None, "host_us": None}
+    facts = {"gpu": "NVIDIA H100 80GB HBM3", "commit": "0123456789", "date": "2031-02-03T04:05:06+00:00"}
+    facts |= {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0", "driver": "580.1"}
+    content = {"kind": "sampling", "version": 1, "environment": facts, "ceilings": {"copy_gb_per_s": 3000.0}}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "draws.json").write_text(json.dumps(content | {"results": rows}))
+    return folder
+
+
+def test_draws_have_a_table_and_a_plot(draws, tmp_path):
+    paths = sampling_report.build(draws, tmp_path, tmp_path)
+    assert [path.name for path in paths] == ["sampling.csv", "sampling.md", "draws.png"]
+    table = pd.read_csv(paths[0])
+    assert list(table.columns[-5:]) == ["impl", "us", "gb_per_s", "extra_kb", "host_us"]
+    assert list(table.batch) == [1] * 5 + [16] * 5 + [1] * 5 and table.us.isna().sum() == 1
+    markdown = paths[1].read_text()
+    lines = [
+        [part.strip() for part in line.strip("|").split("|")] for line in markdown.splitlines() if line[:6] == "| 256 "
+    ]
+    times = ["20.0", "40.0", "60.0", "80.0", "100"]
+    # ours, the reference, torch compiled and not; how far ahead, the time to read, memory of ours and of torch
+    assert lines[0] == ["256 px", "1", "100", *times, "4.00", "2.00", "1.30", "1.30"]
+    assert lines[2] == ["256 px", "1", "100", *times[:4], "-", "4.00", "2.00", "1.30", "1.30"]
+    assert "### No truncation" in markdown and "### top-k 900, top-p 0.96" in markdown
+    assert "* sort: failed. no sort today" in markdown and "nan" not in markdown.lower()
+    figure = sampling_report.draw(sampling_report.load(draws)[0])
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["ours: Triton"] == [40.0, 40.0] and lines["logits read once"] == [2.0, 2.0]
+    assert figure.axes[0].get_xlabel() == "rows of 4096 logits"
+
+
+def test_draws_measured_on_a_cpu_have_a_table_too(tmp_path):
+    (tmp_path / "data").mkdir()
+    arguments = ["--device", "cpu", "--seconds", "0.001", "--impl", "reference", "--commit", "abc"]
+    assert sampling.main([*arguments, "--output", str(tmp_path / "data" / "draws.json")]) == 0
+    assert len(sampling_report.build(tmp_path / "data", tmp_path, tmp_path)) == 3
+    assert "nan" not in (tmp_path / "sampling.md").read_text().lower()
+
+
+def test_draws_of_another_version_are_refused(draws):
+    path = draws / "draws.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(ValueError, match="version 2; this script reads version 1"):
+        sampling_report.load(draws)
 
 
 @pytest.mark.parametrize("wrong", ["code", "confidence", "nan"])

@@ -160,6 +160,17 @@ def test_memory_is_bounded_and_given_back(tokenizer):
     assert_equal(engine.generate(CLASSES), first)
 
 
+def test_batches_of_many_sizes_leave_nothing_behind(tokenizer):
+    engine = Engine(build("hmar").cuda(), tokenizer, dtype=torch.bfloat16, max_programs=1)
+    engine.generate(CLASSES)
+    engine.forget()
+    before = torch.cuda.memory_allocated()
+    for batch in range(1, 5):
+        engine.generate(CLASSES.repeat(2)[:batch])
+    engine.forget()
+    assert torch.cuda.memory_allocated() - before < 1 << 20, "cuBLAS keeps 32 MiB for each stream"
+
+
 def test_graphs_see_weights_that_change(tokenizer):
     model = build("hmar").cuda()
     engine = Engine(model, tokenizer, dtype=torch.bfloat16)
