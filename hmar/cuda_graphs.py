@@ -209,13 +209,18 @@ class CapturedStep:
                 graph, result = self.recorder.record(lambda: compute(*recording.arguments))
         except RuntimeError as error:
             cause = error.__context__ or error  # NOTE: a capture in which something was raised cannot end either
-            if isinstance(cause, torch.OutOfMemoryError):
+            if ran_out_of_memory(error):
                 raise cause from None
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise RuntimeError(
                 f"this step cannot be captured into a CUDA graph ({reason}): cuda_graphs=false runs it without"
             ) from cause
         recording.graphs[way], recording.results[way] = graph, result
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether it is for want of memory, be it by way of a capture that could not end then."""
+    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError)
 
 
 def put_gradients(parameters: Sequence[Tensor], gradients: Arguments) -> None:

@@ -41,15 +41,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmar.cuda_graphs import Graph, Recorder
+from hmar.cuda_graphs import Graph, Recorder, ran_out_of_memory
 from hmar.decoder import CONVOLUTIONS, FusedDecoder
 from hmar.generate import (
     GenerationOutput,
     KnownCodes,
     LayerKeysValues,
+    NonFiniteLogits,
     RampLike,
     SamplingConfig,
     ScheduleLike,
+    check_known,
     check_pair,
     checked_classes,
     draw,
@@ -215,7 +217,8 @@ class Engine:
             (default: half of the device's); the ones unused for longest go first. One program may always be kept.
 
     Weights that change in place (an optimizer, load_state_dict) are noticed and copied before the next images; after
-    changes that leave no trace on the tensors (through `.data`) call `refresh`. Any thread may call; one batch is
+    changes that leave no trace on the tensors (through `.data`) call `refresh`. Weights that are replaced by other
+    tensors (load_state_dict(assign=True)) need a new engine, and are a RuntimeError. Any thread may call; one batch is
     generated at a time.
     """
 
@@ -272,7 +275,7 @@ class Engine:
         # NOTE: a stream of its own, with which cuBLAS's workspace goes: another engine may run at the same time. It is
         # one for all programs, for the workspace, on an H100 of 32 MiB, stays for good.
         self._stream = torch.cuda.Stream(self.device) if self.captures else None
-        self._lock = threading.Lock()
+        self._lock, self._lock_owner = threading.Lock(), None
         with torch.no_grad():
             self._place(model, tokenizer)
             self.scale_maps = ScaleMaps(self.quantizer)
@@ -306,6 +309,13 @@ class Engine:
         products = {p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters(False)}
         decoder_dtype = None if self.dtype is None else torch.bfloat16
         self._pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        sources = (model, tokenizer.quantizer, tokenizer.post_quant_conv, tokenizer.decoder)
+        self._owners = [
+            (owner._parameters, name, parameter)
+            for source in sources
+            for owner in source.modules()
+            for name, parameter in owner._parameters.items()
+        ]
 
         def placed(module: nn.Module, dtype_of: Callable[[nn.Parameter], torch.dtype | None], **layout) -> nn.Module:
             memo = {}
@@ -418,6 +428,13 @@ class Engine:
         return sum(map(attrgetter("_version"), self._watched))
 
     def _refresh_if_changed(self) -> bool:
+        for parameters, name, parameter in self._owners:
+            if parameters.get(name) is not parameter:
+                raise RuntimeError(
+                    f"the weight {name} {list(parameter.shape)} was replaced by another tensor, as "
+                    "load_state_dict(assign=True) does, and the engine has the old one: load weights in place "
+                    "(assign=False), or make a new Engine"
+                )
         changed = self._versions != self._current_versions()
         if changed:
             self.refresh()
@@ -482,7 +499,9 @@ class Engine:
             sampling.top_p,
             sampling.greedy,
         )
-        with self._lock:
+        if known is not None:
+            check_known(known, batch, self.pyramid.length, self.config.vocab_size)
+        with self._alone():
             # NOTE: looking at all weights takes the host as long as everything else before the first graph, so where
             # the device can work meanwhile, it begins; what old weights gave is dropped.
             begins = self.captures and on_scale is None
@@ -493,7 +512,11 @@ class Engine:
             output = program.run(on_scale)
             if begins and self._refresh_if_changed():
                 output = program.run(on_scale)
-            program.wait()
+            try:
+                program.wait()
+            except NonFiniteLogits as error:
+                error.output = output
+                raise
             return output
 
     @torch.no_grad()
@@ -547,7 +570,26 @@ class Engine:
         return self._pool_bytes
 
     def forget(self) -> None:
-        """Drop all programs and the memory of their graphs."""
+        """Drop all programs and the memory of their graphs. Waits for the batch under way."""
+        with self._alone():
+            self._forget()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One thread at a time. RuntimeError where it has entered already, from what a batch under way calls."""
+        if self._lock_owner == threading.get_ident():
+            raise RuntimeError(
+                "the engine generates one batch at a time, and this is called from on_scale of the one under way: use "
+                "its images when `generate` has returned, or another engine"
+            )
+        with self._lock:
+            self._lock_owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._lock_owner = None
+
+    def _forget(self) -> None:
         self.programs.clear()
         self._pool, self._pool_bytes = None, 0
         gc.collect()
@@ -561,11 +603,16 @@ class Engine:
             return program
         while len(self.programs) >= self.max_programs:
             self.programs.popitem(last=False)
-        program = self._capture(settings)
-        if self.captures and self.programs and self.graph_bytes > self.max_bytes:
+        try:
+            program = self._capture(settings)
+        except RuntimeError as error:
+            if not (self.programs and ran_out_of_memory(error)):
+                raise
+            program = None  # again below: what this error's frames hold is free there
+        if program is None or (self.captures and self.programs and self.graph_bytes > self.max_bytes):
             # NOTE: graphs share a pool, of which nothing is given back before all of them are gone.
-            del program
-            self.forget()
+            program = None
+            self._forget()
             program = self._capture(settings)
         self.programs[settings] = program
         return program

@@ -137,6 +137,8 @@ def generate_hmar(
     check_pair(model.config, tokenizer)
     class_B = checked_classes(model.config, class_B, quantizer.codebook.weight.device)
     batch = len(class_B)
+    if known is not None:
+        check_known(known, batch, pyramid.length, model.config.vocab_size)
     seeds_B = image_seeds(sampling, batch, first_image, seeds_B).to(class_B.device)
     positions_L = torch.arange(pyramid.length, device=class_B.device)
     f_hat_BEhw = quantizer.empty_f_hat(batch)
@@ -213,6 +215,8 @@ def generate_var(
     check_pair(model.config, tokenizer)
     class_B = checked_classes(model.config, class_B, quantizer.codebook.weight.device)
     batch = len(class_B)
+    if known is not None:
+        check_known(known, batch, pyramid.length, model.config.vocab_size)
     seeds_B = image_seeds(sampling, batch, first_image, seeds_B).to(class_B.device)
     positions_L = torch.arange(pyramid.length, device=class_B.device)
     causal = model.pattern == "block_causal"
@@ -308,17 +312,44 @@ def masked_step(row: int) -> int:
     return row + 1
 
 
+class NonFiniteLogits(ValueError):
+    """Logits were NaN or infinite. images: of which images of the batch, from 0. output: what came of all images, codes
+    of these being meaningless; None where it was not kept."""
+
+    def __init__(self, message: str, images: list[int]):
+        super().__init__(message)
+        self.images = images
+        self.output: GenerationOutput | None = None
+
+
 def refuse_nonfinite(scales: Sequence[int], bad_draws: Sequence[Tensor]) -> None:
-    """ValueError that names the first scale and its images for which logits were NaN or infinite.
+    """NonFiniteLogits that names the first scale and its images for which logits were NaN or infinite.
 
     For each draw its scale, from 0, and which images had such logits, bool [B]. Waits for the device, once.
     """
-    for k, bad_B in zip(scales, torch.stack(list(bad_draws)).cpu(), strict=True):
+    bad_SB = torch.stack(list(bad_draws)).cpu()
+    for k, bad_B in zip(scales, bad_SB, strict=True):
         if bad_B.any():
-            raise ValueError(
+            raise NonFiniteLogits(
                 f"The logits of scale {k + 1} are NaN or infinite for images {bad_B.nonzero().flatten().tolist()} of "
-                f"the batch: the weights are broken, or float16 overflows where bfloat16 would not."
+                f"the batch: the weights are broken, or float16 overflows where bfloat16 would not.",
+                bad_SB.any(0).nonzero().flatten().tolist(),
             )
+
+
+def check_known(known: KnownCodes, batch: int, length: int, vocab_size: int) -> None:
+    """ValueError unless these are codes [batch or 1, length] that the codebook has, and which of them are known."""
+    codes, tokens = known
+    for name, tensor, dtype in (("codes_BL", codes, torch.int64), ("tokens_BL", tokens, torch.bool)):
+        if tensor.ndim != 2 or tensor.shape[0] not in (1, batch) or tensor.shape[1] != length or tensor.dtype != dtype:
+            expected = f"{dtype} [1, {length}]" + (f" or [{batch}, {length}]" if batch > 1 else "")
+            raise ValueError(f"known.{name} is {tensor.dtype} {list(tensor.shape)}; expected {expected}.")
+    if len(codes) != len(tokens):
+        raise ValueError(f"known has {len(codes)} rows of codes and {len(tokens)} of tokens; expected as many of both.")
+    outside = tokens & ((codes < 0) | (codes >= vocab_size))
+    if outside.any():
+        found = int(codes[outside][0])
+        raise ValueError(f"known.codes_BL has the code {found}; expected 0 to {vocab_size - 1}.")
 
 
 def stay_hidden(confidence_Bn: Tensor, hidden_Bn: Tensor, num_hidden_B: Tensor | int) -> Tensor:

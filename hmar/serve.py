@@ -12,19 +12,30 @@ Shapes: B images, L tokens of the pyramid, C channels, H W pixels.
 
 from __future__ import annotations
 
+import operator
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from hmar.cuda_graphs import ran_out_of_memory
 from hmar.engine import Engine
-from hmar.generate import KnownCodes, SamplingConfig, image_seed, resolve_ramp, resolve_schedule
+from hmar.generate import (
+    GenerationOutput,
+    KnownCodes,
+    NonFiniteLogits,
+    SamplingConfig,
+    check_known,
+    image_seed,
+    resolve_ramp,
+    resolve_schedule,
+)
 
 BATCH_SIZES = (1, 2, 4, 8, 16)
 
@@ -43,7 +54,7 @@ class Request:
         own seed says nothing here.
     known: codes to put back, one row, for editing; see `hmar.edit.KnownImage.codes`.
     on_preview: called with (scale from 0, image [C, H, W] in [-1, 1]) after each scale, from the generating thread;
-        what it raises fails this request alone.
+        what it raises fails this request alone. It may submit requests, but not wait for them, nor use the engine.
     """
 
     class_index: int
@@ -53,18 +64,18 @@ class Request:
     known: KnownCodes | None = None
     on_preview: Callable[[int, Tensor], None] | None = None
 
-    def goes_with(self, other: Request) -> bool:
-        """Whether both can be in one batch."""
-
-        def settings(request: Request) -> SamplingConfig:
-            return replace(request.sampling, seed=0, cfg=float(request.sampling.cfg > 0))
-
-        return (self.known is None) == (other.known is None) and settings(self) == settings(other)
-
 
 class GeneratedImage(NamedTuple):
     image_CHW: Tensor  # in [-1, 1]
     codes_L: Tensor  # int64
+
+
+class Waiting(NamedTuple):
+    """A request in the queue. Those of equal settings can be in one batch."""
+
+    request: Request
+    settings: Hashable
+    future: Future[GeneratedImage]
 
 
 class Server:
@@ -93,45 +104,52 @@ class Server:
         self.batch_sizes = sorted(set(batch_sizes))
         self.max_waiting, self.linger = max_waiting, linger
         self.num_generated = 0
-        self._waiting: deque[tuple[Request, Future[GeneratedImage]]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed, self._failure = False, None
         self._thread = threading.Thread(target=self._serve, name="hmar-server", daemon=True)
         self._thread.start()
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Requests that wait, those that were cancelled left out."""
+        with self._changed:
+            return sum(not waiting.future.cancelled() for waiting in self._waiting)
 
     def submit(self, *requests: Request) -> list[Future[GeneratedImage]]:
         """Queue requests, all or none; those submitted together stay next to each other.
 
         Raises:
             QueueFull: there is no room for all of them now.
-            ValueError: a request that could not be answered. RuntimeError: the server is closed.
+            ValueError: a request that could not be answered, or more of them than may ever wait.
+            RuntimeError: the server is closed, or its thread has ended by an error, which is the cause.
         """
-        for request in requests:
-            self._check(request)
-        futures: list[Future[GeneratedImage]] = [Future() for _ in requests]
+        added = [Waiting(request, self._settings(request), Future()) for request in requests]
+        if len(added) > self.max_waiting:
+            raise ValueError(
+                f"{len(added)} requests are more than ever wait together (max_waiting is {self.max_waiting}); submit "
+                "them in parts, or give the server a larger max_waiting."
+            )
         with self._changed:
             if self._closed:
-                raise RuntimeError("the server is closed and takes no more requests")
-            if len(self._waiting) + len(requests) > self.max_waiting:
+                raise RuntimeError("the server is closed and takes no more requests") from self._failure
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.future.cancelled())
+            if len(self._waiting) + len(added) > self.max_waiting:
                 raise QueueFull(
-                    f"{len(self._waiting)} requests are waiting and at most {self.max_waiting} may, so {len(requests)} "
+                    f"{len(self._waiting)} requests are waiting and at most {self.max_waiting} may, so {len(added)} "
                     "more were refused; ask again when some are done, or give the server a larger max_waiting"
                 )
-            self._waiting.extend(zip(requests, futures, strict=True))
+            self._waiting.extend(added)
             self._changed.notify_all()
-        return futures
+        return [waiting.future for waiting in added]
 
     def close(self, cancel: bool = False) -> None:
         """Take no more requests, answer or cancel those that wait, and end the thread."""
         with self._changed:
             self._closed = True
             if cancel:
-                for _, future in self._waiting:
-                    future.cancel()
+                for waiting in self._waiting:
+                    waiting.future.cancel()
                 self._waiting.clear()
             self._changed.notify_all()
         self._thread.join()
@@ -142,8 +160,15 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(cancel=kind is not None)
 
-    def _check(self, request: Request) -> None:
-        config = self.engine.config
+    def _settings(self, request: Request) -> Hashable:
+        """What all requests of a batch have in common. Raises ValueError for a request that could not be answered."""
+        config, pyramid, sampling = self.engine.config, self.engine.pyramid, request.sampling
+        for name in ("class_index", "seed", "image"):
+            value = getattr(request, name)
+            try:
+                operator.index(value)
+            except TypeError:
+                raise ValueError(f"{name} is {value!r}; expected an integer.") from None
         if not 0 <= request.class_index <= config.null_class:
             raise ValueError(
                 f"class_index is {request.class_index}; expected 0 to {config.num_classes - 1}, or {config.null_class} "
@@ -151,88 +176,134 @@ class Server:
             )
         if request.seed < 0 or request.image < 0:
             raise ValueError(f"seed is {request.seed} and image {request.image}; both must be at least 0.")
-        resolve_ramp(self.engine.pyramid, request.sampling.cfg_ramp)
-        if self.engine.is_hmar:
-            resolve_schedule(self.engine.pyramid, request.sampling.schedule)
         if request.known is not None:
             shapes = [tuple(tensor.shape) for tensor in request.known]
-            if shapes != 2 * [(1, self.engine.pyramid.length)]:
-                raise ValueError(
-                    f"known has shapes {shapes}; expected one row, (1, {self.engine.pyramid.length}), of both."
-                )
+            if shapes != 2 * [(1, pyramid.length)]:
+                raise ValueError(f"known has shapes {shapes}; expected one row, (1, {pyramid.length}), of both.")
+            check_known(request.known, 1, pyramid.length, config.vocab_size)
+        return (
+            request.known is None,
+            sampling.cfg > 0,
+            resolve_ramp(pyramid, sampling.cfg_ramp),
+            resolve_schedule(pyramid, sampling.schedule) if self.engine.is_hmar else None,
+            *(sampling.masked_cfg_factor, sampling.temperature, sampling.top_k, sampling.top_p, sampling.greedy),
+        )
 
     # --- the generating thread ----------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while batch := self._next_batch():
-            try:
-                self._generate(batch)
-            except BaseException as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    self.engine.forget()
-                # NOTE: whoever waits must hear of it, whatever it is; the thread lives on for other requests.
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
+        try:
+            while self._answer_next():
+                pass
+        except BaseException as error:
+            # NOTE: whoever waits must hear of it, and whoever submits from now on.
+            with self._changed:
+                self._closed, self._failure = True, error
+                for waiting in self._waiting:
+                    if waiting.future.set_running_or_notify_cancel():
+                        waiting.future.set_exception(error)
+                self._waiting.clear()
 
-    def _next_batch(self) -> list[tuple[Request, Future[GeneratedImage]]]:
+    def _answer_next(self) -> bool:
+        """Wait for a batch and answer it. False when the server is closed and nothing is left to do."""
+        batch = self._next_batch()
+        out_of_memory = False
+        try:
+            if batch:
+                self._generate(batch)
+        except BaseException as error:
+            # NOTE: whoever waits must hear of it, whatever it is; the thread lives on for other requests.
+            out_of_memory = ran_out_of_memory(error)
+            if out_of_memory:
+                error.__traceback__ = error.__context__ = None  # their frames hold what has taken the memory
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(error)
+        if out_of_memory:
+            self.engine.forget()
+        return bool(batch)
+
+    def _next_batch(self) -> list[Waiting]:
         """Waits for requests; the first one and those that go with it. Empty when the server is closed and done."""
-        largest = self.batch_sizes[-1]
         with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed)
-            deadline = time.monotonic() + self.linger
-            while self._waiting and not self._closed:
-                left = deadline - time.monotonic()
-                if left <= 0 or self._matching() >= largest:
-                    break
-                self._changed.wait(left)
-            batch, others = [], deque()
-            while self._waiting:
-                request, future = self._waiting.popleft()
-                if future.cancelled():
-                    continue
-                if len(batch) < largest and (not batch or batch[0][0].goes_with(request)):
-                    if future.set_running_or_notify_cancel():
-                        batch.append((request, future))
-                else:
-                    others.append((request, future))
-            self._waiting = others
-        return batch if batch or self._closed else self._next_batch()
+            while True:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                deadline = time.monotonic() + self.linger
+                while self._waiting and not self._closed:
+                    left = deadline - time.monotonic()
+                    if left <= 0 or self._matching() >= self.batch_sizes[-1]:
+                        break
+                    self._changed.wait(left)
+                batch = self._take_batch()
+                if batch or (self._closed and not self._waiting):
+                    return batch
+
+    def _take_batch(self) -> list[Waiting]:
+        batch, others = [], deque()
+        for waiting in self._waiting:
+            if waiting.future.cancelled():
+                continue
+            fits = len(batch) < self.batch_sizes[-1] and (not batch or batch[0].settings == waiting.settings)
+            if not fits:
+                others.append(waiting)
+            elif waiting.future.set_running_or_notify_cancel():
+                batch.append(waiting)
+        self._waiting = others
+        return batch
 
     def _matching(self) -> int:
-        first = self._waiting[0][0]
-        return sum(first.goes_with(request) for request, _ in self._waiting)
+        return sum(self._waiting[0].settings == waiting.settings for waiting in self._waiting)
 
-    def _generate(self, batch: list[tuple[Request, Future[GeneratedImage]]]) -> None:
-        requests = [request for request, _ in batch]
+    def _generate(self, batch: list[Waiting]) -> None:
+        requests = [waiting.request for waiting in batch]
         if self.engine.captures:
             size = next(size for size in self.batch_sizes if size >= len(requests))
             requests += requests[-1:] * (size - len(requests))
         known = None
         if requests[0].known is not None:
-            known = KnownCodes(*(torch.cat(rows) for rows in zip(*(r.known for r in requests), strict=True)))
-        previewed = [i for i, (request, _) in enumerate(batch) if request.on_preview is not None]
+            known = KnownCodes(
+                *(torch.cat([row.cpu() for row in rows]) for rows in zip(*(r.known for r in requests), strict=True))
+            )
+        previewed = [i for i, waiting in enumerate(batch) if waiting.request.on_preview is not None]
 
         def preview(k: int, f_hat_BEhw: Tensor) -> None:
-            rows = [i for i in previewed if not batch[i][1].done()]
+            rows = [i for i in previewed if not batch[i].future.done()]
             if not rows:
                 return
             images_BCHW = self.engine.decode(f_hat_BEhw[rows])
             for i, image_CHW in zip(rows, images_BCHW, strict=True):
                 try:
-                    batch[i][0].on_preview(k, image_CHW)
+                    batch[i].request.on_preview(k, image_CHW.clone())
                 except Exception as error:
-                    batch[i][1].set_exception(error)
+                    batch[i].future.set_exception(error)
 
-        output = self.engine.generate(
+        try:
+            output, broken = self._images(requests, known, preview if previewed else None), []
+        except NonFiniteLogits as error:
+            output, broken = error.output, error.images
+        for i, (request, _, future) in enumerate(batch):
+            if future.done():
+                continue
+            if i in broken:
+                future.set_exception(
+                    ValueError(
+                        f"The logits of class {request.class_index}, seed {request.seed}, image {request.image} are "
+                        "NaN or infinite: the weights are broken, or float16 overflows where bfloat16 would not."
+                    )
+                )
+            else:
+                # NOTE: copies, for a row would keep the whole batch in memory.
+                future.set_result(GeneratedImage(output.images_BCHW[i].clone(), output.codes_BL[i].clone()))
+                self.num_generated += 1
+
+    def _images(
+        self, requests: list[Request], known: KnownCodes | None, on_scale: Callable[[int, Tensor], None] | None
+    ) -> GenerationOutput:
+        return self.engine.generate(
             torch.tensor([request.class_index for request in requests]),
             requests[0].sampling,
             cfg_B=[request.sampling.cfg for request in requests],
             keys_B=torch.tensor([image_seed(request.seed, request.image) for request in requests]),
             known=known,
-            on_scale=preview if previewed else None,
+            on_scale=on_scale,
         )
-        for i, (_, future) in enumerate(batch):
-            if not future.done():
-                future.set_result(GeneratedImage(output.images_BCHW[i], output.codes_BL[i]))
-                self.num_generated += 1

@@ -1,6 +1,7 @@
 """The engine on the CPU: the same images as the plain functions, fixed shapes, nothing computed twice."""
 
 import math
+import weakref
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -27,7 +28,7 @@ from hmar import generate as generate_module
 from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
-from hmar.generate import SamplingConfig, even_schedule
+from hmar.generate import KnownCodes, SamplingConfig, even_schedule
 from hmar.model import HMAR, Attention, MaskedTransformer
 from hmar.tokenizer import Upsample
 from hmar_kernels import token_embedding, transformer_blocks, triton_device
@@ -588,6 +589,21 @@ def test_weights_in_place_are_not_copied():
     assert model.embedding.codes.weight.dtype == torch.float32 and model.training is False
 
 
+def test_weights_that_are_replaced_are_an_error():
+    """The engine would go on with the old ones."""
+    model, tokenizer = build("hmar").double(), build_tokenizer().double()
+    engine = Engine(model, tokenizer)
+    engine.generate(CLASSES)
+    model.load_state_dict(deepcopy(model.state_dict()), assign=True)
+    with pytest.raises(RuntimeError, match=r"was replaced by another tensor.*or make a new Engine"):
+        engine.generate(CLASSES)
+    assert_same(Engine(model, tokenizer).generate(CLASSES), plain(model, tokenizer, CLASSES))
+    engine = Engine(model, tokenizer)
+    tokenizer.decoder.conv_in.bias = torch.nn.Parameter(tokenizer.decoder.conv_in.bias.detach() + 1)
+    with pytest.raises(RuntimeError, match="the weight bias"):
+        engine.generate(CLASSES)
+
+
 def test_the_model_itself_stays_as_it_was(tokenizer):
     model = build("hmar").double().train()
     before, names = deepcopy(model.state_dict()), [name for name, _ in model.named_modules()]
@@ -617,6 +633,38 @@ def test_programs_are_made_for_sizes_and_settings_and_for_nothing_else(hmar, tok
     assert not engine.programs and engine.graph_bytes == 0
 
 
+def test_a_program_without_room_takes_that_of_the_others(hmar, tokenizer, monkeypatch):
+    """And what the failed one held is free by then."""
+    engine = Engine(hmar, tokenizer)
+    first = engine.generate(CLASSES)
+    capture, held = Engine._capture, []
+
+    def runs_out(engine, settings):
+        if engine.programs:
+            held.append(large := torch.zeros(10))
+            held[:] = [weakref.ref(large)]
+            raise torch.OutOfMemoryError("no room")
+        assert held[0]() is None
+        return capture(engine, settings)
+
+    monkeypatch.setattr(Engine, "_capture", runs_out)
+    fewer = engine.generate(CLASSES[:2])
+    assert [settings.batch for settings in engine.programs] == [2]
+    assert torch.equal(fewer.codes_BL, first.codes_BL[:2])
+    monkeypatch.setattr(Engine, "_capture", lambda engine, settings: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(CLASSES)
+    assert len(engine.programs) == 1, "nothing else is a reason to drop them"
+
+
+def test_generating_within_generating_is_refused(hmar, tokenizer):
+    engine = Engine(hmar, tokenizer)
+    for call in (lambda: engine.generate(CLASSES[:1]), engine.forget):
+        with pytest.raises(RuntimeError, match="one batch at a time"):
+            engine.generate(CLASSES, on_scale=lambda k, f_hat, call=call: call())
+    assert_same(engine.generate(CLASSES), plain(hmar, tokenizer, CLASSES))
+
+
 def test_logits_that_are_not_finite_are_refused_and_later_images_are_not(tokenizer):
     model = build("hmar").double()
     engine = Engine(model, tokenizer)
@@ -632,6 +680,8 @@ def test_logits_that_are_not_finite_are_refused_and_later_images_are_not(tokeniz
 
 def test_bad_arguments_are_refused(hmar, tokenizer):
     engine = Engine(hmar, tokenizer)
+    codes, tokens = holes()
+    two = KnownCodes(codes[:2], tokens[:2])
     for call, message in (
         (lambda: Engine(MaskedTransformer(CONFIG), tokenizer), "cannot generate alone"),
         (lambda: Engine(hmar, tokenizer, dtype=torch.float64), "expected torch.bfloat16"),
@@ -649,6 +699,11 @@ def test_bad_arguments_are_refused(hmar, tokenizer):
         (lambda: engine.generate(CLASSES, cfg_B=[1.0]), "1 strengths of guidance for 3 images"),
         (lambda: engine.generate(CLASSES, cfg_B=[1.0, -1.0, 0.0]), "cfg is -1.0"),
         (lambda: engine.generate(CLASSES, seeds_B=[1]), "for each of 3"),
+        (lambda: engine.generate(CLASSES, known=two), r"codes_BL is torch.int64 \[2, 39\]; expected .* \[3, 39\]"),
+        (lambda: plain(hmar, tokenizer, CLASSES, known=two), r"expected torch.int64 \[1, 39\] or \[3, 39\]"),
+        (lambda: engine.generate(CLASSES, known=KnownCodes(codes, codes)), "expected torch.bool"),
+        (lambda: engine.generate(CLASSES, known=KnownCodes(codes + 99, tokens)), "expected 0 to"),
+        (lambda: engine.generate(CLASSES, known=KnownCodes(codes, tokens[:1])), "3 rows of codes and 1 of tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

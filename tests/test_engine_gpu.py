@@ -13,6 +13,7 @@ from hmar.engine import ATTENTIONS, DECODERS, PRODUCTS, Engine, FusedBlocks
 from hmar.generate import SamplingConfig
 from hmar.model import HMAR, NextScaleTransformer
 from hmar.pyramid import Pyramid
+from hmar.serve import Request, Server
 from hmar.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu
@@ -158,6 +159,25 @@ def test_memory_is_bounded_and_given_back(tokenizer):
     engine.forget()
     assert engine.graph_bytes == 0 and not engine.programs
     assert_equal(engine.generate(CLASSES), first)
+
+
+def test_a_server_answers_from_graphs_as_step_by_step(tokenizer):
+    """Batches that are filled up to captured sizes, by a thread of its own, with previews."""
+    model = build("hmar").cuda()
+    sampling, seen = SAMPLINGS["default"], []
+    requests = [Request(i % 5, seed=i, sampling=sampling) for i in range(7)]
+    requests[5] = replace(requests[5], on_preview=lambda k, image: seen.append((k, image)))
+    with Server(Engine(model, tokenizer, dtype=torch.bfloat16), batch_sizes=(1, 2, 4)) as server:
+        found = [future.result(120) for future in server.submit(*requests)]
+        found += [future.result(120) for future in server.submit(requests[0])]
+    with Server(Engine(model, tokenizer, dtype=torch.bfloat16, capture=False), batch_sizes=(1, 2, 4)) as server:
+        expected = [future.result(120) for future in server.submit(*requests[:4])]
+        expected += [future.result(120) for future in server.submit(*requests[4:6], requests[6], requests[6])][:3]
+        expected += [future.result(120) for future in server.submit(requests[0])]
+    for image, other in zip(found, expected, strict=True):
+        assert torch.equal(image.codes_L, other.codes_L) and torch.equal(image.image_CHW, other.image_CHW)
+    assert [k for k, _ in seen] == [*range(PYRAMID.num_scales)] * 2
+    torch.testing.assert_close(seen[PYRAMID.num_scales - 1][1].cpu(), found[5].image_CHW.cpu(), atol=0.05, rtol=0.05)
 
 
 def test_batches_of_many_sizes_leave_nothing_behind(tokenizer):

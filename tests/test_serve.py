@@ -1,9 +1,12 @@
 """Requests in batches: what an image is does not depend on its company, and a full queue refuses."""
 
+import gc
 import threading
+import weakref
 from concurrent.futures import CancelledError
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -201,6 +204,147 @@ def test_waiting_requests_can_be_cancelled(engine):
     assert engine.batches == [[0], [1]]
 
 
+def test_requests_that_were_cancelled_take_no_place(engine):
+    gate = Gate(engine)
+    with Server(engine, max_waiting=2) as server:
+        server.submit(Request(0))
+        assert gate.entered.wait(PATIENCE)
+        assert all(future.cancel() for future in server.submit(Request(1), Request(2)))
+        assert server.num_waiting == 0
+        kept = server.submit(Request(3), Request(4))
+        gate.opened.set()
+        assert len(results(kept)) == 2
+    with Server(engine, max_waiting=2) as server, pytest.raises(ValueError, match="3 requests are more than ever wait"):
+        server.submit(*[Request(0)] * 3)
+
+
+def test_a_thousand_rounds_of_cancelled_requests(engine):
+    """Each wakes the generating thread for nothing."""
+    gate = Gate(engine)
+    with Server(engine) as server:
+        server.submit(Request(0))
+        assert gate.entered.wait(PATIENCE)
+        gate.opened.set()
+        for _ in range(1500):
+            server.submit(Request(1))[0].cancel()
+        assert server.submit(Request(2))[0].result(PATIENCE)
+
+
+def test_a_request_that_comes_while_others_are_cancelled_is_answered_before_the_end(engine):
+    """Closed after the thread has found nothing but cancelled requests, and before it waits again."""
+    server = Server(engine)
+    gate = Gate(engine)
+    server.submit(Request(0))
+    assert gate.entered.wait(PATIENCE)
+    (cancelled,) = server.submit(Request(1))
+    cancelled.cancel()
+    take, late = server._take_batch, []
+
+    def take_and_submit():
+        batch = take()
+        if not batch and not late:
+            late.extend(server.submit(Request(2)))  # NOTE: the condition's lock can be taken again by its thread
+            threading.Thread(target=server.close).start()
+        return batch
+
+    server._take_batch = take_and_submit
+    gate.opened.set()
+    server._thread.join(PATIENCE)
+    assert late[0].result(PATIENCE)
+
+
+def test_a_thread_that_dies_tells_everyone(engine):
+    server = Server(engine)
+    gate = Gate(engine)
+    (running,) = server.submit(Request(0))
+    assert gate.entered.wait(PATIENCE)
+    (waiting,) = server.submit(Request(1))
+    server._next_batch = lambda: 1 / 0
+    gate.opened.set()
+    assert running.result(PATIENCE)
+    with pytest.raises(ZeroDivisionError):
+        waiting.result(PATIENCE)
+    server._thread.join(PATIENCE)
+    with pytest.raises(RuntimeError, match="takes no more requests") as caught:
+        server.submit(Request(0))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    server.close()
+
+
+def test_ramps_as_arrays_go_with_their_like(engine):
+    gate = Gate(engine)
+    with Server(engine) as server:
+        futures = server.submit(Request(4))
+        assert gate.entered.wait(PATIENCE)
+        for ramp in (np.array([0.0, 1, 0, 1]), [0, 1, 0, 1]):
+            futures += server.submit(Request(1, sampling=replace(SAMPLING, cfg_ramp=ramp)))
+        gate.opened.set()
+        results(futures)
+    assert engine.batches == [[4], [1, 1]]
+
+
+def test_logits_of_one_image_that_are_not_finite_fail_its_request_alone(engine, model, tokenizer):
+    """The embedding of one class is NaN."""
+    classes = model.embedding.classes.weight
+    before = classes[3].clone()
+    requests = [Request(i, seed=i, sampling=replace(SAMPLING, cfg=0.0)) for i in (1, 3, 2)]
+    expected = [alone(model, tokenizer, requests[i]) for i in (0, 2)]
+    with torch.no_grad():
+        classes[3] = torch.nan
+    try:
+        with Server(engine) as server:
+            first, broken, last = server.submit(*requests)
+            with pytest.raises(ValueError, match="logits of class 3, seed 3, image 0 are NaN"):
+                broken.result(PATIENCE)
+            for (codes_L, _), future in zip(expected, (first, last), strict=True):
+                assert torch.equal(future.result(PATIENCE).codes_L, codes_L)
+    finally:
+        with torch.no_grad():
+            classes[3] = before
+    assert engine.batches == [[1, 3, 2]]
+
+
+def test_memory_that_ran_out_is_free_when_the_client_hears_of_it(engine):
+    held = []
+
+    def runs_out(*arguments, **options):
+        large = torch.zeros(10)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("no room")
+
+    generate, engine.generate = engine.generate, runs_out
+    forgotten = threading.Event()
+    forget, engine.forget = engine.forget, lambda: (forget(), forgotten.set())
+    with Server(engine) as server:
+        (future,) = server.submit(Request(0))
+        with pytest.raises(torch.OutOfMemoryError):
+            future.result(PATIENCE)
+        assert forgotten.wait(PATIENCE)
+        gc.collect()
+        assert held[0]() is None
+        engine.generate = generate
+        assert results(server.submit(Request(1)))
+
+
+def test_an_image_keeps_no_others_in_memory(engine):
+    with Server(engine) as server:
+        found = results(server.submit(*(Request(i, sampling=SAMPLING) for i in range(3))))
+    for image in found:
+        assert image.image_CHW.untyped_storage().nbytes() == image.image_CHW.nbytes
+        assert image.codes_L.untyped_storage().nbytes() == image.codes_L.nbytes
+
+
+def test_the_engine_cannot_be_used_from_a_preview(engine):
+    def nested(k, image):
+        engine.forget()
+
+    with Server(engine) as server:
+        (future,) = server.submit(Request(0, on_preview=nested))
+        with pytest.raises(RuntimeError, match="one batch at a time"):
+            future.result(PATIENCE)
+        assert results(server.submit(Request(1)))
+
+
 def test_closing_answers_or_cancels_what_waits(engine):
     for cancel in (False, True):
         server = Server(engine)
@@ -228,6 +372,14 @@ def test_closing_answers_or_cancels_what_waits(engine):
         (Request(0, sampling=SamplingConfig(schedule={3: [1]})), "add up to 9"),
         (Request(0, sampling=SamplingConfig(cfg_ramp=[1.0])), "1 factors"),
         (Request(0, known=holes()), r"expected one row, \(1, 39\)"),
+        (Request(1.5), "class_index is 1.5; expected an integer"),
+        (Request(0, seed=1.5), "seed is 1.5; expected an integer"),
+        (
+            Request(0, known=edit(0)._replace(tokens_BL=torch.ones(1, 39))),
+            r"known.tokens_BL is torch.float32 \[1, 39\]",
+        ),
+        (Request(0, known=KnownCodes(edit(1).codes_BL + 1000, edit(1).tokens_BL)), "expected 0 to"),
+        (Request(0, known=KnownCodes(edit(1).codes_BL - 1000, edit(1).tokens_BL)), "expected 0 to"),
     ],
 )
 def test_requests_that_cannot_be_answered_are_refused(engine, request_, message):

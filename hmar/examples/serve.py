@@ -27,7 +27,7 @@ with Server(engine, batch_sizes=(1, 2, 4), max_waiting=8) as server:
     futures = server.submit(*(Request(i % model.config.num_classes, seed=i, sampling=sampling) for i in range(7)))
     futures += server.submit(Request(0, seed=7, sampling=sampling, on_preview=lambda k, image: previews.append(image)))
     try:
-        server.submit(*(Request(0) for _ in range(9)))
+        server.submit(*(Request(0) for _ in range(8)))
     except QueueFull as error:
         print(f"refused: {error}")
     images = [future.result().image_CHW for future in futures]
