@@ -58,7 +58,7 @@ def attention(
     """
     check_inputs(q, k, v, mask)
     head_dim = operator.index(q.shape[-1])  # NOTE: makes it a constant where torch.compile has dynamic shapes
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else _number("scale", scale)
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive and finite, got {scale}")
     logit_bound, head_bounds = _check_bound(logit_bound, q)
@@ -121,6 +121,9 @@ def unavailable(impl: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ma
 
 def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMask) -> None:
     """Raise ValueError where q, k, v [B, H, L, D] and the mask do not go together."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor [B, H, L, D], got {type(x).__name__}")
     if not isinstance(mask, SpanMask):
         raise ValueError(f"mask must be a SpanMask, got {type(mask).__name__}; SpanMask.full(Lq, Lk) is a dense one")
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
@@ -146,6 +149,13 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SpanMa
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
+def _number(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
+
+
 def _check_bound(bound: float | torch.Tensor | None, q: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """The bound of all heads, and that of each head where it is a tensor."""
     if isinstance(bound, torch.Tensor) and bound.ndim:
@@ -155,7 +165,7 @@ def _check_bound(bound: float | torch.Tensor | None, q: torch.Tensor) -> tuple[f
                 f"{bound.dtype} {_shape(bound)} on {bound.device}"
             )
         return math.inf, bound.detach().contiguous()
-    bound = math.inf if bound is None else float(bound)
+    bound = math.inf if bound is None else _number("logit_bound", bound)
     if not bound >= 0:
         raise ValueError(f"logit_bound must be a number from 0, or None when nothing is known, got {bound}")
     return bound, None
