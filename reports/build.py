@@ -1,12 +1,13 @@
 """Tables and plots of the benchmarks: `make report`, or `python reports/build.py`.
 
-A pure function of reports/data/*.json: no measuring, no GPU, and nothing of this project outside of this folder is
+A pure function of reports/data: no measuring, no GPU, and nothing of this project outside of this folder is
 imported. For each kind of data file there are tables/<kind>.csv and tables/<kind>.md, and for each file plots, named
 plots/<file>_<what>.png:
 
 * "attention" (`pytest bench`): time, memory and roofline of the main batch, speed and memory against resolution, batch
   and density. Head dims beside 64 have plots of their own, named <file>_<what>_d128.png;
-* "generation" (`python -m bench.generation`): images a second and memory against the batch, and time by scale;
+* "generation" (`python -m bench.generation`): images a second and memory against the batch, and time by scale; in the
+  tables beside the published code, measured elsewhere (data/generation_peers_h100.csv);
 * "loss_curve" (`python -m bench.loss_curve`): losses of the engine and of a plain loop, and how far they are apart
   beside the spread of seeds (plots/<file>.png);
 * "operators" (`python -m bench.operators`): time of the fused operators beside torch.compile and eager torch;

@@ -1,5 +1,7 @@
 """Generation: data files of kind "generation" (written by `python -m bench.generation`), their tables and plots.
 
+Beside H100 data stand times of the published code that others measured (`PEERS`, a file of its own).
+
 Read next: results.py, style.py; bench/generation.py for the method.
 """
 
@@ -22,6 +24,15 @@ KIND, VERSIONS = "generation", (1,)
 CELL = ["model", "engine", "schedule", "resolution", "depth", "batch"]
 COLUMNS = ["gpu", "commit", *CELL, "ms", "images_per_s", "peak_gb"]
 PARTS = ("transformer", "sampling", "quantizer", "decode")
+# The published code on an H100, measured elsewhere: ms of a batch with decode, and GB. Rows by `impl`, in this order.
+PEERS = "generation_peers_h100.csv"
+PEER_COLUMNS = ["impl", "resolution", "depth", "batch", "ms", "peak_gb"]
+PEER_NAMES = {
+    "official_var_fp16_autocast": "official VAR, measured elsewhere",
+    "official_hmar_without_masked_passes_fp16_autocast": "official HMAR, without masked passes, measured elsewhere",
+    "official_hmar_masked_tf32": "official HMAR, measured elsewhere",
+}
+BLOCK_ROWS = 32  # up to which the kernel of whole blocks takes a pass; two rows a token, with the null class
 # What this project set out to reach on one H100, with decode, HMAR with default schedules: ms of (resolution, depth,
 # batch).
 TARGETS = {
@@ -60,7 +71,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
         return []
     written = [tables / "generation.csv", tables / "generation.md"]
     written[0].write_text(csv(sources))
-    written[1].write_text(markdown(sources))
+    written[1].write_text(markdown(sources, load_peers(data)))
     for source in sources:
         written.append(save(draw(source), plots / f"{source.path.stem}_batch.png"))
         if (figure := draw_scales(source)) is not None:
@@ -86,8 +97,23 @@ def load(folder: Path) -> list[Source]:
     return sources
 
 
+def load_peers(folder: Path) -> pd.DataFrame:
+    """Times of the published code: `PEER_COLUMNS` of `PEERS`, no rows without that file. Raises ValueError for an
+    implementation unknown here."""
+    path = folder / PEERS
+    if not path.exists():
+        return pd.DataFrame(columns=PEER_COLUMNS)
+    peers = pd.read_csv(path)
+    if unknown := sorted(set(peers["impl"]) - set(PEER_NAMES)):
+        raise ValueError(f"{path} has {', '.join(unknown)}; this script knows {', '.join(PEER_NAMES)}")
+    peers = peers.sort_values("impl", key=lambda names: names.map(list(PEER_NAMES).index), kind="stable")
+    return peers[PEER_COLUMNS].reset_index(drop=True)
+
+
 def csv(sources: list[Source]) -> str:
-    """One line a measurement. What failed or ran out of memory has empty numbers."""
+    """One line a measurement, so what two data files measured at one commit has two lines that differ in their numbers
+    alone (VAR's eight images at 1024 px). What failed or ran out of memory has empty numbers. ms of a batch, GB of 2^30
+    bytes. Not among them: what was measured elsewhere (`PEERS`)."""
     rows = pd.concat([source.rows for source in sources])
     rounded = rows.assign(
         ms=rows["ms"].round(3), images_per_s=rows["images_per_s"].round(3), peak_gb=rows["peak_gb"].round(3)
@@ -95,13 +121,21 @@ def csv(sources: list[Source]) -> str:
     return rounded[COLUMNS].to_csv(index=False, lineterminator="\n")
 
 
-def markdown(sources: list[Source]) -> str:
-    """For each data file a table of every size: engines against each other, the targets, and where the time goes."""
+def markdown(sources: list[Source], peers: pd.DataFrame) -> str:
+    """For each data file a table of every size: engines against each other and the published code, the targets, and
+    where the time goes."""
     parts = [
         "# Generation",
         "Made by `reports/build.py` from the data files named below; `bench/generation.py` states the method. From "
         "classes to pixels, random weights of the published sizes; ms is the median time of a batch. A ratio above 1 "
         "means that the row is that many times faster. Parts are timed alone, so they need not add up to the whole.",
+        "Optimised is `hmar.engine`. Eager is this repo's eager path: the plain functions of `hmar.generate`, float32 "
+        "weights under bfloat16 autocast, HMAR's masked passes with the null class. It is not the published code.",
+        "Peak GB is the most memory that was allocated at once (`torch.cuda.max_memory_allocated`, 2^30 bytes), with "
+        "weights and capture. Graphs GB is the pool that is reserved for the captured graphs; weights come on top. "
+        "The pool can be larger than the peak, for what is free in it counts as well. At 036a70c and before, peaks of "
+        "rows that were measured after other batches in one process are up to .95 GB too large: cuBLAS kept 32 MiB "
+        "for each program's stream (since 0339662 an engine has one stream).",
     ]
     for source in sources:
         env = source.environment
@@ -109,18 +143,30 @@ def markdown(sources: list[Source]) -> str:
         if not source.rows["parts_ms"].notna().any():
             parts += _batch_tables(source.rows)
             continue
+        official = peers if TARGET_GPU in env["gpu"] else peers.iloc[:0]
+        if len(official):
+            parts.append(
+                f"Measured elsewhere, not by `bench/generation.py`: the official VAR and HMAR code on an H100, with "
+                f"decode ([{PEERS}](../data/{PEERS}); VAR, and HMAR without masked passes, under float16 autocast, "
+                "HMAR with them in TF32; GB as given there). HMAR was not measured at every size."
+            )
         for (resolution, depth, batch), rows in source.rows.groupby(["resolution", "depth", "batch"], sort=False):
+            of_size = (official["resolution"] == resolution) & (official["depth"] == depth)
             parts.append(f"### {resolution:.0f} px, d{depth}, batch {batch}")
-            parts += [_size_table(rows), _notes(rows)]
+            parts += [_size_table(rows, official[of_size & (official["batch"] == batch)]), _notes(rows)]
         parts += _counts(source.rows)
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _size_table(rows: pd.DataFrame) -> str:
+def _size_table(rows: pd.DataFrame, official: pd.DataFrame) -> str:
+    """official: rows of `load_peers` of this size; ms, images a second and GB are all they have."""
+
     def time_of(model: str, engine: str, schedule: str) -> float:
         found = rows[(rows["model"] == model) & (rows["engine"] == engine) & (rows["schedule"] == schedule)]["ms"]
         return found.iloc[0] if len(found) else math.nan
 
+    found = official[official["impl"] == "official_var_fp16_autocast"]["ms"]
+    official_var = found.iloc[0] if len(found) else math.nan
     lines = []
     for _, row in rows.iterrows():
         is_goal = (row["model"], row["engine"], row["schedule"]) == ("hmar", "optimised", "default")
@@ -135,15 +181,22 @@ def _size_table(rows: pd.DataFrame) -> str:
                 f"{number(row['p10_ms'])} to {number(row['p90_ms'])}" if not math.isnan(row["ms"]) else DASH,
                 number(row["images_per_s"]),
                 number(row["peak_gb"]),
+                number(row["graph_gb"]),
                 number(target),
                 ratio(target / row["ms"]),
+                ratio(official_var / row["ms"]),
                 ratio(time_of("var", "eager", "none") / row["ms"]),
                 ratio(time_of("var", "optimised", "none") / row["ms"]),
                 *(number(found.get(part)) for part in PARTS),
             ]
         )
-    head = ["", "ms", "p10 to p90", "images/s", "peak GB", "target, ms", "target / ours", "VAR eager / row"]
-    return table([*head, "VAR optimised / row", *(f"{part}, ms" for part in PARTS)], lines, left=(0,))
+    head = ["", "ms", "p10 to p90", "images/s", "peak GB", "graphs GB", "target, ms", "target / ours"]
+    head += ["official VAR / row", "VAR eager / row", "VAR optimised / row", *(f"{part}, ms" for part in PARTS)]
+    for _, row in official.iterrows():
+        line = dict.fromkeys(head, DASH) | {"": PEER_NAMES[row["impl"]], "ms": number(row["ms"])}
+        line |= {"images/s": number(1e3 * row["batch"] / row["ms"]), "peak GB": number(row["peak_gb"])}
+        lines.append(list((line | {"official VAR / row": ratio(official_var / row["ms"])}).values()))
+    return table(head, lines, left=(0,))
 
 
 def _batch_tables(rows: pd.DataFrame) -> list[str]:
@@ -155,7 +208,7 @@ def _batch_tables(rows: pd.DataFrame) -> list[str]:
         groups = [key for key in LOOKS if key in present]
         head = ["batch"]
         for key in groups:
-            head += [f"{LOOKS[key][0]}: ms", "images/s", "peak GB"]
+            head += [f"{LOOKS[key][0]}: ms", "images/s", "peak GB", "graphs GB"]
         lines = []
         for batch, of_batch in of_size.groupby("batch"):
             by_key = {(row["model"], row["engine"], row["schedule"]): row for _, row in of_batch.iterrows()}
@@ -163,11 +216,11 @@ def _batch_tables(rows: pd.DataFrame) -> list[str]:
             for key in groups:
                 row = by_key.get(key)
                 if row is None:
-                    line += [DASH] * 3
+                    line += [DASH] * 4
                 elif row["status"] != "ok":
-                    line += [row["status"], DASH, DASH]
+                    line += [row["status"], DASH, DASH, DASH]
                 else:
-                    line += [number(row["ms"]), number(row["images_per_s"]), number(row["peak_gb"])]
+                    line += [number(row[name]) for name in ("ms", "images_per_s", "peak_gb", "graph_gb")]
             lines.append(line)
         parts += [f"### {resolution:.0f} px, d{depth}, against the batch", table(head, lines, left=())]
     return parts
@@ -199,7 +252,31 @@ def _counts(rows: pd.DataFrame) -> list[str]:
         "times, both optimised. Besides its operations VAR reads and writes a cache; masked passes read all weights "
         "once more, which at batch 1 is what most scales wait for.",
         table([*head, "by the whole image's"], lines, left=(0, 1)),
+        "What is optimised of VAR is not all that is optimised of HMAR: with a cache it gets neither the kernel of "
+        "whole blocks (`hmar_kernels.transformer_blocks`) nor `hmar_kernels.qk_norm_attention`." + _lead(rows),
     ]
+
+
+def _lead(rows: pd.DataFrame) -> str:
+    """How much of HMAR's lead over VAR, one image, both optimised, no masked passes, the scales are that the kernel of
+    whole blocks takes; nothing without times of scales."""
+    found = []
+    timed = rows[(rows["engine"] == "optimised") & (rows["schedule"] == "none") & (rows["batch"] == 1)]
+    timed = timed[timed["scales_ms"].notna() & timed["sides"].notna()]
+    for (resolution, depth), of_size in timed.groupby(["resolution", "depth"], sort=False):
+        by_model = {row["model"]: row for _, row in of_size.iterrows()}
+        if set(by_model) != {"hmar", "var"}:
+            continue
+        hmar, var = by_model["hmar"], by_model["var"]
+        few = sum(2 * side**2 <= BLOCK_ROWS for side in hmar["sides"])
+        apart = sum(var["scales_ms"][:few]) - sum(hmar["scales_ms"][:few])
+        found.append(f"{number(apart)} of {number(var['ms'] - hmar['ms'])} ms (d{depth}, {resolution:.0f} px)")
+    if not found:
+        return ""
+    return (
+        f" Of what HMAR is ahead with one image and without masked passes, the scales of at most {BLOCK_ROWS} rows, "
+        f"which that kernel takes, are {', '.join(found)}."
+    )
 
 
 def _notes(rows: pd.DataFrame) -> str:
@@ -211,7 +288,8 @@ def _notes(rows: pd.DataFrame) -> str:
 
 
 def draw(source: Source) -> Figure:
-    """Images a second and peak memory against the batch, a column for each size of model and image."""
+    """Images a second and the peak of memory allocated, GB of 2^30 bytes, against the batch: a column for each size of
+    model and image."""
     room = source.environment.get("gpu_memory_bytes")
     room = None if room is None else room / 2**30
     sizes = source.rows[["resolution", "depth"]].drop_duplicates().to_dict("records")
@@ -220,7 +298,7 @@ def draw(source: Source) -> Figure:
     )
     for j, size in enumerate(sizes):
         rows = source.rows[(source.rows["resolution"] == size["resolution"]) & (source.rows["depth"] == size["depth"])]
-        for i, (column, label) in enumerate((("images_per_s", "images / s"), ("peak_gb", "peak memory, GB"))):
+        for i, (column, label) in enumerate((("images_per_s", "images / s"), ("peak_gb", "peak memory allocated, GB"))):
             ax = axes[i][j]
             for above, (key, (name, colour, marker)) in enumerate(reversed(LOOKS.items())):
                 model, engine, schedule = key
@@ -252,8 +330,13 @@ def draw(source: Source) -> Figure:
             if j == 0:
                 ax.set_ylabel(label)
     _legend(figure)
-    figure.suptitle(f"Generation, {source.environment['gpu']}, commit {or_dash(source.environment['commit'])[:10]}")
+    figure.suptitle(f"Generation, {source.environment['gpu']}, commit {_commits(source)}")
     return figure
+
+
+def _commits(source: Source) -> str:
+    """Of the rows, in their order."""
+    return ", ".join(or_dash(commit)[:10] for commit in source.rows["commit"].drop_duplicates())
 
 
 def _legend(figure: Figure) -> None:
@@ -297,6 +380,5 @@ def draw_scales(source: Source) -> Figure | None:
             if j == 0:
                 ax.set_ylabel("ms")
     _legend(figure)
-    commit = or_dash(source.environment["commit"])[:10]
-    figure.suptitle(f"Time of an image by scale, {source.environment['gpu']}, commit {commit}")
+    figure.suptitle(f"Time of an image by scale, {source.environment['gpu']}, commit {_commits(source)}")
     return figure

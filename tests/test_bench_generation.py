@@ -194,6 +194,10 @@ def test_cells_of_a_gpu():
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
+def table_lines(markdown):
+    return [[part.strip() for part in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+
+
 @pytest.fixture
 def data(tmp_path):
     rows = []
@@ -203,6 +207,7 @@ def data(tmp_path):
             row = empty_row(cell, "ok", None, "0123456789") | {"ms": 20.0 * factor, "p10_ms": 19.0, "p90_ms": 21.0}
             row |= {"images_per_s": 1e3 * batch / row["ms"], "peak_gb": 2.5}
             if cell.engine == "optimised":
+                row["graph_gb"] = 3.25
                 row |= {"parts_ms": dict.fromkeys(report.PARTS, 1.25), "transformer_tflop": 0.5 * factor}
                 row |= {"sides": [1, 2, 4], "scales_ms": [1.0, 2.0, 3.0, 0.5]}
             rows.append(row)
@@ -228,11 +233,15 @@ def test_tables_and_plots(data, tmp_path):
     assert len(lost) == 1 and lost[["ms", "images_per_s", "peak_gb"]].isna().all(axis=None)
     assert table.ms.dtype == "float64" and (table.gpu == "NVIDIA H100 80GB HBM3").all()
     markdown = paths[1].read_text()
-    lines = [[part.strip() for part in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    lines = table_lines(markdown)
     best = [line for line in lines if line[0] == "HMAR, optimised"]
-    # ms, spread, images/s, memory, target, its ratio, VAR eager / ours, VAR optimised / ours, four parts
-    assert best[0][1:] == ["20.0", "19.0 to 21.0", "50.0", "2.50", "12.0", "0.60", "6.00", "5.00", *["1.25"] * 4]
-    assert best[1][5:9] == ["45.0", "2.25", "-", "5.00"]
+    # ms, spread, images/s, memory and that of graphs, target, its ratio, official VAR / ours (no such file here), VAR
+    # eager / ours, VAR optimised / ours, four parts
+    numbers = ["20.0", "19.0 to 21.0", "50.0", "2.50", "3.25", "12.0", "0.60", "-", "6.00", "5.00", *["1.25"] * 4]
+    assert best[0][1:] == numbers
+    assert best[1][6:11] == ["45.0", "2.25", "-", "-", "5.00"]
+    assert [line[5] for line in lines if line[0] == "HMAR, eager"] == ["-", "-"]
+    assert "official VAR, measured" not in markdown and "Measured elsewhere" not in markdown
     assert "VAR, eager: out of memory. no room" in markdown and "nan" not in markdown.lower()
     counts = [line for line in lines if line[0].startswith("256 px, d16, batch 1")]
     # HMAR's and VAR's operations, their ratio, that of the transformers' times and of the images'
@@ -243,6 +252,82 @@ def test_tables_and_plots(data, tmp_path):
     bars = [patch.get_height() for patch in scales.axes[0].patches]
     assert bars == [1.0, 2.0, 3.0, 0.5] * 3
     assert [label.get_text() for label in scales.axes[0].get_xticklabels()] == ["1", "2", "4", "decode"]
+
+
+@pytest.fixture
+def peers(data):
+    """Times of the published code beside the data, in an order that is not that of the tables; one size is not in the
+    data."""
+    path = data / report.PEERS
+    rows = [
+        ("hmar_masked_tf32", 1, 60.0, 4.5),
+        ("var_fp16_autocast", 1, 90.0, 3.5),
+        ("var_fp16_autocast", 8, 99.0, 9.0),
+    ]
+    lines = [f"generate_with_decode,official_{name},256,{batch},16,{ms},1,{gb}" for name, batch, ms, gb in rows]
+    path.write_text("\n".join(["work,impl,resolution,batch,depth,ms,images_per_s,peak_gb", *lines]))
+    return path
+
+
+def test_published_code_measured_elsewhere_stands_in_the_tables(data, peers, tmp_path):
+    report.build(data, tmp_path, tmp_path)
+    markdown = (tmp_path / "generation.md").read_text()
+    lines = table_lines(markdown)
+    assert f"[{report.PEERS}](../data/{report.PEERS})" in markdown
+    at = lines[0].index("official VAR / row")
+    official = [line for line in lines if line[0].startswith("official")]
+    # 90 and 60 ms of one image; nothing is known of sixteen, and eight are not in the data
+    numbers = {"ms": "90.0", "images/s": "11.1", "peak GB": "3.50", "official VAR / row": "1.00"}
+    assert official[0][0] == "official VAR, measured elsewhere"
+    assert official[0][1:] == [numbers.get(name, "-") for name in lines[0][1:]]
+    assert official[1][0] == "official HMAR, measured elsewhere" and official[1][1] == "60.0"
+    assert official[1][at] == "1.50" and len(official) == 2
+    assert [line[at] for line in lines if line[0] == "HMAR, optimised"] == ["4.50", "-"]
+    assert [line[at] for line in lines if line[0] == "VAR, eager"] == ["0.75", "-"]
+    assert "official" not in (tmp_path / "generation.csv").read_text() and "nan" not in markdown.lower()
+
+
+def test_published_code_stands_beside_the_gpu_on_which_it_was_measured(data, peers, tmp_path):
+    path = data / "generation_test.json"
+    path.write_text(path.read_text().replace("NVIDIA H100 80GB HBM3", "NVIDIA Test 9000"))
+    report.build(data, tmp_path, tmp_path)
+    assert "elsewhere" not in (tmp_path / "generation.md").read_text()
+
+
+def test_an_unknown_implementation_measured_elsewhere_is_refused(data, peers, tmp_path):
+    peers.write_text(peers.read_text().replace("official_var_fp16_autocast", "official_var_fp8"))
+    with pytest.raises(ValueError, match=r"_h100\.csv has official_var_fp8; this script knows official_var_fp16"):
+        report.build(data, tmp_path, tmp_path)
+
+
+def test_a_line_a_measurement_though_two_files_have_one_cell(data):
+    (data / "generation_again.json").write_text((data / "generation_test.json").read_text())
+    assert report.csv(report.load(data)).count("\n") == 1 + 2 * 12
+
+
+def test_what_the_kernel_of_whole_blocks_gives_hmar_alone_is_told(data, tmp_path):
+    """Sides 1, 2 and 4 have 2, 8 and 32 rows, which it takes; decoding is not a scale, 6 has 72 rows."""
+    path = data / "generation_test.json"
+    content = json.loads(path.read_text())
+    for row in content["results"]:
+        if row["engine"] == "optimised":
+            var = row["model"] == "var"
+            row |= {
+                "sides": [1, 2, 4, 6],
+                "scales_ms": [1.0, 2.0, 3.0, 5.0, 0.5] if var else [0.5, 1.0, 2.0, 2.0, 0.25],
+            }
+    path.write_text(json.dumps(content))
+    report.build(data, tmp_path, tmp_path)
+    markdown = (tmp_path / "generation.md").read_text()
+    # one image: VAR 100 ms, HMAR without masked passes 40
+    assert "neither the kernel of whole blocks" in markdown
+    assert "which that kernel takes, are 2.50 of 60.0 ms (d16, 256 px)." in markdown
+    for row in content["results"]:
+        row["scales_ms"] = None
+    path.write_text(json.dumps(content))
+    report.build(data, tmp_path, tmp_path)
+    markdown = (tmp_path / "generation.md").read_text()
+    assert "neither the kernel of whole blocks" in markdown and "which that kernel takes" not in markdown
 
 
 def test_files_without_counts_have_their_tables(data, tmp_path):
@@ -265,16 +350,20 @@ def test_brief_files_have_their_tables(data, tmp_path):
     assert len(report.build(data, tmp_path, tmp_path)) == 3
     markdown = (tmp_path / "generation.md").read_text()
     assert "Operations" not in markdown and markdown.count("256 px, d16, against the batch") == 1
-    lines = [[part.strip() for part in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    lines = table_lines(markdown)
     assert [line[0] for line in lines] == ["batch", "--:", "1", "16"]
-    assert lines[2][1:4] == ["20.0", "50.0", "2.50"] and len(lines[2]) == 1 + 3 * len(report.LOOKS)
-    assert lines[3][1:4] == ["20.0", "800", "2.50"] and lines[3][-3:] == ["out of memory", "-", "-"]
+    assert lines[0][1:5] == ["HMAR, optimised: ms", "images/s", "peak GB", "graphs GB"]
+    assert lines[2][1:5] == ["20.0", "50.0", "2.50", "3.25"] and len(lines[2]) == 1 + 4 * len(report.LOOKS)
+    assert lines[3][1:5] == ["20.0", "800", "2.50", "3.25"] and lines[3][-4:] == ["out of memory", "-", "-", "-"]
 
 
 def test_plots_tell_what_did_not_fit(data):
     source = report.load(data)[0]
     source.environment["gpu_memory_bytes"] = 80 << 30
-    memory = report.draw(source).axes[1]
+    source.rows.loc[11, "commit"] = "abcdef"
+    speed, memory = report.draw(source).axes
+    assert (speed.get_ylabel(), memory.get_ylabel()) == ("images / s", "peak memory allocated, GB")
+    assert memory.figure.get_suptitle() == "Generation, NVIDIA H100 80GB HBM3, commit 0123456789, abcdef"
     crosses = [line for line in memory.lines if line.get_marker() == "x"]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in crosses] == [([16], [80.0])]
     labels = [text.get_text() for text in memory.figure.legends[0].get_texts()]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from hmar import examples
 from hmar.cli import app
 from hmar.recipe import apply_overrides, make_config, read_stage_config
 from published_files import write_published_files
@@ -81,7 +82,16 @@ def test_modules_that_are_run_by_name_tell_their_options(monkeypatch, capsys):
         # NOTE: in this process, because importing torch in one for each takes minutes.
         with pytest.raises(SystemExit) as ended:
             runpy.run_module(module, run_name="__main__")
-        assert not ended.value.code and "--output" in capsys.readouterr().out, module
+        # Examples take a folder; some of them write nothing else.
+        wanted_option = "folder" if module.startswith("hmar.examples.") else "--output"
+        assert not ended.value.code and wanted_option in capsys.readouterr().out, module
+
+
+def test_commands_of_examples_are_those_that_the_examples_tell():
+    named = re.findall(r"`(python -m hmar\.examples\.[^`]*)`", README)
+    told = [re.split(r"\s{2,}", line.strip())[0] for line in examples.__doc__.splitlines()]
+    assert {"python -m hmar.examples.train runs/example", "python -m hmar.examples.serve runs/example"} <= set(named)
+    assert set(named) <= set(told)
 
 
 def test_linked_files_exist():
