@@ -17,10 +17,13 @@ The method, in one place:
   an implementation prepares for a mask is counted); `peak_bytes` adds the inputs, `fewest_extra_bytes` is the least.
 * Nothing that one implementation does ends the run: what raises, runs out of memory, crashes or hangs is recorded with
   the reason (`supervisor.py`). Each result is in the file as soon as it is known; `--continue` goes on with the rest.
+  The exit status tells at the end whether one of ours, or a rival given by a file, failed.
 
 The default run has the cells of `shapes.BATCH_HEADS` at head dims 64 and 128 (heads halved) with every rival, but those
 that take a minute to compile at head dim 64 only: 8 to 9 minutes on an H100, estimated. `--full` has batches 8 and 1,
 two densities in between, and slow rivals everywhere. A rival of your own is a file, `--rival FILE.py` (`rivals.py`).
+FlashAttention-4 takes part where it is installed, `pip install flash-attn-4 'nvidia-cutlass-dsl[cu13]'` (CUDA 13), and
+is recorded as unavailable elsewhere.
 
 Read `shapes.py` (what is measured), `rivals.py` (who takes part), `test_attention.py` (how), `conftest.py` (options),
 `results.py` and `attention_results.py` (the raw JSON that `reports/build.py` turns into tables and plots), `compare.py`

@@ -217,12 +217,23 @@ def line(row: dict) -> str:
     return f"{start} {' '.join(times)}  " + "; ".join(f"{s}: {row[f'{s}_status']}, {row[f'{s}_reason']}" for s in sides)
 
 
+def implementations(chosen: list[str] | None, device: torch.device) -> list[str]:
+    """Names of the chosen ones, or of all of ours that a default run has on this device."""
+    return [entry.name for entry in rivals.choose(chosen, device) if entry.ours or chosen]
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description="Compare the kernels of two commits.")
     parser.add_argument("base", metavar="BASE", help="git ref of the old kernels, or a folder with a checkout")
     parser.add_argument("--head", metavar="REF", help="git ref of the new ones (default: the working tree)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries it on a tiny pyramid")
-    parser.add_argument("--impl", action="extend", type=options.names, help="default: triton,cuda (CPU: reference)")
+    by_default = {device: ",".join(implementations(None, torch.device(device))) for device in ("cuda", "cpu")}
+    parser.add_argument(
+        "--impl",
+        action="extend",
+        type=options.names,
+        help=f"default: {by_default['cuda']} (CPU: {by_default['cpu']}); rivals can be named too",
+    )
     parser.add_argument("--patterns", action="extend", type=options.names)
     parser.add_argument("--resolutions", action="extend", type=options.integers)
     parser.add_argument("--sides", type=options.integers, help="a pyramid of these sides, not --resolutions")
@@ -231,7 +242,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dims", action="extend", type=options.integers)
     parser.add_argument("--directions", action="extend", type=options.directions)
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
-    parser.add_argument("--seconds", type=float, default=0.4, help="for each side of each measurement (default 0.4)")
+    parser.add_argument(
+        "--seconds", type=options.seconds, default=0.4, help="for each side of each measurement (default 0.4)"
+    )
     parser.add_argument("--turns", type=int, default=4, help="how often the sides take turns (default 4)")
     parser.add_argument("--output", type=Path, help="JSON (default: runs/bench_compare.json)")
     chosen = parser.parse_args(arguments)
@@ -257,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=chosen.dtype,
             smoke=chosen.device == "cpu",
         )
-        names = [i.name for i in rivals.choose(chosen.impl, device) if i.ours or chosen.impl]
+        names = implementations(chosen.impl, device)
         with contextlib.ExitStack() as stack:
             old = stack.enter_context(checked_out(chosen.base, chosen.device))
             facts = environment(device, None)

@@ -45,7 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     takes_list("--directions", options.directions, f"default: {','.join(DIRECTIONS)}")
     group.addoption("--dtype", choices=tuple(shapes.DTYPES), default="bfloat16")
     group.addoption("--full", action="store_true", help="batches 8 and 1, and masks of densities in between, as well")
-    group.addoption("--seconds", type=float, default=0.3, help="time to spend on one measurement (default 0.3)")
+    group.addoption(
+        "--seconds", type=options.seconds, default=0.3, help="time to spend on one measurement (default 0.3)"
+    )
     group.addoption("--commit", help="commit to record where git cannot be asked")
     group.addoption(
         "--output",
@@ -56,7 +58,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--continue", action="store_true", help="keep what FILE, or the partial file beside it, holds")
     group.addoption("--minutes", type=float, metavar="M", help="begin nothing new after so long; --continue goes on")
     group.addoption(
-        "--patience", type=float, default=300.0, metavar="S", help="kill an implementation silent so long (300 s)"
+        "--patience",
+        type=options.seconds,
+        default=300.0,
+        metavar="S",
+        help="kill an implementation silent so long (300 s)",
     )
     group.addoption("--journal", type=Path, help=SUPPRESS)
     group.addoption("--restarted", action="store_true", help=SUPPRESS)
@@ -197,6 +203,14 @@ class Run:
             print(f"\n{subject.implementation.name} took the device down: {subject.reason}", flush=True)
             os._exit(supervisor.START_AGAIN)
 
+    def broken_rivals(self) -> dict[str, list[str]]:
+        """Why those given by a file failed or crashed, for each row of a name. No memory is no failure."""
+        found: dict[str, list[str]] = {}
+        for row in self.results.rows.values():
+            if row["impl"] not in rivals.IMPLEMENTATIONS and row["status"] in ("failed", "crashed"):
+                found.setdefault(row["impl"], []).append(row["reason"])
+        return found
+
     def close(self) -> str:
         """Put complete results where they are wanted; says where they are."""
         path = self.destination()
@@ -283,6 +297,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     nothing_left = exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and run.planned
     if nothing_left and run.planned <= set(run.results.rows):
         session.exitstatus = pytest.ExitCode.OK
+    if run.broken_rivals() and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(trylast=True)
@@ -294,6 +310,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for row in run.results.rows.values():
         terminalreporter.write_line(_summary_line(row))
     terminalreporter.write_line(run.close())
+    for name, reasons in run.broken_rivals().items():
+        line = f"error: {name}, given by --rival, failed in {len(reasons)} of the rows above: {reasons[0]}"
+        terminalreporter.write_line(line, red=True)
 
 
 def _summary_line(row: dict) -> str:

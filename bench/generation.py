@@ -4,15 +4,15 @@ The method, in one place:
 
 * Random weights of the published sizes, heads `HEAD_GAIN` times as large as they are initialised, so that logits differ
   as those of a trained model do, and the published sampling settings (`SAMPLING`).
-* Engines. "eager": `generate_hmar` and `generate_var` as they stand, float32 weights under bfloat16 autocast, which is
-  how the published code runs; HMAR's masked passes with the published factor 1e-6. "optimised": `hmar.engine.Engine`,
+* Engines. "eager": `generate_hmar` and `generate_var` as they stand, this repo's plain path: float32 weights under
+  bfloat16 autocast, HMAR's masked passes with the published factor 1e-6. "optimised": `hmar.engine.Engine`,
   bfloat16 weights, CUDA graphs, masked passes without the null class. HMAR with its default schedule and with one pass
   a scale; VAR has one pass a scale.
 * `ms` is the median time of a whole batch on the host's clock, device idle before and after: what one who waits for
   the images waits. Warm-up first (it compiles and captures); p10 and p90 tell the spread. Throughput and memory against
-  the batch, up to the one that does not fit: --full --brief.
+  the batch, up to 128 images or the first batch that does not fit: --full --brief.
 * `peak_gb` is the largest amount of memory allocated from the first batch on, weights and capture included (2^30
-  bytes).
+  bytes); `graph_gb` what the pool of the graphs reserves, which can be more.
 * Checked first: images are finite, f_hat is that of the codes, and the optimised engine gives the codes of the eager
   one for the same seed, but for what bfloat16 turns over, and what follows from that (`same_codes`, at least
   `MIN_SAME_CODES`; unrelated logits would give less than a tenth).
@@ -66,7 +66,7 @@ from .results import partial_of, rounded
 from .timing import quantile
 
 KIND, VERSION = "generation", 1
-# (resolution, depth) -> batches: those of the targets; --full takes all of FULL_BATCHES up to where memory ends.
+# (resolution, depth) -> batches: those of the targets; --full takes FULL_BATCHES, up to the first that does not fit.
 CELLS = {(256, 16): (1, 16), (256, 30): (1, 16), (512, 24): (1, 16), (1024, 24): (1, 8)}
 FULL_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 MODELS = ("hmar", "var")

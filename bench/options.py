@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from .subject import DIRECTIONS
 
 
 def names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
+    found = [name for name in (part.strip() for part in text.split(",")) if name]
+    if not found:
+        # NOTE: an empty list would read as an option that was not given, and run everything.
+        raise ArgumentTypeError(f"expected at least one name, several with commas between them; got {text!r}")
+    return found
 
 
 def integers(text: str) -> list[int]:
@@ -31,6 +36,16 @@ def directions(text: str) -> list[str]:
         if name not in DIRECTIONS:
             raise ArgumentTypeError(f"unknown direction {name!r}; known are {', '.join(DIRECTIONS)}")
     return found
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ArgumentTypeError(f"expected a number of seconds above 0, such as 0.3; got {text!r}")
+    return value
 
 
 def add_record(parser: ArgumentParser) -> None:

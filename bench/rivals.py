@@ -7,6 +7,9 @@ on [B,H,L,D]; its backward is autograd's. One from elsewhere comes as a file, `p
     def unavailable(cell, device):     # optional; a sentence where it does not apply, None where it does
     NAME = "mine"                      # optional; the name in the results, by default that of the file
 
+A rival given by a file that fails its check, raises or crashes fails the run, once everything is measured. Those of
+this module do not; FlashAttention-4 is one of them where it is installed (`__init__.py` says how).
+
 `cell` is a `shapes.Cell`: cell.mask() is a SpanMask (key_start and key_end of each query, to_dense, to_flex,
 cu_seqlens), and it has pattern, sides, length, batch, heads, head_dim, dtype and torch_dtype. The scale is 1/sqrt(D).
 Read `test_attention.py` next for what is done with implementations.

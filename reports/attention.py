@@ -12,10 +12,10 @@ from pathlib import Path
 import pandas as pd
 
 from .attention_data import CELL, DIRECTIONS, Source, load
-from .attention_plots import draw
+from .attention_plots import HEAD_DIM, draw
 from .markdown import DASH, number, or_dash, percent, ratio, table, whole
 from .results import TARGET_GPU, provenance
-from .style import label_of, save
+from .style import label_of, rank_of, save
 
 COLUMNS = ["gpu", "commit", *CELL, "impl", "direction", "ms", "tflops", "gb_per_s", "peak_mb"]
 DENSE = "sdpa_dense"
@@ -30,6 +30,11 @@ TARGETS = {
     ("block_diagonal", 1024, 4, 24, 64): (1.00, 3.0),
     ("block_causal", 1024, 4, 24, 64): (2.35, 7.0),
 }
+# Forms of one implementation whose backward is the same kernels: of these only this one stands for ours in a backward.
+# The smaller of two runs of the same kernels would be two draws for ours, against one for a rival.
+BACKWARD_OF_OURS = "hopper"
+PEERS = "attention_peers_h100.csv"  # peers measured elsewhere on an H100; beside the data files
+PEER_DTYPES = ("float16", "bfloat16")  # level in speed: the dtype of the peer need not be that of the cell
 
 
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:
@@ -60,7 +65,10 @@ def csv(sources: list[Source]) -> str:
 
 
 def markdown(sources: list[Source]) -> str:
-    """For each data file a summary of ours against the best rival, then every cell in full."""
+    """For each data file a summary of ours against the best rival, then every cell in full.
+
+    Peers measured elsewhere are read from the file PEERS beside the data file, where there is one.
+    """
     parts = [
         "# Attention",
         "Made by `reports/build.py` from the data files named below; `bench/__init__.py` states the method. "
@@ -68,7 +76,9 @@ def markdown(sources: list[Source]) -> str:
         'Peak memory is that of one forward, or one forward + backward, inputs included; "extra" is without them, and '
         '"least" what outputs, gradients, lse and delta take. "Floor" is what the device needs at its measured copy '
         "and matrix-product rates, whichever is longer. A ratio above 1 means that the row is that many times faster. "
-        '"Host" is the time of the host for a call.',
+        '"Host" is the time of the host for a call. In the summary "ours" is the fastest of ours. Bounded logits have '
+        "a forward of their own but not a backward: of the two runs of the Hopper backward the summary takes that of "
+        f"`{BACKWARD_OF_OURS}`, be it the slower.",
     ]
     for source in sources:
         env, ceilings = source.environment, source.ceilings
@@ -78,48 +88,99 @@ def markdown(sources: list[Source]) -> str:
             f"copy {ceilings['copy_gb_per_s']:.0f} GB/s, bf16 {ceilings['matmul_side']}³ product "
             f"{ceilings['matmul_tflops']:.4g} TFLOP/s.",
             _summary(source),
+            _about_peers(source),
         ]
         for cell, rows in _by_cell(source):
             parts.append(f"### {cell['pattern']} {cell['resolution']}, {_size(cell)}, {cell['dtype']}")
             for direction in DIRECTIONS:
                 part = rows[rows["direction"] == direction]
                 if len(part):
-                    parts += [_cell_table(part), _notes(part)]
+                    parts += [_cell_table(part), _notes(part, source)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _summary(source: Source) -> str:
-    """The fastest of ours against the fastest rival, the target, the dense mask and the floor."""
-    lines = []
+    """The fastest of ours against the fastest rival, the best peer elsewhere, the target, the dense mask, the floor."""
+    lines, peers = [], _peers(source)
     for cell, rows in _by_cell(source):
         for direction in DIRECTIONS:
             part = rows[(rows["direction"] == direction)]
-            ours, rival = _fastest(part[part["ours"]]), _fastest(part[~part["ours"]])
+            ours, rival = _ours(part, direction), _fastest(part[~part["ours"]])
             if ours is None and rival is None:
                 continue
             time = ours["ms"] if ours is not None else math.nan
             target = _target(source, cell, direction)
-            lines.append(
-                [
-                    f"{cell['pattern']} {cell['resolution']}, {_size(cell)}",
-                    direction,
-                    number(time),
-                    ours["impl"] if ours is not None else DASH,
-                    number(rival["ms"] if rival is not None else None),
-                    rival["impl"] if rival is not None else DASH,
-                    ratio(rival["ms"] / time if rival is not None else None),
-                    number(target),
-                    ratio(target / time),
-                    ratio((_time_of(part, DENSE) or math.nan) / time),
-                    number(part["floor_ms"].iloc[0]),
-                    percent(part["floor_ms"].iloc[0] / time),
-                    whole(ours["extra_mb"] if ours is not None else math.nan),
-                    whole(part["least_mb"].iloc[0]),
-                ]
-            )
-    head = ["cell", "direction", "ours, ms", "", "best rival, ms", "", "rival / ours", "target, ms", "target / ours"]
-    head += ["dense SDPA / ours", "floor, ms", "floor / ours", "extra MB", "least"]
-    return table(head, lines, left=(0, 1, 3, 5))
+            line = [
+                f"{cell['pattern']} {cell['resolution']}, {_size(cell)}",
+                direction,
+                number(time),
+                ours["impl"] if ours is not None else DASH,
+                number(rival["ms"] if rival is not None else None),
+                rival["impl"] if rival is not None else DASH,
+                ratio(rival["ms"] / time if rival is not None else None),
+            ]
+            if peers is not None:
+                line += _peer_columns(peers, cell, direction, time)
+            line += [
+                number(target),
+                ratio(target / time),
+                ratio((_time_of(part, DENSE) or math.nan) / time),
+                number(part["floor_ms"].iloc[0]),
+                percent(part["floor_ms"].iloc[0] / time),
+                whole(ours["extra_mb"] if ours is not None else math.nan),
+                whole(part["least_mb"].iloc[0]),
+            ]
+            lines.append(line)
+    head = ["cell", "direction", "ours, ms", "", "best rival, ms", "", "rival / ours"]
+    if peers is not None:
+        head += ["best peer elsewhere, ms", "", "peer / ours"]
+    head += ["target, ms", "target / ours", "dense SDPA / ours", "floor, ms", "floor / ours", "extra MB", "least"]
+    return table(head, lines, left=(0, 1, 3, 5) if peers is None else (0, 1, 3, 5, 8))
+
+
+def _ours(rows: pd.DataFrame, direction: str) -> pd.Series | None:
+    """The row that stands for ours in one direction of a cell: the fastest, but in a backward that of
+    BACKWARD_OF_OURS where it has a time."""
+    ours = rows[rows["ours"]]
+    if direction == "backward":
+        alone = _fastest(ours[ours["impl"] == BACKWARD_OF_OURS])
+        if alone is not None:
+            return alone
+    return _fastest(ours)
+
+
+def _peers(source: Source) -> pd.DataFrame | None:
+    """Peers measured elsewhere, times in ms, in cells that the source has too; None where there are none."""
+    path = source.path.with_name(PEERS)
+    if TARGET_GPU not in source.environment["gpu"] or not path.is_file():
+        return None
+    peers = pd.read_csv(path)
+    peers = peers[peers["dtype"].isin(PEER_DTYPES) & (peers["head_dim"] == HEAD_DIM)]
+    same = [name for name in CELL if name != "dtype"]
+    cells = source.rows.loc[source.rows["dtype"].isin(PEER_DTYPES), same].drop_duplicates()
+    peers = peers.merge(cells, on=same)
+    return peers if len(peers) else None
+
+
+def _peer_columns(peers: pd.DataFrame, cell: dict, direction: str, time: float) -> list[str]:
+    """Time of the fastest peer in ms, its name, and its time as a multiple of `time`; dashes where none fits."""
+    fits = peers[[name for name in CELL if name != "dtype"]].eq([cell[n] for n in CELL if n != "dtype"]).all(axis=1)
+    fits &= cell["dtype"] in PEER_DTYPES
+    times = peers.loc[fits, f"{direction}_ms"].dropna()
+    if not len(times):
+        return [DASH] * 3
+    best = peers.loc[times.idxmin()]
+    other = f" ({best['dtype']})" if best["dtype"] != cell["dtype"] else ""
+    return [number(times.min()), best["impl"] + other, ratio(times.min() / time)]
+
+
+def _about_peers(source: Source) -> str:
+    if _peers(source) is None:
+        return ""
+    return (
+        f'"Best peer elsewhere" is the fastest of [{PEERS}](../data/{PEERS}), measured elsewhere on an H100: another '
+        "machine, another run. Its dtype is named where it is not that of the cell."
+    )
 
 
 def _target(source: Source, cell: dict, direction: str) -> float:
@@ -154,9 +215,14 @@ def _cell_table(rows: pd.DataFrame) -> str:
     return table([*head, "host, us"], lines, left=(0,))
 
 
-def _notes(rows: pd.DataFrame) -> str:
-    missing = rows[rows["status"] != "ok"]
-    return "\n".join(f"* {label_of(r['impl'])}: {r['status']}. {r['reason']}" for _, r in missing.iterrows())
+def _notes(rows: pd.DataFrame, source: Source) -> str:
+    """Why rows have no time, and which implementations of the file have no row among these."""
+    failed = rows[rows["status"] != "ok"]
+    notes = [f"* {label_of(r['impl'])}: {r['status']}. {r['reason']}" for _, r in failed.iterrows()]
+    absent = sorted(set(source.rows["impl"]) - set(rows["impl"]), key=rank_of)
+    if absent:
+        notes.append(f"* Without a row here, though elsewhere in this file: {'; '.join(map(label_of, absent))}.")
+    return "\n".join(notes)
 
 
 def _size(cell: dict) -> str:

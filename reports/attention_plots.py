@@ -188,18 +188,19 @@ def draw_roofline(source: Source) -> Figure | None:
 
 
 def _draw_points(ax: Axes, rows: pd.DataFrame, column: str, names: list[str]) -> None:
+    """Every point at its true place. Those later in `names` are smaller and in front, so that less is hidden."""
     for _, row in rows.iterrows():
-        marker = look_of(row["impl"])[2]
-        # NOTE: set apart a little, so that equal results do not hide each other.
+        marker, rank = look_of(row["impl"])[2], names.index(row["impl"])
+        area = 70 - 48 * rank / max(1, len(names) - 1)  # points², of most markers
         ax.scatter(
-            row["flops"] / row["bytes"] * 1.03 ** (names.index(row["impl"]) - (len(names) - 1) / 2),
+            row["flops"] / row["bytes"],
             row[column],
-            s=95 if marker == "*" else 48,
+            s=area * {"*": 1.9, "h": 1.5}.get(marker, 1),
             marker=marker,
             color=colour_of(row["impl"]),
             edgecolor="white",
             linewidth=0.6,
-            zorder=4 if row["ours"] else 3,
+            zorder=3 + rank / 100,
         )
 
 

@@ -1,8 +1,8 @@
 """Tables and plots of the benchmarks: `make report`, or `python reports/build.py`.
 
-A pure function of reports/data: no measuring, no GPU, and nothing of this project outside of this folder is
-imported. For each kind of data file there are tables/<kind>.csv and tables/<kind>.md, and for each file plots, named
-plots/<file>_<what>.png:
+A pure function of reports/data: no measuring, no GPU, and nothing of this project outside of this folder is imported.
+For each kind of data file (JSON; *_peers_h100.csv, measured elsewhere, stand beside those of their kind) there are
+tables/<kind>.csv and tables/<kind>.md, and for each file plots, named plots/<file>_<what>.png:
 
 * "attention" (`pytest bench`): time, memory and roofline of the main batch, speed and memory against resolution, batch
   and density. Head dims beside 64 have plots of their own, named <file>_<what>_d128.png;

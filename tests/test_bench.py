@@ -456,12 +456,19 @@ def test_the_supervisor_goes_on_after_a_crash(tmp_path, acts, status, recorded):
 @pytest.mark.parametrize(
     ("parse", "text", "message"),
     [
+        (options.names, ",", "expected at least one name, several with commas between them; got ','"),
+        (options.names, "", "expected at least one name"),
+        (options.integers, " , ", "expected at least one name"),
+        (options.seconds, "-0.5", "expected a number of seconds above 0, such as 0.3; got '-0.5'"),
+        (options.seconds, "0", "expected a number of seconds above 0"),
+        (options.seconds, "nan", "expected a number of seconds above 0"),
+        (options.seconds, "soon", "expected a number of seconds above 0"),
         (options.integers, "64,x", "expected integers and commas, such as 64,128; got '64,x'"),
         (options.batches, "anker", "expected integers and commas"),
         (options.directions, "forward,sideways", "unknown direction 'sideways'; known are forward, backward"),
     ],
 )
-def test_a_malformed_list_is_explained(parse, text, message):
+def test_a_malformed_option_is_explained(parse, text, message):
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         parse(text)
 

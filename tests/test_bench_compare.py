@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import compare
 from bench.shapes import Cell
@@ -109,6 +110,23 @@ def test_a_bad_base_is_explained(repository, base, message):
     done = run(repository, base, *QUICK)
     assert done.returncode == 2 and message in done.stderr, done.stderr
     assert_clean(repository)
+
+
+def test_default_implementations_are_named_in_the_help(capsys):
+    assert compare.implementations(None, torch.device("cuda")) == ["hopper", "hopper_bounded", "triton", "cuda"]
+    with pytest.raises(SystemExit):
+        compare.parse(["--help"])
+    text = "".join(capsys.readouterr().out.split())
+    assert "default:hopper,hopper_bounded,triton,cuda(CPU:reference)" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("--impl=,", "expected at least one name"), ("--seconds=-1", "seconds above 0")]
+)
+def test_a_malformed_option_is_explained(capsys, option, message):
+    with pytest.raises(SystemExit) as ended:
+        compare.parse(["HEAD", "--device", "cpu", option])
+    assert ended.value.code == 2 and message in capsys.readouterr().err
 
 
 class Scripted:

@@ -101,7 +101,13 @@ def test_a_run_survives_what_implementations_do(tmp_path):
     raw = tmp_path / "raw.json"
     files = [option for path in (died, shrinks, raises) for option in ("--rival", str(path))]
     done = bench(*QUICK, *ONE_CELL, *files, "--output", str(raw))
-    assert done.returncode == 0, done.stdout + done.stderr  # only implementations of ours fail a run
+    assert done.returncode == 1, done.stdout + done.stderr  # all is measured first
+    for name, reason in (
+        ("dies", "the process died of SIGABRT"),
+        ("shrinks", "CheckFailed: out is torch.bfloat16 [2, 2, 30, 16]"),
+        ("raises", "NotImplementedError: backward: not yet"),
+    ):
+        assert f"error: {name}, given by --rival, failed in 2 of the rows above: {reason}" in done.stdout
     assert statuses(raw) == {
         (impl, direction): status
         for impl, status in (("sdpa_dense", "ok"), ("dies", "crashed"), ("shrinks", "failed"), ("raises", "failed"))
@@ -113,6 +119,13 @@ def test_a_run_survives_what_implementations_do(tmp_path):
     assert rows["shrinks"]["reason"].startswith("CheckFailed: out is torch.bfloat16 [2, 2, 30, 16]")
     assert rows["raises"]["reason"] == "NotImplementedError: backward: not yet"
     assert "crashed: the process died of SIGABRT" in done.stdout
+
+
+def test_a_rival_that_is_right_or_does_not_apply_fails_no_run(tmp_path):
+    rival = ("--rival", str(written(tmp_path, GOOD_RIVAL)), "--impl", "reference", "--sides", "1,2,5")
+    done = bench(*QUICK, *rival, "--output", str(tmp_path / "raw.json"))
+    assert done.returncode == 0 and "given by --rival" not in done.stdout, done.stdout + done.stderr
+    assert statuses(tmp_path / "raw.json")["stranger", "forward"] == "ok"  # block-causal, the last of the two masks
 
 
 def test_a_killed_run_goes_on(tmp_path):
@@ -154,6 +167,12 @@ def test_a_mistyped_option_is_explained():
     done = bench("--device", "cpu", "--impl", "flashier")
     assert done.returncode == 4
     assert "unknown implementation 'flashier'; known are reference, hopper, hopper_b" in done.stdout + done.stderr
+    for option, text, message in (
+        ("--impl", ",", "expected at least one name"),
+        ("--seconds", "-1", "expected a number of seconds above 0"),
+    ):
+        done = bench("--device", "cpu", f"{option}={text}")
+        assert done.returncode == 4 and f"{option}: {message}" in done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -1,6 +1,7 @@
 """Triton kernels compiled for sm_90 and sm_80 without a GPU: every row of the tile table fits, and nothing spills.
 
-Beside the table in bf16: fp16, a padded head dim with the gradient of lse, and the float32 tiles.
+Beside the table in bf16: fp16, a padded head dim with the gradient of lse, and the float32 tiles. And what a launch of
+one pyramid compiles serves others, whatever their sizes.
 """
 
 import json
@@ -100,3 +101,52 @@ def test_tile_table_compiles_without_spills(capability):
         if usage["dtype"] != "fp32":  # NOTE: float32 runs outside the matrix units; it has to fit, not to be fast
             assert usage["wgmma" if arch == 90 else "mma"] > 0, usage
             assert usage["spills"] == 0 and usage["stack"] == 0, usage
+
+
+KEYS_SCRIPT = """
+import json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from hmar_kernels import SpanMask
+from hmar_kernels.attention import triton as attention
+
+backend, keys = make_backend(GPUTarget("cuda", 90, 32)), []
+
+class Launched:
+    # stands for a kernel: what Triton would look up its compiled version by, instead of a launch
+    def __init__(self, kernel):
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+
+    def __getitem__(self, grid):
+        return lambda **arguments: keys[-1].append(str(self.bind(**arguments)[1:]))
+
+for name in ("_forward_kernel", "_dq_kernel", "_dkdv_kernel"):
+    setattr(attention, name, Launched(getattr(attention, name)))
+for sizes, batch, heads in json.loads(sys.argv[1]):
+    keys.append([])
+    mask, length = SpanMask.block_causal(sizes), sum(sizes)
+    tiles = attention.select_tiles(9, 64, torch.bfloat16, mask)
+    plan = attention.make_plan(mask, tiles, "cpu")
+    q, k, v, do = (torch.empty(batch, length, heads, 64, dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
+    out, lse = attention.forward(q, k, v, plan, 0.125)
+    attention.backward(do, None, q, k, v, out, lse, plan, 0.125)
+print(json.dumps(keys))
+"""
+
+
+def test_one_compiled_version_serves_other_pyramids_and_heads():
+    """Numbers of tokens, heads and tiles that are one, divisible by 16, and neither."""
+    launches = [([1, 4, 9], 2, 3), ([16], 2, 16), ([1], 2, 1), ([1, 4, 9, 16, 25, 36, 64, 100, 169, 256], 4, 24)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", KEYS_SCRIPT, json.dumps(launches)],
+        capture_output=True,
+        text=True,
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    first, *others = json.loads(result.stdout)
+    assert len(first) == len(set(first)) == 3  # one a pass
+    assert all(keys == first for keys in others)

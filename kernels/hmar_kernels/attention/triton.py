@@ -28,6 +28,8 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Running maximum before any key was seen. Finite, so that (-inf) - (-inf) cannot occur; a masked logit is -inf.
 NO_KEY: tl.constexpr = tl.constexpr(-1.0e30)
+# Integers of which the kernels have one version for all values: no other pyramid or number of heads compiles again.
+SIZES = ("num_heads", "num_queries", "num_tiles")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,9 @@ class Tiles:
 
 
 # (compute capability 9 or 8, head dim padded to a power of two, span class by mean keys per query) -> tiles, for
-# two-byte dtypes. Rows of 9 are the fastest of `python -m bench.tune_attention` on an H100 (reports/log.md); rows of 8
-# are the largest tiles that compile without spills for sm_80. GPUs of other capabilities take the nearest row.
+# two-byte dtypes. Rows of 9 and 64 are the fastest of `python -m bench.tune_attention` on an H100 (reports/log.md). The
+# others were not timed against each other: tiles that compile without spills, those of 8 the largest of them for sm_80.
+# GPUs of other capabilities take the nearest row.
 SHORT, MEDIUM, LONG = "short", "medium", "long"
 MEDIUM_SPAN, LONG_SPAN = 512, 2048
 TILES: dict[tuple[int, int, str], Tiles] = {
@@ -183,7 +186,7 @@ def _forward_block(
     return acc, row_sum, new_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     q_ptr,
     k_ptr,
@@ -278,7 +281,7 @@ def _dq_block(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _dq_kernel(
     q_ptr,
     k_ptr,
@@ -399,7 +402,7 @@ def _dkdv_block(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _dkdv_kernel(
     q_ptr,
     k_ptr,
