@@ -50,8 +50,8 @@ class Tiles:
 
 
 # (compute capability 9 or 8, head dim padded to a power of two, span class by mean keys per query) -> tiles, for
-# two-byte dtypes. Rows of 9 and 64 are the fastest of `python -m bench.tune_attention` on an H100 (reports/log.md). The
-# others were not timed against each other: tiles that compile without spills, those of 8 the largest of them for sm_80.
+# two-byte dtypes. Rows of (9, 64) were chosen by `python -m bench.tune_attention` on an H100 (reports/log.md). The rest
+# were chosen by compiling alone (no spills), without timing others; those of 8 are the largest such tiles for sm_80.
 # GPUs of other capabilities take the nearest row.
 SHORT, MEDIUM, LONG = "short", "medium", "long"
 MEDIUM_SPAN, LONG_SPAN = 512, 2048
