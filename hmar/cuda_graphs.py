@@ -208,9 +208,9 @@ class CapturedStep:
             with self.recorder.measuring():
                 graph, result = self.recorder.record(lambda: compute(*recording.arguments))
         except RuntimeError as error:
-            cause = error.__context__ or error  # NOTE: a capture in which something was raised cannot end either
-            if ran_out_of_memory(error):
-                raise cause from None
+            if (lack := lack_of_memory(error)) is not None:
+                raise lack from None
+            cause = error.__context__ or error
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise RuntimeError(
                 f"this step cannot be captured into a CUDA graph ({reason}): cuda_graphs=false runs it without"
@@ -218,9 +218,11 @@ class CapturedStep:
         recording.graphs[way], recording.results[way] = graph, result
 
 
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether it is for want of memory, be it by way of a capture that could not end then."""
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error.__context__, torch.OutOfMemoryError)
+def lack_of_memory(error: BaseException) -> torch.OutOfMemoryError | None:
+    """The OutOfMemoryError that it is or that was raised before it: a capture in which something was raised cannot end
+    either."""
+    found = (lack for lack in (error, error.__context__) if isinstance(lack, torch.OutOfMemoryError))
+    return next(found, None)
 
 
 def put_gradients(parameters: Sequence[Tensor], gradients: Arguments) -> None:

@@ -41,7 +41,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from hmar.cuda_graphs import Graph, Recorder, ran_out_of_memory
+from hmar.cuda_graphs import Graph, Recorder, lack_of_memory
 from hmar.decoder import CONVOLUTIONS, FusedDecoder
 from hmar.generate import (
     GenerationOutput,
@@ -606,7 +606,7 @@ class Engine:
         try:
             program = self._capture(settings)
         except RuntimeError as error:
-            if not (self.programs and ran_out_of_memory(error)):
+            if not (self.programs and lack_of_memory(error)):
                 raise
             program = None  # again below: what this error's frames hold is free there
         if program is None or (self.captures and self.programs and self.graph_bytes > self.max_bytes):

@@ -312,6 +312,9 @@ def masked_step(row: int) -> int:
     return row + 1
 
 
+WHY_NONFINITE = "the weights are broken, or float16 overflows where bfloat16 would not"
+
+
 class NonFiniteLogits(ValueError):
     """Logits were NaN or infinite. images: of which images of the batch, from 0. output: what came of all images, codes
     of these being meaningless; None where it was not kept."""
@@ -332,7 +335,7 @@ def refuse_nonfinite(scales: Sequence[int], bad_draws: Sequence[Tensor]) -> None
         if bad_B.any():
             raise NonFiniteLogits(
                 f"The logits of scale {k + 1} are NaN or infinite for images {bad_B.nonzero().flatten().tolist()} of "
-                f"the batch: the weights are broken, or float16 overflows where bfloat16 would not.",
+                f"the batch: {WHY_NONFINITE}.",
                 bad_SB.any(0).nonzero().flatten().tolist(),
             )
 

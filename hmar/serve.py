@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hmar.cuda_graphs import ran_out_of_memory
+from hmar.cuda_graphs import lack_of_memory
 from hmar.engine import Engine
 from hmar.generate import (
+    WHY_NONFINITE,
     GenerationOutput,
     KnownCodes,
     NonFiniteLogits,
@@ -177,9 +178,6 @@ class Server:
         if request.seed < 0 or request.image < 0:
             raise ValueError(f"seed is {request.seed} and image {request.image}; both must be at least 0.")
         if request.known is not None:
-            shapes = [tuple(tensor.shape) for tensor in request.known]
-            if shapes != 2 * [(1, pyramid.length)]:
-                raise ValueError(f"known has shapes {shapes}; expected one row, (1, {pyramid.length}), of both.")
             check_known(request.known, 1, pyramid.length, config.vocab_size)
         return (
             request.known is None,
@@ -207,19 +205,19 @@ class Server:
     def _answer_next(self) -> bool:
         """Wait for a batch and answer it. False when the server is closed and nothing is left to do."""
         batch = self._next_batch()
-        out_of_memory = False
+        lack = None
         try:
             if batch:
                 self._generate(batch)
         except BaseException as error:
             # NOTE: whoever waits must hear of it, whatever it is; the thread lives on for other requests.
-            out_of_memory = ran_out_of_memory(error)
-            if out_of_memory:
-                error.__traceback__ = error.__context__ = None  # their frames hold what has taken the memory
+            lack = lack_of_memory(error)
+            if lack is not None:
+                lack.__traceback__ = lack.__context__ = None  # their frames hold what has taken the memory
             for waiting in batch:
                 if not waiting.future.done():
-                    waiting.future.set_exception(error)
-        if out_of_memory:
+                    waiting.future.set_exception(lack or error)
+        if lack is not None:
             self.engine.forget()
         return bool(batch)
 
@@ -288,7 +286,7 @@ class Server:
                 future.set_exception(
                     ValueError(
                         f"The logits of class {request.class_index}, seed {request.seed}, image {request.image} are "
-                        "NaN or infinite: the weights are broken, or float16 overflows where bfloat16 would not."
+                        f"NaN or infinite: {WHY_NONFINITE}."
                     )
                 )
             else:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .attention_data import CELL, DIRECTIONS, Source, load
+from .attention_data import CELL, DIRECTIONS, KIND, Source, load
 from .attention_plots import HEAD_DIM, draw
 from .markdown import DASH, number, or_dash, percent, ratio, table, whole
-from .results import TARGET_GPU, provenance
+from .results import TARGET_GPU, provenance, write_tables
 from .style import label_of, rank_of, save
 
 COLUMNS = ["gpu", "commit", *CELL, "impl", "direction", "ms", "tflops", "gb_per_s", "peak_mb"]
@@ -42,9 +42,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     sources = load(data)
     if not sources:
         return []
-    written = [tables / "attention.csv", tables / "attention.md"]
-    written[0].write_text(csv(sources))
-    written[1].write_text(markdown(sources))
+    written = write_tables(tables, KIND, csv(sources), markdown(sources))
     for source in sources:
         for name, figure in draw(source):
             written.append(save(figure, plots / f"{source.path.stem}_{name}.png"))

@@ -8,7 +8,6 @@ Read next: results.py, style.py; bench/generation.py for the method.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .markdown import DASH, number, or_dash, ratio, table
-from .results import TARGET_GPU, data_files, provenance
+from .results import TARGET_GPU, Source, data_files, provenance, write_tables
 from .style import FLOOR_LINE, save
 
 KIND, VERSIONS = "generation", (1,)
@@ -55,23 +54,12 @@ LOOKS = {
 }
 
 
-@dataclass(frozen=True)
-class Source:
-    """One data file of kind "generation": where the numbers come from, and a frame of them."""
-
-    path: Path
-    environment: dict
-    rows: pd.DataFrame
-
-
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     """Write tables and plots of generation, if there are data; returns their paths."""
     sources = load(data)
     if not sources:
         return []
-    written = [tables / "generation.csv", tables / "generation.md"]
-    written[0].write_text(csv(sources))
-    written[1].write_text(markdown(sources, load_peers(data)))
+    written = write_tables(tables, KIND, csv(sources), markdown(sources, load_peers(data)))
     for source in sources:
         written.append(save(draw(source), plots / f"{source.path.stem}_batch.png"))
         if (figure := draw_scales(source)) is not None:
@@ -134,7 +122,7 @@ def markdown(sources: list[Source], peers: pd.DataFrame) -> str:
         "Peak GB is the most memory that was allocated at once (`torch.cuda.max_memory_allocated`, 2^30 bytes), with "
         "weights and capture. Graphs GB is the pool that is reserved for the captured graphs; weights come on top. "
         "The pool can be larger than the peak, for what is free in it counts as well. At 036a70c and before, peaks of "
-        "rows that were measured after other batches in one process are up to .95 GB too large: cuBLAS kept 32 MiB "
+        "rows that were measured after other batches in one process are up to 1 GB too large: cuBLAS kept 32 MiB "
         "for each program's stream (since 0339662 an engine has one stream).",
     ]
     for source in sources:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .markdown import number, or_dash, table
-from .results import data_files, provenance
+from .results import data_files, provenance, write_tables
 from .style import plain_log_axis, save
 
 KIND, VERSIONS = "loss_curve", (1,)
@@ -57,9 +57,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     sources = load(data)
     if not sources:
         return []
-    written = [tables / "loss_curve.csv", tables / "loss_curve.md"]
-    written[0].write_text(csv(sources))
-    written[1].write_text(markdown(sources))
+    written = write_tables(tables, KIND, csv(sources), markdown(sources))
     return written + [save(draw(source), plots / f"{source.path.stem}.png") for source in sources]
 
 

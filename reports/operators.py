@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .markdown import DASH, number, or_dash, percent, ratio, table, whole
-from .results import data_files, provenance
+from .results import data_files, provenance, write_tables
 from .style import FLOOR_LINE, save
 
 KIND, VERSIONS = "operators", (1,)
@@ -71,9 +71,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     sources = load(data)
     if not sources:
         return []
-    written = [tables / "operators.csv", tables / "operators.md"]
-    written[0].write_text(csv(sources))
-    written[1].write_text(markdown(sources))
+    written = write_tables(tables, KIND, csv(sources), markdown(sources))
     return written + [save(draw(source), plots / source.plot) for source in sources if source.measured]
 
 

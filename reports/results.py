@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,23 @@ import pandas as pd
 from .markdown import or_dash
 
 TARGET_GPU = "H100"  # of the times and memory that this project set out to reach
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data file: where the numbers come from, and a frame of them. Kinds that need more have their own class."""
+
+    path: Path
+    environment: dict
+    rows: pd.DataFrame
+
+
+def write_tables(folder: Path, kind: str, csv: str, markdown: str) -> list[Path]:
+    """<kind>.csv and <kind>.md of a folder; returns their paths."""
+    paths = [folder / f"{kind}.csv", folder / f"{kind}.md"]
+    for path, text in zip(paths, (csv, markdown), strict=True):
+        path.write_text(text)
+    return paths
 
 
 def data_files(folder: Path, kind: str, versions: tuple[int, ...]) -> Iterator[tuple[Path, dict]]:

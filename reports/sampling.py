@@ -5,7 +5,6 @@ Read next: results.py, style.py; bench/sampling.py for the method.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,7 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .markdown import DASH, number, or_dash, ratio, table
-from .results import data_files, provenance
+from .results import Source, data_files, provenance, write_tables
 from .style import FLOOR_LINE, plain_log_axis, save
 
 KIND, VERSIONS = "sampling", (1,)
@@ -31,23 +30,12 @@ LOOKS = {
 RIVALS = ("sort_compiled", "sort")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One data file of kind "sampling": where the numbers come from, and a frame of them."""
-
-    path: Path
-    environment: dict
-    rows: pd.DataFrame
-
-
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     """Write the table and a plot for each file, if there are data; returns their paths."""
     sources = load(data)
     if not sources:
         return []
-    written = [tables / "sampling.csv", tables / "sampling.md"]
-    written[0].write_text(csv(sources))
-    written[1].write_text(markdown(sources))
+    written = write_tables(tables, KIND, csv(sources), markdown(sources))
     return written + [save(draw(source), plots / f"{source.path.stem}.png") for source in sources]
 
 

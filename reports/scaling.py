@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from .markdown import number, or_dash, percent, table, whole
-from .results import data_files, provenance
+from .results import data_files, provenance, write_tables
 
 KIND, VERSIONS = "scaling", (1,)
 COLUMNS = ["gpu", "commit", "model", "preset", "batch_per_gpu", "processes", "parallel", "tokens_per_s", "images_per_s"]
@@ -42,9 +42,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     sources = load(data)
     if not sources:
         return []
-    written = [tables / "scaling.csv", tables / "scaling.md"]
-    written[0].write_text(csv(sources))
-    written[1].write_text(markdown(sources))
+    written = write_tables(tables, KIND, csv(sources), markdown(sources))
     return written
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .markdown import DASH, number, or_dash, percent, table
-from .results import TARGET_GPU, data_files
+from .results import TARGET_GPU, data_files, write_tables
 from .style import FLOOR_LINE, look_of, rank_of, save
 
 KIND, VERSIONS = "training", (1, 2, 3)
@@ -40,9 +40,7 @@ def build(data: Path, tables: Path, plots: Path) -> list[Path]:
     if not sources:
         return []
     rows = pd.concat(sources.values()).sort_values(SIZE, kind="stable", ignore_index=True)
-    written = [tables / "training.csv", tables / "training.md"]
-    written[0].write_text(csv(rows))
-    written[1].write_text(markdown(rows))
+    written = write_tables(tables, KIND, csv(rows), markdown(rows))
     for path, of_file in sources.items():
         written.append(save(draw_steps(of_file), plots / f"{path.stem}_steps.png"))
     return written

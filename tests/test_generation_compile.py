@@ -1,11 +1,8 @@
 """Kernels of generation compiled for sm_90 and sm_80 without a GPU: types agree, tiles fit, nothing spills."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from other_process import answer
 
 SCRIPT = """
 import json, re, subprocess, sys, tempfile
@@ -96,12 +93,7 @@ print(json.dumps(report))
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("arch, shared", [(90, 227 << 10), (80, 163 << 10)])
 def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", SCRIPT, str(arch), dtype]
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-3000:]
-    report = json.loads(run.stdout)
+    report = answer(SCRIPT, str(arch), dtype)
     assert len(report) == 2 * 4 + 8 + 3 + 4 + 1
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)

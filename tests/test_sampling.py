@@ -5,9 +5,6 @@ emulation of cuda_on_cpu/)."""
 import ctypes
 import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
@@ -20,6 +17,7 @@ import kernel_on_cpu
 from hmar_kernels import SampledCodes, sample_codes
 from hmar_kernels.sampling import choose, cuda, reference
 from hmar_kernels.sampling import triton as triton_kernel
+from other_process import answer
 
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_sampling_gpu.py runs the kernel")
 
@@ -514,15 +512,7 @@ print(json.dumps(report))
 def test_kernel_compiles_for_gpus_without_spills():
     """Rows stay in registers, are read in wide loads, and shared memory serves reductions alone."""
     jobs = [(80, "bf16", True, False, False), (90, "fp32", True, False, True), (90, "bf16", False, True, True)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(jobs)],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads(result.stdout)
+    report = answer(COMPILE, json.dumps(jobs))
     assert len(report) == len(jobs)
     for usage in report:
         assert usage["stack"] == usage["spills"] == 0 and usage["shared"] <= 256 and usage["wide"] >= 4, usage

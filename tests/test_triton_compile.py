@@ -5,14 +5,12 @@ one pyramid compiles serves others, whatever their sizes.
 """
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import astuple
 
 import pytest
 
 from hmar_kernels.attention.triton import FLOAT32_TILES, SHORT, TILES
+from other_process import answer
 
 SCRIPT = """
 import json, re, subprocess, sys, tempfile
@@ -86,15 +84,7 @@ def test_tile_table_compiles_without_spills(capability):
     short = TILES[capability, 64, SHORT]
     jobs |= {(64, "dkdv", astuple(short.dkdv), "fp16", False), (48, "dq", astuple(short.dq), "bf16", True)}
     jobs |= {(64, n, astuple(getattr(FLOAT32_TILES, n)), "fp32", True) for n in passes}
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(arch), json.dumps(sorted(jobs))],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    report = json.loads(result.stdout)
+    report = answer(SCRIPT, str(arch), json.dumps(sorted(jobs)))
     assert len(report) == len(jobs)
     for usage in report:
         assert usage["shared"] <= SHARED_LIMIT[arch], usage
@@ -139,14 +129,6 @@ print(json.dumps(keys))
 def test_one_compiled_version_serves_other_pyramids_and_heads():
     """Numbers of tokens, heads and tiles that are one, divisible by 16, and neither."""
     launches = [([1, 4, 9], 2, 3), ([16], 2, 16), ([1], 2, 1), ([1, 4, 9, 16, 25, 36, 64, 100, 169, 256], 4, 24)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", KEYS_SCRIPT, json.dumps(launches)],
-        capture_output=True,
-        text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    first, *others = json.loads(result.stdout)
+    first, *others = answer(KEYS_SCRIPT, json.dumps(launches))
     assert len(first) == len(set(first)) == 3  # one a pass
     assert all(keys == first for keys in others)
