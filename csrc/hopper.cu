@@ -61,7 +61,7 @@ constexpr Instance<HopperBackwardParams> backward() {
 
 // What hopper.py's tile table names.
 const Instance<HopperForwardParams> FORWARD[] = {
-    forward<64, 2, 64, 4, Overlap::kNone, 2>(),
+    forward<64, 4, 64, 5, Overlap::kBehind, 1>(),
     forward<64, 4, 96, 3, Overlap::kNone, 1>(),
     forward<64, 3, 128, 2, Overlap::kNone, 1>(),
     forward<128, 2, 64, 3, Overlap::kInTurn, 1>(),

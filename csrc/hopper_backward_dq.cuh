@@ -4,7 +4,8 @@
 //   ds_ij = p_ij (do_i . v_j - delta[i]);      dq[i] = scale sum_j ds_ij k_j
 //
 // Built as the forward is: a warpgroup owns 64 queries and sees keys block by block; no atomics, so the result is bit-equal
-// from run to run. The product with k runs on while the next block's logits and do v^T are computed.
+// from run to run. Of products the matrix units have some in store: do v^T while a block is exponentiated, and the one with k
+// while the next block's logits and do v^T are computed, or, at head dim 128, while it is exponentiated.
 // Read next: hopper_backward_dkdv.cuh.
 #pragma once
 
@@ -17,6 +18,8 @@ struct HopperDqTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStage
   using Numbers = BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_>;
   using Numbers::kGroups, Numbers::kStages, Numbers::kRowStages, Numbers::kPanels, Numbers::kBlockN;
   using Numbers::kGroupPanelBytes, Numbers::kBlockPanelBytes;
+  // Whether the next block's logits are issued before this one's product with k. What is faster on an H100 (reports/log.md).
+  static constexpr bool kLogitsFirst = kHeadDim_ == 128;
 
   struct Shared {
     alignas(1024) uint8_t q[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dq
@@ -121,12 +124,58 @@ __device__ __forceinline__ void sum_rows(const HopperDqParams& params, typename 
   __syncwarp();
 }
 
+// dq of a warpgroup's rows, not yet scaled, over the blocks that they see, of which there is one at least.
+template <class Tile>
+__device__ __forceinline__ void accumulate_dq(float (&dq)[Tile::kHeadDim / 2], const HopperWork& work, const GroupJob& job,
+                                              const RowIntervals& intervals, const RowStatistics (&statistics)[2],
+                                              typename Tile::Shared& shared, const uint8_t* q, const uint8_t* d_out,
+                                              RingPosition<Tile::kStages>& ring) {
+  constexpr int kLogits = Tile::kBlockN / 2;
+  const float scale_log2 = work.scale * kLog2E;
+  uint32_t ds[Tile::kBlockN / 16][4];
+  float s[kLogits], dp[kLogits];
+  const auto issue_logits = [&] {
+    barrier_wait(shared.k_full[ring.stage], ring.parity);
+    issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
+  };
+  const auto issue_dp = [&] {
+    barrier_wait(shared.v_full[ring.stage], ring.parity);
+    issue_rows_product<Tile::kType, Tile::kHeadDim>(dp, d_out, shared.v[ring.stage][0]);
+  };
+  issue_logits();
+  issue_dp();
+  wgmma_wait<1>();
+  for (int block = job.block_begin;; ++block) {
+    if (job.masked(block)) intervals.apply(s, job.column_begin + block * Tile::kBlockN);
+#pragma unroll
+    for (int i = 0; i < kLogits; ++i) s[i] = exp2_approx(fmaf(s[i], scale_log2, -statistics[i / 2 % 2].lse_log2));
+    finish(s);
+    wgmma_wait<0>();  // dp(block), and before it dq(block - 1)
+    if (block > job.block_begin) release(shared.k_empty[ring.last_stage()]);
+    release(shared.v_empty[ring.stage]);
+#pragma unroll
+    for (int i = 0; i < kLogits; ++i) s[i] *= dp[i] - statistics[i / 2 % 2].delta;
+    pack_operands<Tile::kType>(ds, s);
+    const auto issue_dq = [&, stage = ring.stage] { issue_columns_product<Tile::kType>(dq, ds, shared.k[stage][0]); };
+    ring.advance();
+    if (block + 1 == job.block_end) {
+      issue_dq();
+      break;
+    }
+    if constexpr (!Tile::kLogitsFirst) issue_dq();
+    issue_logits();
+    if constexpr (Tile::kLogitsFirst) issue_dq();
+    issue_dp();
+    wgmma_wait<Tile::kLogitsFirst ? 2 : 1>();  // s(block + 1)
+  }
+  wgmma_wait<0>();
+  release(shared.k_empty[ring.last_stage()]);
+}
+
 template <class Tile>
 __device__ __forceinline__ void compute_dq(const HopperDqParams& params, typename Tile::Shared& shared) {
-  constexpr int kLogits = Tile::kBlockN / 2;
   const int group = uniform(threadIdx.x / kGroupThreads), lane = threadIdx.x % 32;
   const int first_row = threadIdx.x % kGroupThreads / 32 * 16 + lane / 4;
-  const float scale_log2 = params.work.scale * kLog2E;
   RingPosition<Tile::kRowStages> row_ring;
   RingPosition<Tile::kStages> ring;
   const auto skip = [&](int num_blocks) {
@@ -152,31 +201,12 @@ __device__ __forceinline__ void compute_dq(const HopperDqParams& params, typenam
     intervals.load(params.work, job, first_row);
     float dq[Tile::kHeadDim / 2];
     set_zero(dq);
+    for (float& x : dq) pin(x);  // zero now, not between products that are under way, which ptxas would serialise (C7515)
 
     skip(job.block_begin);
-    int last_stage = -1;  // of the block whose product with k is under way
-    uint32_t ds[Tile::kBlockN / 16][4];
-    float s[kLogits], dp[kLogits];
-    for (int block = job.block_begin; block < job.block_end; ++block, ring.advance()) {
-      barrier_wait(shared.k_full[ring.stage], ring.parity);
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(s, q, shared.k[ring.stage][0]);
-      barrier_wait(shared.v_full[ring.stage], ring.parity);
-      issue_rows_product<Tile::kType, Tile::kHeadDim>(dp, d_out, shared.v[ring.stage][0]);
-      wgmma_wait<1>();
-      if (last_stage >= 0) release(shared.k_empty[last_stage]);
-      if (job.masked(block)) intervals.apply(s, job.column_begin + block * Tile::kBlockN);
-#pragma unroll
-      for (int i = 0; i < kLogits; ++i) s[i] = exp2_approx(fmaf(s[i], scale_log2, -statistics[i / 2 % 2].lse_log2));
-      wgmma_wait<0>();
-      release(shared.v_empty[ring.stage]);
-#pragma unroll
-      for (int i = 0; i < kLogits; ++i) s[i] *= dp[i] - statistics[i / 2 % 2].delta;
-      pack_operands<Tile::kType>(ds, s);
-      issue_columns_product<Tile::kType>(dq, ds, shared.k[ring.stage][0]);
-      last_stage = ring.stage;
+    if (job.block_begin < job.block_end) {
+      accumulate_dq<Tile>(dq, params.work, job, intervals, statistics, shared, q, d_out, ring);
     }
-    wgmma_wait<0>();
-    if (last_stage >= 0) release(shared.k_empty[last_stage]);
     skip(job.num_blocks - job.block_end);
 
     group_sync(group);

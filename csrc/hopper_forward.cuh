@@ -19,6 +19,7 @@ enum class Overlap {
   kNone,    // a warpgroup waits for every product of its own: others fill the gaps
   kInTurn,  // p v of a block runs while the next one is exponentiated, and the warpgroups issue their products in turn, so
             // that one exponentiates while another multiplies
+  kBehind,  // as kInTurn, in no order
 };
 
 template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, Overlap kOverlap_, int kBlocksPerSM_>
@@ -285,7 +286,7 @@ __device__ __forceinline__ void attend(ForwardRows<Tile>& rows, const GroupJob& 
       pass_turn();
       wgmma_wait<1>();
       exponentiate(block);
-      wgmma_wait<0>();
+      wgmma_wait<0>();  // to which ptxas may come before it exponentiates: at head dim 64 faster than after it (see `finish`)
       release(shared.v_empty[last.stage]);
       if constexpr (!kBounded) rows.rescale(factor);
       pack_operands<Tile::kType>(p, s);

@@ -30,6 +30,16 @@ __device__ __forceinline__ void pin(float& x) { asm volatile("" : "+f"(x)); }
 // Past which the compiler shall move no loads.
 __device__ __forceinline__ void hold() { asm volatile("" ::: "memory"); }
 
+// Of numbers that are not negative: all are known before anything that follows. ptxas would have the warp wait for a product
+// first and compute what has nothing to do with it later, so that they do not overlap.
+template <int kNumbers>
+__device__ __forceinline__ void finish(const float (&x)[kNumbers]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i) bits |= __float_as_uint(x[i]);
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, 0;\n@p nanosleep.u32 0;\n}\n" ::"r"(bits) : "memory");
+}
+
 // Named barriers of a block (from 1 on; 0 is __syncthreads): of so many threads, of which some wait and others only arrive.
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");

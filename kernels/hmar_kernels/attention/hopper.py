@@ -29,7 +29,8 @@ HEAD_DIMS = (64, 128)
 class Tile(NamedTuple):
     """A compiled kernel: warpgroups of 64 rows, columns a block, blocks and jobs in shared memory, thread blocks an SM.
 
-    overlap (forward): 0, every warpgroup waits for its products and others fill the gaps; 1, they take turns.
+    overlap (forward): 0, every warpgroup waits for its products and others fill the gaps; 1, products overlap with the
+    next block's exponentials and warpgroups take turns; 2, the same in no order.
     """
 
     groups: int
@@ -68,12 +69,9 @@ SHORT, MEDIUM, LONG = "short", "medium", "long"
 MEDIUM_SPAN, LONG_SPAN = 512, 2048
 TILES: dict[tuple[int, str], Tiles] = {
     (64, SHORT): Tiles(
-        Tile(2, 64, 4, blocks_per_sm=2),
-        Tile(2, 64, 4, blocks_per_sm=2),
-        Tile(3, 64, 4),
-        Tile(1, 64, 4, blocks_per_sm=2),
+        Tile(4, 64, 5, overlap=2), Tile(4, 64, 5, overlap=2), Tile(3, 64, 4), Tile(1, 64, 4, blocks_per_sm=2)
     ),
-    (64, MEDIUM): Tiles(Tile(3, 128, 2), Tile(2, 64, 4, blocks_per_sm=2), Tile(3, 64, 4), Tile(2, 64, 4)),
+    (64, MEDIUM): Tiles(Tile(3, 128, 2), Tile(4, 64, 5, overlap=2), Tile(3, 64, 4), Tile(2, 64, 4)),
     (64, LONG): Tiles(Tile(3, 128, 2), Tile(4, 96, 3), Tile(3, 64, 4), Tile(2, 64, 4), Tile(2, 64, 4)),
     (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, 1), Tile(2, 64, 2)),
     (128, MEDIUM): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 3, 1), Tile(2, 64, 2)),
