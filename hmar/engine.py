@@ -917,11 +917,10 @@ class Summands(NamedTuple):
     branch_PBLC: Tensor
     bias_C: Tensor
     gate_B1C: Tensor
-    overlap: bool
 
     def norm(self, scale_B1C: Tensor, shift_B1C: Tensor) -> tuple[Tensor, Tensor]:
         arguments = self.x_BLC, self.branch_PBLC, self.bias_C, self.gate_B1C, scale_B1C, shift_B1C
-        return summed_modulated_norm(*arguments, overlap=self.overlap)
+        return summed_modulated_norm(*arguments)
 
     def take(self, wanted_Bm: Tensor) -> Summands:
         index_Bm1 = wanted_Bm[..., None]
@@ -976,7 +975,7 @@ class FusedLinear(nn.Module):
             return Residual(y_BLC, statistics_BLT2=statistics_BLT2)
         parts = parts_of(h_BLC.shape[:-1].numel(), *self.weight.shape)
         branch_PBLC = linear_parts(h_BLC, self.weight, parts) if parts > 1 else linear(h_BLC, self.weight)[None]
-        return Summands(x_BLC, branch_PBLC, self.bias, gate_B1C, self.choices.overlap)
+        return Summands(x_BLC, branch_PBLC, self.bias, gate_B1C)
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         if x_BLC.shape[:-1].numel() <= self.choices.few_rows:
@@ -1066,7 +1065,8 @@ class FusedAttention(nn.Module):
         module, length = self.attention, qkv_BLM.shape[1]
         if cache is not None or length > MAX_KEYS or self.choices.attention == "separate":
             return module.attended(qkv_BLM, mask, cache)
-        # NOTE: a pass has the tokens of one scale, which all see each other under either mask.
+        # NOTE: a pass has the tokens of one scale, which all see each other under either mask. What may overlap with a
+        # product of cuBLAS begins .5 us later than what may not (reports/data/generation_steps_h100.json, "gaps").
         return qk_norm_attention(
             qkv_BLM,
             module.q_bias_C,
@@ -1074,7 +1074,7 @@ class FusedAttention(nn.Module):
             module.log_scale_H,
             max_log_scale=module.MAX_LOG_SCALE,
             impl="triton",
-            overlap=self.choices.overlap,
+            overlap=self.choices.overlap and qkv_BLM.shape[:-1].numel() <= self.choices.few_rows,
         )
 
 

@@ -67,7 +67,7 @@ def summed_inputs(parts, batch, length, width, x_dtype, dtype, device="cpu"):
     } | {name: 0.5 * draw(batch, 1, width, dtype=dtype) for name in ("gate", "scale", "shift")}
 
 
-def assert_parts_add_up(parts, batch, length, width, x_dtype, dtype, device="cpu", **options):
+def assert_parts_add_up(parts, batch, length, width, x_dtype, dtype, device="cpu"):
     """The kernel of `summed_modulated_norm` by the rule of accuracy."""
     inputs = summed_inputs(parts, batch, length, width, x_dtype, dtype, device)
 
@@ -75,7 +75,7 @@ def assert_parts_add_up(parts, batch, length, width, x_dtype, dtype, device="cpu
         y, h = summed_modulated_norm(**inputs, eps=1e-3, impl=impl, **options)
         return {"y": y, "h": h}
 
-    actual = run(inputs, "triton", dtype=dtype, **options)
+    actual = run(inputs, "triton", dtype=dtype)
     assert (actual["y"].dtype, actual["h"].dtype) == (x_dtype, dtype)
     exact, plain = run(in_float64(inputs), "reference"), run(inputs, "reference", dtype=dtype)
     for name, its_dtype in (("y", x_dtype), ("h", dtype)):

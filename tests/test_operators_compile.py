@@ -19,8 +19,6 @@ cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 report = []
 for module, name, pointers, constants, warps in jobs:
     kernel = getattr(importlib.import_module("hmar_kernels." + module), name)
-    if "OVERLAP" in constants:
-        constants["OVERLAP"] = constants["OVERLAP"] and arch >= 90
     signature, constexprs, attributes = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -77,7 +75,7 @@ def jobs_of_modulated_norm():
         block = triton._padded(width)
         constants = {"C": width, "BLOCK_C": block, "HAS_KEEP": True, "HAS_BRANCH": True}
         constants |= {"GIVES_H": False, "FROM_X": False} | flags
-        constants |= {"PARTS": int(constants["HAS_BRANCH"]), "HAS_BIAS": False, "OVERLAP": False}
+        constants |= {"PARTS": int(constants["HAS_BRANCH"]), "HAS_BIAS": False}
         forward, backward = triton.select_tiles(block)
         module = "modulated_norm.triton"
         if not constants["GIVES_H"]:
@@ -94,7 +92,7 @@ def jobs_of_modulated_norm():
         block = triton._padded(width)
         for tile in (triton.few_rows_tile(block), triton.select_tiles(block)[0]):
             constants = {"C": width, "BLOCK_C": block, "HAS_KEEP": False, "PARTS": parts, "HAS_BIAS": True}
-            constants |= {"OVERLAP": True, "ROWS": tile.rows_or_stages}
+            constants |= {"ROWS": tile.rows_or_stages}
             yield "modulated_norm.triton", "_forward_kernel", FLOAT32_STREAM, constants, tile.warps
 
 

@@ -92,7 +92,6 @@ def summed_modulated_norm(
     eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
-    overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y = x + gate (sum of the parts + bias), and `modulated_norm` of y: after `linear_parts`.
 
@@ -102,7 +101,6 @@ def summed_modulated_norm(
         gate, scale, shift: [B, 1, C], any stride over B; dtypes of their own.
         eps, dtype, impl: as in `modulated_norm`; "triton" has no derivative, and "auto" does not take it where one is
             needed.
-        overlap: of "triton": the kernel may be launched before those queued before it have ended, and then waits.
     Returns:
         y [B, L, C] in x's dtype, rounded once, and h [B, L, C].
     Raises:
@@ -125,7 +123,7 @@ def summed_modulated_norm(
         y = reference.residual(x, branch, gate, None)
         return y, reference.norm(y, scale, shift, eps).to(dtype)
     forward = _summed_norm if torch.compiler.is_compiling() else _run_summed_norm
-    return forward(x, parts, bias, gate, scale, shift, eps, dtype, overlap)
+    return forward(x, parts, bias, gate, scale, shift, eps, dtype)
 
 
 def check_inputs(
@@ -269,14 +267,12 @@ def _run_summed_norm(
     shift: torch.Tensor,
     eps: float,
     dtype: torch.dtype,
-    overlap: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    given = {"parts": parts, "bias": bias, "overlap": overlap}
-    y, h, _ = triton.forward(x, None, gate, None, scale, shift, eps, dtype, **given)
+    y, h, _ = triton.forward(x, None, gate, None, scale, shift, eps, dtype, parts=parts, bias=bias)
     return y, h
 
 
-def _fake_summed_norm(x, parts, bias, gate, scale, shift, eps, dtype, overlap):
+def _fake_summed_norm(x, parts, bias, gate, scale, shift, eps, dtype):
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     return y, torch.empty_like(y, dtype=dtype)
 

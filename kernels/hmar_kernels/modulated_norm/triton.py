@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
-from ..triton_device import num_sms, on_device, overlaps, sum_partials
+from ..triton_device import num_sms, on_device, sum_partials
 
 
 class Tile(NamedTuple):
@@ -74,13 +73,10 @@ def _forward_kernel(
     PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
-    OVERLAP: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    if OVERLAP:
-        gdc_wait()
     b = tl.program_id(1).to(tl.int64)
     offs_l = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_c = tl.arange(0, BLOCK_C)
@@ -208,7 +204,6 @@ def forward(
     *,
     parts: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x branch [B,L,C], gate scale shift [B,1,C], keep [B] -> y, h [B,L,C], statistics [2,B,L].
 
@@ -227,7 +222,6 @@ def forward(
     tile, _ = select_tiles(block_c)
     if parts is not None and b * length <= FEW_ROWS_PER_SM * num_sms(x.device):
         tile = few_rows_tile(block_c)
-    overlap = overlap and overlaps(x.device)
     if x.numel():
         with on_device(x):
             _forward_kernel[(triton.cdiv(length, tile.rows_or_stages), b)](
@@ -251,13 +245,11 @@ def forward(
                 PARTS=num_parts,
                 HAS_BIAS=bias is not None,
                 HAS_KEEP=keep is not None,
-                OVERLAP=overlap,
                 C=c,
                 BLOCK_C=block_c,
                 ROWS=tile.rows_or_stages,
                 num_warps=tile.warps,
                 enable_fp_fusion=False,
-                **({"launch_pdl": True} if overlap else {}),
             )
     return y, h, statistics
 
