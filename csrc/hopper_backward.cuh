@@ -42,6 +42,8 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
   static constexpr int kNumThreads = (kGroups + kDqGroup + 1) * kGroupThreads;
   static constexpr int kRegistersOfCompute = kDqGroup ? 200 : 232, kRegistersOfDq = 72, kRegistersOfFetch = 40;
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
+  // Bytes that each of two warps has to serve heads with: four tensors of 32 rows. At head dim 128 there is no room.
+  static constexpr int kServedBytes = kDqGroup ? 4 * kChunkQueries * kPanelRowBytes : 0;
   static constexpr int kStagings = kDqGroup ? 1 : kGroups;
   static constexpr int kHalfColumns = kHeadDim / 2;  // whose sums take as much memory as a row of dq
   static constexpr int kHalves = kPanelColumns / kHalfColumns;  // that a product of 64 columns has
@@ -53,6 +55,7 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
     alignas(1024) uint8_t d_out[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t ds[kExchanges][kGroups][kBlockPanelBytes];  // rows are queries, columns a group's keys
     alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];  // float32, on the way to the sums
+    alignas(16) uint8_t served[kDqGroup ? 2 * kServedBytes : 16];
     alignas(16) RowStatistics statistics[kStages][kBlockN];
     SumsPlace sums[kRowStages][2];  // where the halves of a head's sums are
     Barrier rows_full[kRowStages], rows_done[kRowStages], rows_empty[kRowStages];
@@ -200,16 +203,58 @@ template <class Tile>
 constexpr int kRowsOfSums = 32 / kLanesOfSums<Tile>;
 static_assert(kChunkQueries == 32, "a lane each");
 
+// What a warp has brought into shared memory to serve a chunk of queries, rows of 128 bytes: all copies are under way together,
+// where registers hold little. Without one, heads are served as they lie in global memory.
+struct Served {
+  uint8_t* at;
+
+  __device__ __forceinline__ uint8_t* out() const { return at; }
+  __device__ __forceinline__ uint8_t* d_out() const { return at + kChunkQueries * kPanelRowBytes; }
+  __device__ __forceinline__ uint8_t* sums(int half) const { return at + (2 + half) * kChunkQueries * kPanelRowBytes; }
+};
+
+// Eight lanes bring a row, 16 bytes each; `from`: row 0, stride: bytes to the next one.
+__device__ __forceinline__ void bring_rows(uint8_t* to, const uint8_t* from, int64_t stride, int num_rows) {
+  constexpr int kLanes = kPanelRowBytes / 16, kRows = 32 / kLanes;
+  const int lane = threadIdx.x % 32, first_row = lane / kLanes;
+  from += first_row * stride + lane % kLanes * 16;
+  uint32_t at = shared_address(to) + lane * 16;
+#pragma unroll 2
+  for (int row = first_row; row < num_rows; row += kRows) {
+    cp_async_16(at, from, true);
+    at += kRows * kPanelRowBytes;
+    from += kRows * stride;
+  }
+}
+
+__device__ __forceinline__ void bring_outputs(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
+  const auto bring = [&](uint8_t* to, const void* tensor, const Strides& strides) {
+    const auto* from = rows_of(const_cast<void*>(tensor), strides, params.work, chunk.batch_head, chunk.query_begin);
+    bring_rows(to, reinterpret_cast<const uint8_t*>(from), 2 * strides.row, chunk.num_rows(params.work));
+  };
+  bring(served.out(), params.out, params.out_strides);
+  bring(served.d_out(), params.d_out_rows, params.d_out_strides);
+}
+
+__device__ __forceinline__ void bring_sums(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
+#pragma unroll 1
+  for (int half = 0; half < 2; ++half) {
+    const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin);
+    bring_rows(served.sums(half), sums.at, sums.stride, chunk.num_rows(params.work));
+  }
+}
+
 // Rounds the sums of a chunk's queries into dq. Those of the first half, which lie there, before anything else is written.
-template <class Tile>
-__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk) {
+template <class Tile, bool kServed>
+__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
   static_assert(kChunkQueries % 8 == 0);
   const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums<Tile>;
   const int num_rows = chunk.num_rows(params.work);
   const float scale = params.work.scale;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
+    const SumsRow sums = kServed ? SumsRow{served.sums(half) + first_row * kPanelRowBytes, kPanelRowBytes}
+                                 : sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
     const uint8_t* from = sums.at + lane % kLanesOfSums<Tile> * 16;
     uint16_t* to = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, chunk.query_begin + first_row) +
                    half * Tile::kHalfColumns;
@@ -217,9 +262,17 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
     for (int step = 0; step < num_rows; step += kRowsOfSums<Tile>) {
       const int row = step + first_row;
       const bool valid = row < num_rows;
-      const float4 sum = valid ? __ldcg(reinterpret_cast<const float4*>(from)) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+      float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
+      if (valid) {
+        const auto* four = reinterpret_cast<const float4*>(from);
+        if constexpr (kServed) {
+          sum = *four;
+        } else {
+          sum = __ldcg(four);
+        }
+      }
       const int column = (4 * lane ^ 8 * row) % Tile::kHalfColumns;  // sums_chunk, and a half of it
-      __syncwarp();
+      if constexpr (!kServed) __syncwarp();
       if (valid) {
         *reinterpret_cast<uint2*>(to + column) =
             uint2{pack<Tile::kType>(sum.x * scale, sum.y * scale), pack<Tile::kType>(sum.z * scale, sum.w * scale)};
@@ -236,8 +289,8 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
 // half: `odd`.
 // (The warps that serve heads share the issue slots of those that compute, and have few registers: no more instructions
 // than needed, and offsets of 32 bits.)
-template <class Tile>
-__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk) {
+template <class Tile, bool kServed>
+__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
   constexpr int kLanesOfRow = 4, kRowsOfStep = 32 / kLanesOfRow, kLaneBytes = 16, kStepBytes = kLanesOfRow * kLaneBytes;
   const int lane = threadIdx.x % 32, index = lane % kLanesOfRow, num_rows = chunk.num_rows(params.work);
 #pragma unroll 1
@@ -251,16 +304,22 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
       at += kRowsOfSums<Tile> * sums.stride;
     }
   }
-  const auto* out = reinterpret_cast<const uint8_t*>(
-      rows_of(const_cast<void*>(params.out), params.out_strides, params.work, chunk.batch_head, chunk.query_begin));
-  const auto* d_out = reinterpret_cast<const uint8_t*>(
-      rows_of(const_cast<void*>(params.d_out_rows), params.d_out_strides, params.work, chunk.batch_head, chunk.query_begin));
+  const uint8_t *out = served.out(), *d_out = served.d_out();
+  uint32_t out_bytes = kPanelRowBytes, d_out_bytes = kPanelRowBytes;  // from row to row
+  if constexpr (!kServed) {
+    out = reinterpret_cast<const uint8_t*>(
+        rows_of(const_cast<void*>(params.out), params.out_strides, params.work, chunk.batch_head, chunk.query_begin));
+    d_out = reinterpret_cast<const uint8_t*>(
+        rows_of(const_cast<void*>(params.d_out_rows), params.d_out_strides, params.work, chunk.batch_head, chunk.query_begin));
+    out_bytes = static_cast<uint32_t>(params.out_strides.row) * 2;
+    d_out_bytes = static_cast<uint32_t>(params.d_out_strides.row) * 2;
+  }
   float delta = 0.0f;  // of query `lane`
 #pragma unroll 1
   for (int step = 0; step < num_rows; step += kRowsOfStep) {
     const int query = min(step + lane / kLanesOfRow, num_rows - 1);
-    const uint32_t of_out = query * static_cast<uint32_t>(params.out_strides.row) * 2 + index * kLaneBytes;
-    const uint32_t of_d_out = query * static_cast<uint32_t>(params.d_out_strides.row) * 2 + index * kLaneBytes;
+    const uint32_t of_out = query * out_bytes + index * kLaneBytes;
+    const uint32_t of_d_out = query * d_out_bytes + index * kLaneBytes;
     float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
     for (int byte = 0; byte < 2 * Tile::kHeadDim; byte += kStepBytes) {
@@ -285,26 +344,37 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
   }
 }
 
+// Until what this warp brings is there.
+__device__ __forceinline__ void wait_for_served() {
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncwarp();
+}
+
 __device__ __forceinline__ void count_ready(const HopperBackwardParams& params, int batch_head) {
   fence_async_proxy_global();
   count_up(&params.progress[batch_head].ready);
 }
 
 // All warps make the first heads ready, as there is nothing to compute yet.
-template <class Tile>
-__device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& params) {
+template <class Tile, bool kServed>
+__device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& params, const Served& served) {
   const auto take = [&] { return receive_item(threadIdx.x % 32 == 0 ? atomicAdd(params.next_first_chunk, 1) : 0); };
   const int num_chunks = params.num_first_heads * params.num_chunks;
   for (int number = take(); number < num_chunks; number = take()) {
     const HeadChunk chunk = head_chunk(params, number);
-    prepare<Tile>(params, chunk);
+    if constexpr (kServed) {
+      bring_outputs(params, chunk, served);
+      wait_for_served();
+    }
+    prepare<Tile, kServed>(params, chunk, served);
     count_ready(params, chunk.batch_head);
   }
 }
 
 // Makes the other heads ready and rounds the sums of all, chunk by chunk: the work of two warps, at the end of all.
-template <class Tile>
-__device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) {
+template <class Tile, bool kServed>
+__device__ __forceinline__ void serve_heads(const HopperBackwardParams& params, const Served& served) {
   const auto take = [&] { return threadIdx.x % 32 == 0 ? atomicAdd(params.next_chunk, 1) : 0; };
   for (int number = receive_item(take());;) {
     HeadChunk chunk = head_chunk(params, number);
@@ -312,12 +382,20 @@ __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) 
     const int last = chunk.batch_head - params.num_slots;  // the head that had the slot before
     const bool needed = chunk.batch_head < params.num_batch_heads;
     if (!needed && !has_sums(params, last)) return;
-    if (last >= 0 && has_sums(params, last)) {
+    if (kServed && needed) bring_outputs(params, chunk, served);
+    const bool rounds = last >= 0 && has_sums(params, last);
+    const HeadChunk rounded{last, chunk.query_begin};
+    if (rounds) {
       wait_for_count(&params.progress[last].done, params.work.num_jobs);
-      round_sums<Tile>(params, {last, chunk.query_begin});
+      if constexpr (kServed) bring_sums(params, rounded, served);
+    }
+    if constexpr (kServed) wait_for_served();
+    if (rounds) {
+      round_sums<Tile, kServed>(params, rounded, served);
       __syncwarp();
     }
-    if (needed) prepare<Tile>(params, chunk);
+    if (needed) prepare<Tile, kServed>(params, chunk, served);
+    if constexpr (kServed) __syncwarp();  // what was brought has been read
     const int next = take();
     if (needed) count_ready(params, chunk.batch_head);
     number = receive_item(next);
@@ -688,9 +766,9 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
   const int group = threadIdx.x / kGroupThreads;
   if (group < Tile::kGroups) {
     take_registers<Tile::kRegistersOfCompute>();
-    serve_first_heads<Tile>(params);
+    serve_first_heads<Tile, false>(params, Served{});
     compute_backward<Tile>(params, shared);
-    serve_heads<Tile>(params);
+    serve_heads<Tile, false>(params, Served{});
   } else if (Tile::kDqGroup && group == Tile::kGroups) {
     give_registers<Tile::kRegistersOfDq>();
     compute_dq_sums<Tile>(params, shared);
@@ -702,8 +780,9 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
     } else if (warp == 1) {
       count_jobs<Tile>(params, shared);
     } else {
-      serve_first_heads<Tile>(params);
-      serve_heads<Tile>(params);
+      const Served served{shared.served + (warp - 2) * Tile::kServedBytes};
+      serve_first_heads<Tile, Tile::kDqGroup>(params, served);
+      serve_heads<Tile, Tile::kDqGroup>(params, served);
     }
   }
 }
