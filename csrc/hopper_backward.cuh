@@ -31,6 +31,23 @@ struct SumsPlace {
   int32_t tensor, head, batch;
 };
 
+// What a warp that serves heads brings into shared memory, rows of 128 bytes: copies are under way together, where registers
+// hold little. Of the next chunk while it serves one: `out` and `d_out` in turn, the sums once those of this one are read.
+struct Served {
+  struct Outputs {
+    alignas(16) uint8_t out[kChunkQueries * kPanelRowBytes], d_out[kChunkQueries * kPanelRowBytes];
+  };
+  Outputs outputs[2];
+  alignas(16) uint8_t sums[2][kChunkQueries * kPanelRowBytes];  // halves
+};
+
+template <bool kServesAhead>
+struct ServedByWarps {
+  Served of_warp[2];
+};
+template <>
+struct ServedByWarps<false> {};
+
 template <DType kType_, int kHeadDim_, int kGroups_, int kBlockN_, int kStages_, int kRowStages_, int kBlocksPerSM_>
 struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_> {
   using Numbers = BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, kStages_, kRowStages_, kBlocksPerSM_>;
@@ -42,8 +59,7 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
   static constexpr int kNumThreads = (kGroups + kDqGroup + 1) * kGroupThreads;
   static constexpr int kRegistersOfCompute = kDqGroup ? 200 : 232, kRegistersOfDq = 72, kRegistersOfFetch = 40;
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
-  // Bytes that each of two warps has to serve heads with: four tensors of 32 rows. At head dim 128 there is no room.
-  static constexpr int kServedBytes = kDqGroup ? 4 * kChunkQueries * kPanelRowBytes : 0;
+  static constexpr bool kServesAhead = kDqGroup;  // at head dim 128 there is no room
   static constexpr int kStagings = kDqGroup ? 1 : kGroups;
   static constexpr int kHalfColumns = kHeadDim / 2;  // whose sums take as much memory as a row of dq
   static constexpr int kHalves = kPanelColumns / kHalfColumns;  // that a product of 64 columns has
@@ -55,7 +71,7 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
     alignas(1024) uint8_t d_out[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t ds[kExchanges][kGroups][kBlockPanelBytes];  // rows are queries, columns a group's keys
     alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];  // float32, on the way to the sums
-    alignas(16) uint8_t served[kDqGroup ? 2 * kServedBytes : 16];
+    ServedByWarps<kServesAhead> served;
     alignas(16) RowStatistics statistics[kStages][kBlockN];
     SumsPlace sums[kRowStages][2];  // where the halves of a head's sums are
     Barrier rows_full[kRowStages], rows_done[kRowStages], rows_empty[kRowStages];
@@ -71,6 +87,11 @@ __device__ __forceinline__ void wait_for_count(const int32_t* counter, int count
     while (load_acquire(counter) < count) __nanosleep(500);
   }
   __syncwarp();
+}
+
+// Whether it has come to `count` already.
+__device__ __forceinline__ bool has_come_to(const int32_t* counter, int count) {
+  return receive_item(threadIdx.x % 32 == 0 ? load_acquire(counter) : 0) >= count;
 }
 
 // Counts what all lanes of the warp wrote, and what they saw written.
@@ -203,16 +224,6 @@ template <class Tile>
 constexpr int kRowsOfSums = 32 / kLanesOfSums<Tile>;
 static_assert(kChunkQueries == 32, "a lane each");
 
-// What a warp has brought into shared memory to serve a chunk of queries, rows of 128 bytes: all copies are under way together,
-// where registers hold little. Without one, heads are served as they lie in global memory.
-struct Served {
-  uint8_t* at;
-
-  __device__ __forceinline__ uint8_t* out() const { return at; }
-  __device__ __forceinline__ uint8_t* d_out() const { return at + kChunkQueries * kPanelRowBytes; }
-  __device__ __forceinline__ uint8_t* sums(int half) const { return at + (2 + half) * kChunkQueries * kPanelRowBytes; }
-};
-
 // Eight lanes bring a row, 16 bytes each; `from`: row 0, stride: bytes to the next one.
 __device__ __forceinline__ void bring_rows(uint8_t* to, const uint8_t* from, int64_t stride, int num_rows) {
   constexpr int kLanes = kPanelRowBytes / 16, kRows = 32 / kLanes;
@@ -227,35 +238,44 @@ __device__ __forceinline__ void bring_rows(uint8_t* to, const uint8_t* from, int
   }
 }
 
-__device__ __forceinline__ void bring_outputs(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
+__device__ __forceinline__ void bring_outputs(const HopperBackwardParams& params, const HeadChunk& chunk,
+                                              Served::Outputs& outputs) {
   const auto bring = [&](uint8_t* to, const void* tensor, const Strides& strides) {
     const auto* from = rows_of(const_cast<void*>(tensor), strides, params.work, chunk.batch_head, chunk.query_begin);
     bring_rows(to, reinterpret_cast<const uint8_t*>(from), 2 * strides.row, chunk.num_rows(params.work));
   };
-  bring(served.out(), params.out, params.out_strides);
-  bring(served.d_out(), params.d_out_rows, params.d_out_strides);
+  bring(outputs.out, params.out, params.out_strides);
+  bring(outputs.d_out, params.d_out_rows, params.d_out_strides);
 }
 
-__device__ __forceinline__ void bring_sums(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
+__device__ __forceinline__ void bring_sums(const HopperBackwardParams& params, const HeadChunk& chunk, Served& served) {
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
     const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin);
-    bring_rows(served.sums(half), sums.at, sums.stride, chunk.num_rows(params.work));
+    bring_rows(served.sums[half], sums.at, sums.stride, chunk.num_rows(params.work));
   }
 }
 
 // Rounds the sums of a chunk's queries into dq. Those of the first half, which lie there, before anything else is written.
-template <class Tile, bool kServed>
-__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
+// kBrought: the sums are in `served`, which else is null.
+template <class Tile, bool kBrought>
+__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk, const Served* served) {
   static_assert(kChunkQueries % 8 == 0);
   const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums<Tile>;
   const int num_rows = chunk.num_rows(params.work);
   const float scale = params.work.scale;
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const SumsRow sums = kServed ? SumsRow{served.sums(half) + first_row * kPanelRowBytes, kPanelRowBytes}
-                                 : sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
-    const uint8_t* from = sums.at + lane % kLanesOfSums<Tile> * 16;
+    const uint8_t* from;
+    int64_t stride = kPanelRowBytes;
+    if constexpr (kBrought) {
+      from = served->sums[half] + first_row * kPanelRowBytes;
+    } else {
+      const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
+      from = sums.at;
+      stride = sums.stride;
+    }
+    from += lane % kLanesOfSums<Tile> * 16;
     uint16_t* to = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, chunk.query_begin + first_row) +
                    half * Tile::kHalfColumns;
 #pragma unroll 1
@@ -265,19 +285,19 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
       float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
       if (valid) {
         const auto* four = reinterpret_cast<const float4*>(from);
-        if constexpr (kServed) {
+        if constexpr (kBrought) {
           sum = *four;
         } else {
           sum = __ldcg(four);
         }
       }
       const int column = (4 * lane ^ 8 * row) % Tile::kHalfColumns;  // sums_chunk, and a half of it
-      if constexpr (!kServed) __syncwarp();
+      if constexpr (!kBrought) __syncwarp();
       if (valid) {
         *reinterpret_cast<uint2*>(to + column) =
             uint2{pack<Tile::kType>(sum.x * scale, sum.y * scale), pack<Tile::kType>(sum.z * scale, sum.w * scale)};
       }
-      from += kRowsOfSums<Tile> * sums.stride;
+      from += kRowsOfSums<Tile> * stride;
       to += kRowsOfSums<Tile> * params.dq_strides.row;
     }
   }
@@ -289,8 +309,10 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
 // half: `odd`.
 // (The warps that serve heads share the issue slots of those that compute, and have few registers: no more instructions
 // than needed, and offsets of 32 bits.)
-template <class Tile, bool kServed>
-__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk, const Served& served) {
+// kBrought: the rows of out and do are in `outputs`, which else is null.
+template <class Tile, bool kBrought>
+__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk,
+                                        const Served::Outputs* outputs) {
   constexpr int kLanesOfRow = 4, kRowsOfStep = 32 / kLanesOfRow, kLaneBytes = 16, kStepBytes = kLanesOfRow * kLaneBytes;
   const int lane = threadIdx.x % 32, index = lane % kLanesOfRow, num_rows = chunk.num_rows(params.work);
 #pragma unroll 1
@@ -304,9 +326,12 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
       at += kRowsOfSums<Tile> * sums.stride;
     }
   }
-  const uint8_t *out = served.out(), *d_out = served.d_out();
+  const uint8_t *out, *d_out;
   uint32_t out_bytes = kPanelRowBytes, d_out_bytes = kPanelRowBytes;  // from row to row
-  if constexpr (!kServed) {
+  if constexpr (kBrought) {
+    out = outputs->out;
+    d_out = outputs->d_out;
+  } else {
     out = reinterpret_cast<const uint8_t*>(
         rows_of(const_cast<void*>(params.out), params.out_strides, params.work, chunk.batch_head, chunk.query_begin));
     d_out = reinterpret_cast<const uint8_t*>(
@@ -314,6 +339,7 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
     out_bytes = static_cast<uint32_t>(params.out_strides.row) * 2;
     d_out_bytes = static_cast<uint32_t>(params.d_out_strides.row) * 2;
   }
+  const uint32_t odd_row = lane / kLanesOfRow % 2 * kStepBytes;
   float delta = 0.0f;  // of query `lane`
 #pragma unroll 1
   for (int step = 0; step < num_rows; step += kRowsOfStep) {
@@ -323,8 +349,9 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
     float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
     for (int byte = 0; byte < 2 * Tile::kHeadDim; byte += kStepBytes) {
-      const uint4 a = *reinterpret_cast<const uint4*>(out + (of_out + byte));
-      const uint4 b = *reinterpret_cast<const uint4*>(d_out + (of_d_out + byte));
+      const uint32_t at = kBrought ? byte ^ odd_row : byte;  // rows of shared memory: no two in the same banks
+      const uint4 a = *reinterpret_cast<const uint4*>(out + (of_out + at));
+      const uint4 b = *reinterpret_cast<const uint4*>(d_out + (of_d_out + at));
       mma_m16n8k8<Tile::kType>(even, a.x, a.y, b.x);
       mma_m16n8k8<Tile::kType>(odd, a.x, a.y, b.y);
       mma_m16n8k8<Tile::kType>(even, a.z, a.w, b.z);
@@ -344,61 +371,94 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
   }
 }
 
-// Until what this warp brings is there.
-__device__ __forceinline__ void wait_for_served() {
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncwarp();
-}
-
 __device__ __forceinline__ void count_ready(const HopperBackwardParams& params, int batch_head) {
   fence_async_proxy_global();
   count_up(&params.progress[batch_head].ready);
 }
 
 // All warps make the first heads ready, as there is nothing to compute yet.
-template <class Tile, bool kServed>
-__device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& params, const Served& served) {
+template <class Tile>
+__device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& params) {
   const auto take = [&] { return receive_item(threadIdx.x % 32 == 0 ? atomicAdd(params.next_first_chunk, 1) : 0); };
   const int num_chunks = params.num_first_heads * params.num_chunks;
   for (int number = take(); number < num_chunks; number = take()) {
     const HeadChunk chunk = head_chunk(params, number);
-    if constexpr (kServed) {
-      bring_outputs(params, chunk, served);
-      wait_for_served();
-    }
-    prepare<Tile, kServed>(params, chunk, served);
+    prepare<Tile, false>(params, chunk, nullptr);
     count_ready(params, chunk.batch_head);
   }
 }
 
-// Makes the other heads ready and rounds the sums of all, chunk by chunk: the work of two warps, at the end of all.
-template <class Tile, bool kServed>
-__device__ __forceinline__ void serve_heads(const HopperBackwardParams& params, const Served& served) {
-  const auto take = [&] { return threadIdx.x % 32 == 0 ? atomicAdd(params.next_chunk, 1) : 0; };
-  for (int number = receive_item(take());;) {
-    HeadChunk chunk = head_chunk(params, number);
-    chunk.batch_head += params.num_first_heads;
-    const int last = chunk.batch_head - params.num_slots;  // the head that had the slot before
-    const bool needed = chunk.batch_head < params.num_batch_heads;
-    if (!needed && !has_sums(params, last)) return;
-    if (kServed && needed) bring_outputs(params, chunk, served);
-    const bool rounds = last >= 0 && has_sums(params, last);
-    const HeadChunk rounded{last, chunk.query_begin};
-    if (rounds) {
-      wait_for_count(&params.progress[last].done, params.work.num_jobs);
-      if constexpr (kServed) bring_sums(params, rounded, served);
-    }
-    if constexpr (kServed) wait_for_served();
-    if (rounds) {
-      round_sums<Tile, kServed>(params, rounded, served);
+// What there is to do for a chunk after those of the first heads: to make it ready, and before that to round the sums of the
+// head that had its slot.
+struct ChunkWork {
+  HeadChunk ready, rounded;
+  bool makes_ready, rounds;
+
+  __device__ __forceinline__ bool is_end() const { return !makes_ready && !rounds; }
+};
+
+__device__ __forceinline__ ChunkWork chunk_work(const HopperBackwardParams& params, int number) {
+  HeadChunk chunk = head_chunk(params, number);
+  chunk.batch_head += params.num_first_heads;
+  const int last = chunk.batch_head - params.num_slots;
+  const bool rounds = last >= 0 && has_sums(params, last);
+  return {chunk, {last, chunk.query_begin}, chunk.batch_head < params.num_batch_heads, rounds};
+}
+
+__device__ __forceinline__ int take_chunk(const HopperBackwardParams& params) {
+  return threadIdx.x % 32 == 0 ? atomicAdd(params.next_chunk, 1) : 0;
+}
+
+// Makes the other heads ready and rounds the sums of all, chunk by chunk: what all warps do once there is nothing to compute.
+template <class Tile>
+__device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) {
+  for (int number = receive_item(take_chunk(params));;) {
+    const ChunkWork work = chunk_work(params, number);
+    if (work.is_end()) return;
+    if (work.rounds) {
+      wait_for_count(&params.progress[work.rounded.batch_head].done, params.work.num_jobs);
+      round_sums<Tile, false>(params, work.rounded, nullptr);
       __syncwarp();
     }
-    if (needed) prepare<Tile, kServed>(params, chunk, served);
-    if constexpr (kServed) __syncwarp();  // what was brought has been read
-    const int next = take();
-    if (needed) count_ready(params, chunk.batch_head);
+    if (work.makes_ready) prepare<Tile, false>(params, work.ready, nullptr);
+    const int next = take_chunk(params);
+    if (work.makes_ready) count_ready(params, work.ready.batch_head);
     number = receive_item(next);
+  }
+}
+
+// The same by the two warps that do nothing else. While one serves a chunk the next one's rows are on their way: its sums if
+// they are complete already. It waits for none before it has counted the chunk it has, for which others may wait.
+template <class Tile>
+__device__ __forceinline__ void serve_heads_ahead(const HopperBackwardParams& params, Served& served) {
+  const auto bring_complete_sums = [&](const HeadChunk& rounded) {
+    wait_for_count(&params.progress[rounded.batch_head].done, params.work.num_jobs);
+    bring_sums(params, rounded, served);
+  };
+  ChunkWork work = chunk_work(params, receive_item(take_chunk(params)));
+  if (work.is_end()) return;
+  int taken = take_chunk(params), outputs = 0;
+  if (work.makes_ready) bring_outputs(params, work.ready, served.outputs[outputs]);
+  if (work.rounds) bring_complete_sums(work.rounded);
+  while (true) {
+    const ChunkWork next = chunk_work(params, receive_item(taken));
+    cp_async_commit();
+    if (next.makes_ready) bring_outputs(params, next.ready, served.outputs[outputs ^ 1]);
+    cp_async_commit();
+    cp_async_wait<1>();
+    __syncwarp();
+    if (work.rounds) round_sums<Tile, true>(params, work.rounded, &served);
+    __syncwarp();
+    const bool early = next.rounds && has_come_to(&params.progress[next.rounded.batch_head].done, params.work.num_jobs);
+    if (early) bring_sums(params, next.rounded, served);
+    if (work.makes_ready) prepare<Tile, true>(params, work.ready, &served.outputs[outputs]);
+    __syncwarp();
+    taken = take_chunk(params);
+    if (work.makes_ready) count_ready(params, work.ready.batch_head);
+    if (next.is_end()) return;
+    if (next.rounds && !early) bring_complete_sums(next.rounded);
+    work = next;
+    outputs ^= 1;
   }
 }
 
@@ -766,9 +826,9 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
   const int group = threadIdx.x / kGroupThreads;
   if (group < Tile::kGroups) {
     take_registers<Tile::kRegistersOfCompute>();
-    serve_first_heads<Tile, false>(params, Served{});
+    serve_first_heads<Tile>(params);
     compute_backward<Tile>(params, shared);
-    serve_heads<Tile, false>(params, Served{});
+    serve_heads<Tile>(params);
   } else if (Tile::kDqGroup && group == Tile::kGroups) {
     give_registers<Tile::kRegistersOfDq>();
     compute_dq_sums<Tile>(params, shared);
@@ -780,9 +840,12 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
     } else if (warp == 1) {
       count_jobs<Tile>(params, shared);
     } else {
-      const Served served{shared.served + (warp - 2) * Tile::kServedBytes};
-      serve_first_heads<Tile, Tile::kDqGroup>(params, served);
-      serve_heads<Tile, Tile::kDqGroup>(params, served);
+      serve_first_heads<Tile>(params);
+      if constexpr (Tile::kServesAhead) {
+        serve_heads_ahead<Tile>(params, shared.served.of_warp[warp - 2]);
+      } else {
+        serve_heads<Tile>(params);
+      }
     }
   }
 }
