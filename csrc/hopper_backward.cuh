@@ -32,13 +32,11 @@ struct SumsPlace {
 };
 
 // What a warp that serves heads brings into shared memory, rows of 128 bytes: copies are under way together, where registers
-// hold little. Of the next chunk while it serves one: `out` and `d_out` in turn, the sums once those of this one are read.
+// hold little. While it serves one chunk those of the next one take the place of what has been read.
 struct Served {
-  struct Outputs {
-    alignas(16) uint8_t out[kChunkQueries * kPanelRowBytes], d_out[kChunkQueries * kPanelRowBytes];
-  };
-  Outputs outputs[2];
   alignas(16) uint8_t sums[2][kChunkQueries * kPanelRowBytes];  // halves
+  alignas(16) uint8_t out[kChunkQueries * kPanelRowBytes];
+  alignas(16) uint8_t d_out[kChunkQueries * kPanelRowBytes];
 };
 
 template <bool kServesAhead>
@@ -238,14 +236,13 @@ __device__ __forceinline__ void bring_rows(uint8_t* to, const uint8_t* from, int
   }
 }
 
-__device__ __forceinline__ void bring_outputs(const HopperBackwardParams& params, const HeadChunk& chunk,
-                                              Served::Outputs& outputs) {
+__device__ __forceinline__ void bring_outputs(const HopperBackwardParams& params, const HeadChunk& chunk, Served& served) {
   const auto bring = [&](uint8_t* to, const void* tensor, const Strides& strides) {
     const auto* from = rows_of(const_cast<void*>(tensor), strides, params.work, chunk.batch_head, chunk.query_begin);
     bring_rows(to, reinterpret_cast<const uint8_t*>(from), 2 * strides.row, chunk.num_rows(params.work));
   };
-  bring(outputs.out, params.out, params.out_strides);
-  bring(outputs.d_out, params.d_out_rows, params.d_out_strides);
+  bring(served.out, params.out, params.out_strides);
+  bring(served.d_out, params.d_out_rows, params.d_out_strides);
 }
 
 __device__ __forceinline__ void bring_sums(const HopperBackwardParams& params, const HeadChunk& chunk, Served& served) {
@@ -309,10 +306,9 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
 // half: `odd`.
 // (The warps that serve heads share the issue slots of those that compute, and have few registers: no more instructions
 // than needed, and offsets of 32 bits.)
-// kBrought: the rows of out and do are in `outputs`, which else is null.
+// kBrought: the rows of out and do are in `served`, which else is null.
 template <class Tile, bool kBrought>
-__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk,
-                                        const Served::Outputs* outputs) {
+__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk, const Served* served) {
   constexpr int kLanesOfRow = 4, kRowsOfStep = 32 / kLanesOfRow, kLaneBytes = 16, kStepBytes = kLanesOfRow * kLaneBytes;
   const int lane = threadIdx.x % 32, index = lane % kLanesOfRow, num_rows = chunk.num_rows(params.work);
 #pragma unroll 1
@@ -329,8 +325,8 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
   const uint8_t *out, *d_out;
   uint32_t out_bytes = kPanelRowBytes, d_out_bytes = kPanelRowBytes;  // from row to row
   if constexpr (kBrought) {
-    out = outputs->out;
-    d_out = outputs->d_out;
+    out = served->out;
+    d_out = served->d_out;
   } else {
     out = reinterpret_cast<const uint8_t*>(
         rows_of(const_cast<void*>(params.out), params.out_strides, params.work, chunk.batch_head, chunk.query_begin));
@@ -388,21 +384,29 @@ __device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& pa
   }
 }
 
-// What there is to do for a chunk after those of the first heads: to make it ready, and before that to round the sums of the
-// head that had its slot.
-struct ChunkWork {
-  HeadChunk ready, rounded;
-  bool makes_ready, rounds;
-
-  __device__ __forceinline__ bool is_end() const { return !makes_ready && !rounds; }
-};
-
-__device__ __forceinline__ ChunkWork chunk_work(const HopperBackwardParams& params, int number) {
+// A chunk after those of the first heads. It is made ready, if it is of a head, and before that the sums of the head that had
+// its slot are rounded. The end is where there is neither.
+__device__ __forceinline__ HeadChunk later_chunk(const HopperBackwardParams& params, int number) {
   HeadChunk chunk = head_chunk(params, number);
   chunk.batch_head += params.num_first_heads;
-  const int last = chunk.batch_head - params.num_slots;
-  const bool rounds = last >= 0 && has_sums(params, last);
-  return {chunk, {last, chunk.query_begin}, chunk.batch_head < params.num_batch_heads, rounds};
+  return chunk;
+}
+
+__device__ __forceinline__ bool is_head(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  return chunk.batch_head < params.num_batch_heads;
+}
+
+__device__ __forceinline__ HeadChunk chunk_before(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  return {chunk.batch_head - params.num_slots, chunk.query_begin};
+}
+
+__device__ __forceinline__ bool rounds_before(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  const int last = chunk_before(params, chunk).batch_head;
+  return last >= 0 && has_sums(params, last);
+}
+
+__device__ __forceinline__ bool is_end(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  return !is_head(params, chunk) && !rounds_before(params, chunk);
 }
 
 __device__ __forceinline__ int take_chunk(const HopperBackwardParams& params) {
@@ -413,16 +417,17 @@ __device__ __forceinline__ int take_chunk(const HopperBackwardParams& params) {
 template <class Tile>
 __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) {
   for (int number = receive_item(take_chunk(params));;) {
-    const ChunkWork work = chunk_work(params, number);
-    if (work.is_end()) return;
-    if (work.rounds) {
-      wait_for_count(&params.progress[work.rounded.batch_head].done, params.work.num_jobs);
-      round_sums<Tile, false>(params, work.rounded, nullptr);
+    const HeadChunk chunk = later_chunk(params, number);
+    if (is_end(params, chunk)) return;
+    if (rounds_before(params, chunk)) {
+      const HeadChunk before = chunk_before(params, chunk);
+      wait_for_count(&params.progress[before.batch_head].done, params.work.num_jobs);
+      round_sums<Tile, false>(params, before, nullptr);
       __syncwarp();
     }
-    if (work.makes_ready) prepare<Tile, false>(params, work.ready, nullptr);
+    if (is_head(params, chunk)) prepare<Tile, false>(params, chunk, nullptr);
     const int next = take_chunk(params);
-    if (work.makes_ready) count_ready(params, work.ready.batch_head);
+    if (is_head(params, chunk)) count_ready(params, chunk.batch_head);
     number = receive_item(next);
   }
 }
@@ -431,34 +436,39 @@ __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) 
 // they are complete already. It waits for none before it has counted the chunk it has, for which others may wait.
 template <class Tile>
 __device__ __forceinline__ void serve_heads_ahead(const HopperBackwardParams& params, Served& served) {
-  const auto bring_complete_sums = [&](const HeadChunk& rounded) {
-    wait_for_count(&params.progress[rounded.batch_head].done, params.work.num_jobs);
-    bring_sums(params, rounded, served);
-  };
-  ChunkWork work = chunk_work(params, receive_item(take_chunk(params)));
-  if (work.is_end()) return;
-  int taken = take_chunk(params), outputs = 0;
-  if (work.makes_ready) bring_outputs(params, work.ready, served.outputs[outputs]);
-  if (work.rounds) bring_complete_sums(work.rounded);
-  while (true) {
-    const ChunkWork next = chunk_work(params, receive_item(taken));
+  const auto done = [&](const HeadChunk& chunk) { return &params.progress[chunk_before(params, chunk).batch_head].done; };
+  HeadChunk chunk = later_chunk(params, receive_item(take_chunk(params)));
+  bool late = rounds_before(params, chunk);  // its sums are not on their way yet
+  if (is_head(params, chunk)) bring_outputs(params, chunk, served);
+  cp_async_commit();
+  while (!is_end(params, chunk)) {
+    const int taken = take_chunk(params);
+    if (late) {
+      wait_for_count(done(chunk), params.work.num_jobs);
+      bring_sums(params, chunk_before(params, chunk), served);
+      cp_async_commit();
+      cp_async_wait<0>();
+    } else {
+      cp_async_wait<1>();  // all but `out` and `d_out`
+    }
+    __syncwarp();
+    if (rounds_before(params, chunk)) round_sums<Tile, true>(params, chunk_before(params, chunk), &served);
+    __syncwarp();
+    const HeadChunk next = later_chunk(params, receive_item(taken));
+    late = rounds_before(params, next);
+    if (late && has_come_to(done(next), params.work.num_jobs)) {
+      bring_sums(params, chunk_before(params, next), served);
+      late = false;
+    }
     cp_async_commit();
-    if (next.makes_ready) bring_outputs(params, next.ready, served.outputs[outputs ^ 1]);
+    cp_async_wait<1>();  // all but those sums
+    __syncwarp();
+    if (is_head(params, chunk)) prepare<Tile, true>(params, chunk, &served);
+    __syncwarp();
+    if (is_head(params, next)) bring_outputs(params, next, served);
     cp_async_commit();
-    cp_async_wait<1>();
-    __syncwarp();
-    if (work.rounds) round_sums<Tile, true>(params, work.rounded, &served);
-    __syncwarp();
-    const bool early = next.rounds && has_come_to(&params.progress[next.rounded.batch_head].done, params.work.num_jobs);
-    if (early) bring_sums(params, next.rounded, served);
-    if (work.makes_ready) prepare<Tile, true>(params, work.ready, &served.outputs[outputs]);
-    __syncwarp();
-    taken = take_chunk(params);
-    if (work.makes_ready) count_ready(params, work.ready.batch_head);
-    if (next.is_end()) return;
-    if (next.rounds && !early) bring_complete_sums(next.rounded);
-    work = next;
-    outputs ^= 1;
+    if (is_head(params, chunk)) count_ready(params, chunk.batch_head);
+    chunk = next;
   }
 }
 
@@ -842,7 +852,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
     } else {
       serve_first_heads<Tile>(params);
       if constexpr (Tile::kServesAhead) {
-        serve_heads_ahead<Tile>(params, shared.served.of_warp[warp - 2]);
+        serve_heads_ahead<Tile>(params, shared.served.of_warp[thread_again() / 32 % 2]);
       } else {
         serve_heads<Tile>(params);
       }

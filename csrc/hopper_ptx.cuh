@@ -14,6 +14,13 @@
 
 namespace hmar {
 
+// threadIdx.x, read once more: what the compiler has made of it would be kept in a register.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+}
+
 // The registers of each thread from here on; called by all warps of a warpgroup.
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {

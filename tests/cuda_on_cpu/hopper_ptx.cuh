@@ -65,7 +65,7 @@ inline float __fdiv_rn(float x, float y) { return x / y; }
 
 namespace hmar {
 
-constexpr int WARP_SIZE = 32, WARPGROUP_SIZE = 128, SHARED_BYTES = 227 * 1024;
+constexpr int WARP_SIZE = 32, WARPGROUP_SIZE = 128, MAX_WARPS = 32, SHARED_BYTES = 227 * 1024;
 alignas(1024) inline uint8_t shared_memory[SHARED_BYTES];
 
 struct Product {
@@ -93,6 +93,7 @@ struct Thread {
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
   std::vector<Addition> additions;
+  uintptr_t copy_groups = 0;  // committed
 };
 
 struct Meeting {
@@ -111,7 +112,7 @@ struct Block {
   std::vector<Warp> warps;
   std::map<int, Meeting> barriers;
   std::vector<uint8_t> shared_memory;  // while another block runs
-  std::map<uintptr_t, std::vector<std::function<void()>>> copies;  // under way: those of a barrier, or of a warp, in order
+  std::map<uintptr_t, std::vector<std::function<void()>>> copies;  // under way: those of a barrier, or of a warp's group, in order
   long launches = 0;    // of the kernels that depend on this one
   long late_boxes = 0;  // that could have been asked for before the wait, or that come after such a launch
 };
@@ -252,6 +253,8 @@ inline uint32_t __ballot_sync(uint32_t, bool x) {
 }
 inline bool __any_sync(uint32_t mask, bool x) { return __ballot_sync(mask, x) != 0; }
 
+inline int thread_again() { return threadIdx.x; }
+
 template <int kRegisters>
 void take_registers() {}
 template <int kRegisters>
@@ -355,21 +358,23 @@ inline void land(uintptr_t key, std::function<void()> copy) {
   if (!cluster->copies_are_late) return copy();
   running->copies[key].push_back(std::move(copy));
 }
+// Groups are those of whole warps.
+inline uintptr_t key_of_copies(uintptr_t group) { return group * MAX_WARPS + threadIdx.x / WARP_SIZE; }
 inline void barrier_arrive_after_cp_async(Barrier& barrier) {
-  land(threadIdx.x / WARP_SIZE, [&barrier] {
+  land(key_of_copies(this_thread().copy_groups), [&barrier] {
     if (barrier.pending == 0) cluster->failure = "more copies than a barrier expects";
     --barrier.pending;
     complete(barrier);
   });
 }
 
-inline void cp_async_commit() {}
-// Groups are those of whole warps: none of theirs are left under way.
+inline void cp_async_commit() { ++this_thread().copy_groups; }
 template <int kPending>
 void cp_async_wait() {
-  static_assert(kPending == 0);
-  const uintptr_t warp = threadIdx.x / WARP_SIZE;
-  wait_until([block = running, warp] { return block->copies.count(warp) == 0; });
+  const uintptr_t num_groups = this_thread().copy_groups;
+  for (uintptr_t group = 0; group + kPending < num_groups; ++group) {
+    wait_until([block = running, key = key_of_copies(group)] { return block->copies.count(key) == 0; });
+  }
 }
 
 // --- copy engine ---------------------------------------------------------------------------------------------------
@@ -438,7 +443,7 @@ inline void tma_load_once(uint8_t* dst, const TensorMap& map, Barrier& barrier, 
 
 inline void copy(uint32_t dst, const void* src, int bytes, bool valid) {
   if (valid) check_readable(src, bytes);
-  land(threadIdx.x / WARP_SIZE, [dst, src, bytes, valid] {
+  land(key_of_copies(this_thread().copy_groups), [dst, src, bytes, valid] {
     std::memset(shared_memory + dst, 0, bytes);
     if (valid) std::memcpy(shared_memory + dst, src, bytes);
   });
@@ -742,6 +747,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
       thread.open.clear();
       thread.groups.clear();
       thread.additions.clear();
+      thread.copy_groups = 0;
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = thread.stack.data();
       thread.context.uc_stack.ss_size = thread.stack.size();
