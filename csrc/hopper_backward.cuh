@@ -55,7 +55,8 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
   // At head dim 64 a warpgroup of its own computes dq; at 128 each of the others computes 64 of its columns.
   static constexpr bool kDqGroup = kHeadDim_ == 64;
   static constexpr int kNumThreads = (kGroups + kDqGroup + 1) * kGroupThreads;
-  static constexpr int kRegistersOfCompute = kDqGroup ? 200 : 232, kRegistersOfDq = 72, kRegistersOfFetch = 40;
+  static constexpr int kRegistersOfCompute = kDqGroup ? 192 : 232, kRegistersOfDq = 72,
+                       kRegistersOfFetch = kDqGroup ? 56 : 40;
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
   static constexpr bool kServesAhead = kDqGroup;  // at head dim 128 there is no room
   static constexpr int kStagings = kDqGroup ? 1 : kGroups;
@@ -106,8 +107,8 @@ __device__ __forceinline__ int slot_of(const HopperBackwardParams& params, int b
   return (batch_head + params.first_slot) % params.num_slots;
 }
 
-__device__ __forceinline__ RowStatistics* statistics_of(const HopperBackwardParams& params, int batch_head) {
-  return params.statistics + static_cast<int64_t>(slot_of(params, batch_head)) * params.work.num_queries;
+__device__ __forceinline__ RowStatistics* statistics_of(const HopperBackwardParams& params, int slot) {
+  return params.statistics + static_cast<int64_t>(slot) * params.work.num_queries;
 }
 
 // Float32 sums of half of the columns. Eight of a row are a chunk, as a product's accumulator has them, two in each of four
@@ -117,9 +118,9 @@ __device__ __forceinline__ int sums_chunk(int query, int chunk) {
   return chunk ^ (query & (Tile::kHalfColumns / 8 - 1));
 }
 
-__device__ __forceinline__ SumsPlace sums_place(const HopperBackwardParams& params, int batch_head, int half) {
-  if (half == 0) return {IN_DQ, batch_head % params.work.num_heads, batch_head / params.work.num_heads};
-  const int slot = slot_of(params, batch_head), last_slot = slot - (params.num_slots - params.num_last_heads);
+__device__ __forceinline__ SumsPlace sums_place(const HopperBackwardParams& params, const BatchHead& of, int slot, int half) {
+  if (half == 0) return {IN_DQ, of.head, of.batch};
+  const int last_slot = slot - (params.num_slots - params.num_last_heads);
   return last_slot < 0 ? SumsPlace{IN_SLOTS, slot, 0} : SumsPlace{IN_LAST_SLOTS, last_slot, 0};
 }
 
@@ -129,8 +130,9 @@ struct SumsRow {
   int64_t stride;
 };
 
-__device__ __forceinline__ SumsRow sums_row(const HopperBackwardParams& params, int batch_head, int half, int query) {
-  const SumsPlace place = sums_place(params, batch_head, half);
+__device__ __forceinline__ SumsRow sums_row(const HopperBackwardParams& params, const BatchHead& of, int slot, int half,
+                                            int query) {
+  const SumsPlace place = sums_place(params, of, slot, half);
   const bool last = place.tensor == IN_LAST_SLOTS;
   const Strides& strides = half == 0 ? params.dq_strides : last ? params.last_slots_strides : params.slots_strides;
   void* tensor = half == 0 ? params.dq : last ? params.last_slots : params.slots;
@@ -152,14 +154,15 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
       return;
     }
     const int batch_head = slot.head;
-    const int head = batch_head % params.work.num_heads, batch = batch_head / params.work.num_heads;
+    const BatchHead of = batch_and_head(params.work, batch_head);
+    const int head = of.head, batch = of.batch, sums_slot = slot_of(params, batch_head);
     const int num_blocks = slot.job[NUM_BLOCKS];
-    if (lane < 2) shared.sums[rows.stage][lane] = sums_place(params, batch_head, lane);
+    if (lane < 2) shared.sums[rows.stage][lane] = sums_place(params, of, sums_slot, lane);
     __syncwarp();
     const auto wait_until_ready = [&] { wait_for_count(&params.progress[batch_head].ready, params.num_chunks); };
     if (num_blocks == 0) wait_until_ready();  // the zeros of dk, which may be a slot
     if (lane == 0) load_keys<Tile>(params, shared, rows.stage, head, batch);
-    const RowStatistics* statistics = statistics_of(params, batch_head);
+    const RowStatistics* statistics = statistics_of(params, sums_slot);
     for (int block = 0; block < num_blocks; ++block, ring.advance()) {
       const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
       barrier_wait(shared.empty[ring.stage], ring.parity ^ 1);
@@ -209,10 +212,25 @@ struct HeadChunk {
   __device__ __forceinline__ int num_rows(const HopperWork& work) const {
     return min(work.num_queries - query_begin, kChunkQueries);
   }
+  __device__ __forceinline__ BatchHead of(const HopperBackwardParams& params) const {
+    return batch_and_head(params.work, batch_head);
+  }
+  __device__ __forceinline__ int slot(const HopperBackwardParams& params) const { return slot_of(params, batch_head); }
 };
 
-__device__ __forceinline__ HeadChunk head_chunk(const HopperBackwardParams& params, int number) {
-  return {number / params.num_chunks, number % params.num_chunks * kChunkQueries};
+// The same with the results of three divisions kept, where there are registers for them.
+struct PlacedChunk : HeadChunk {
+  BatchHead place;
+  int its_slot;
+
+  __device__ __forceinline__ BatchHead of(const HopperBackwardParams&) const { return place; }
+  __device__ __forceinline__ int slot(const HopperBackwardParams&) const { return its_slot; }
+};
+
+// Number `number`, counted from those of head first_head.
+__device__ __forceinline__ HeadChunk head_chunk(const HopperBackwardParams& params, int number, int first_head) {
+  const int head = number / params.num_chunks;
+  return {head + first_head, (number - head * params.num_chunks) * kChunkQueries};
 }
 
 // Lanes that read or write a row of half of the columns, 16 bytes each, and rows that a warp has at a time.
@@ -236,27 +254,29 @@ __device__ __forceinline__ void bring_rows(uint8_t* to, const uint8_t* from, int
   }
 }
 
-__device__ __forceinline__ void bring_outputs(const HopperBackwardParams& params, const HeadChunk& chunk, Served& served) {
+template <class Chunk>
+__device__ __forceinline__ void bring_outputs(const HopperBackwardParams& params, const Chunk& chunk, Served& served) {
   const auto bring = [&](uint8_t* to, const void* tensor, const Strides& strides) {
-    const auto* from = rows_of(const_cast<void*>(tensor), strides, params.work, chunk.batch_head, chunk.query_begin);
+    const auto* from = rows_of(const_cast<void*>(tensor), strides, chunk.of(params), chunk.query_begin);
     bring_rows(to, reinterpret_cast<const uint8_t*>(from), 2 * strides.row, chunk.num_rows(params.work));
   };
   bring(served.out, params.out, params.out_strides);
   bring(served.d_out, params.d_out_rows, params.d_out_strides);
 }
 
-__device__ __forceinline__ void bring_sums(const HopperBackwardParams& params, const HeadChunk& chunk, Served& served) {
+template <class Chunk>
+__device__ __forceinline__ void bring_sums(const HopperBackwardParams& params, const Chunk& chunk, Served& served) {
 #pragma unroll 1
   for (int half = 0; half < 2; ++half) {
-    const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin);
+    const SumsRow sums = sums_row(params, chunk.of(params), chunk.slot(params), half, chunk.query_begin);
     bring_rows(served.sums[half], sums.at, sums.stride, chunk.num_rows(params.work));
   }
 }
 
 // Rounds the sums of a chunk's queries into dq. Those of the first half, which lie there, before anything else is written.
 // kBrought: the sums are in `served`, which else is null.
-template <class Tile, bool kBrought>
-__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const HeadChunk& chunk, const Served* served) {
+template <class Tile, bool kBrought, class Chunk>
+__device__ __forceinline__ void round_sums(const HopperBackwardParams& params, const Chunk& chunk, const Served* served) {
   static_assert(kChunkQueries % 8 == 0);
   const int lane = threadIdx.x % 32, first_row = lane / kLanesOfSums<Tile>;
   const int num_rows = chunk.num_rows(params.work);
@@ -268,14 +288,14 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
     if constexpr (kBrought) {
       from = served->sums[half] + first_row * kPanelRowBytes;
     } else {
-      const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
+      const SumsRow sums = sums_row(params, chunk.of(params), chunk.slot(params), half, chunk.query_begin + first_row);
       from = sums.at;
       stride = sums.stride;
     }
     from += lane % kLanesOfSums<Tile> * 16;
-    uint16_t* to = rows_of(params.dq, params.dq_strides, params.work, chunk.batch_head, chunk.query_begin + first_row) +
-                   half * Tile::kHalfColumns;
-#pragma unroll 1
+    uint16_t* to =
+        rows_of(params.dq, params.dq_strides, chunk.of(params), chunk.query_begin + first_row) + half * Tile::kHalfColumns;
+#pragma unroll kBrought ? 4 : 1
     for (int step = 0; step < num_rows; step += kRowsOfSums<Tile>) {
       const int row = step + first_row;
       const bool valid = row < num_rows;
@@ -307,14 +327,14 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
 // (The warps that serve heads share the issue slots of those that compute, and have few registers: no more instructions
 // than needed, and offsets of 32 bits.)
 // kBrought: the rows of out and do are in `served`, which else is null.
-template <class Tile, bool kBrought>
-__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const HeadChunk& chunk, const Served* served) {
+template <class Tile, bool kBrought, class Chunk>
+__device__ __forceinline__ void prepare(const HopperBackwardParams& params, const Chunk& chunk, const Served* served) {
   constexpr int kLanesOfRow = 4, kRowsOfStep = 32 / kLanesOfRow, kLaneBytes = 16, kStepBytes = kLanesOfRow * kLaneBytes;
   const int lane = threadIdx.x % 32, index = lane % kLanesOfRow, num_rows = chunk.num_rows(params.work);
 #pragma unroll 1
   for (int half = 0; half < (has_sums(params, chunk.batch_head) ? 2 : 0); ++half) {
     const int first_row = lane / kLanesOfSums<Tile>;
-    const SumsRow sums = sums_row(params, chunk.batch_head, half, chunk.query_begin + first_row);
+    const SumsRow sums = sums_row(params, chunk.of(params), chunk.slot(params), half, chunk.query_begin + first_row);
     uint8_t* at = sums.at + lane % kLanesOfSums<Tile> * 16;
 #pragma unroll 4
     for (int row = first_row; row < num_rows; row += kRowsOfSums<Tile>) {
@@ -328,22 +348,30 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
     out = served->out;
     d_out = served->d_out;
   } else {
-    out = reinterpret_cast<const uint8_t*>(
-        rows_of(const_cast<void*>(params.out), params.out_strides, params.work, chunk.batch_head, chunk.query_begin));
-    d_out = reinterpret_cast<const uint8_t*>(
-        rows_of(const_cast<void*>(params.d_out_rows), params.d_out_strides, params.work, chunk.batch_head, chunk.query_begin));
+    const auto rows = [&](const void* tensor, const Strides& strides) {
+      return reinterpret_cast<const uint8_t*>(rows_of(const_cast<void*>(tensor), strides, chunk.of(params), chunk.query_begin));
+    };
+    out = rows(params.out, params.out_strides);
+    d_out = rows(params.d_out_rows, params.d_out_strides);
     out_bytes = static_cast<uint32_t>(params.out_strides.row) * 2;
     d_out_bytes = static_cast<uint32_t>(params.d_out_strides.row) * 2;
   }
   const uint32_t odd_row = lane / kLanesOfRow % 2 * kStepBytes;
-  float delta = 0.0f;  // of query `lane`
+  const int64_t first_query = static_cast<int64_t>(chunk.batch_head) * params.work.num_queries + chunk.query_begin;
+  float lse = 0.0f, delta = 0.0f;  // of query `lane`
+  const auto read_lse = [&] {
+    if (lane >= num_rows) return;
+    lse = params.lse_log2[first_query + lane];
+    if (params.d_lse_log2 != nullptr) delta -= params.d_lse_log2[first_query + lane] * kLog2E;
+  };
+  if constexpr (kBrought) read_lse();
 #pragma unroll 1
   for (int step = 0; step < num_rows; step += kRowsOfStep) {
     const int query = min(step + lane / kLanesOfRow, num_rows - 1);
     const uint32_t of_out = query * out_bytes + index * kLaneBytes;
     const uint32_t of_d_out = query * d_out_bytes + index * kLaneBytes;
     float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 1
+#pragma unroll kBrought ? 2 : 1
     for (int byte = 0; byte < 2 * Tile::kHeadDim; byte += kStepBytes) {
       const uint32_t at = kBrought ? byte ^ odd_row : byte;  // rows of shared memory: no two in the same banks
       const uint4 a = *reinterpret_cast<const uint4*>(out + (of_out + at));
@@ -357,14 +385,10 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
     const int row = lane % kRowsOfStep;
     const float sum = lane / kLanesOfRow % 2 == 0 ? even[0] + odd[2] : even[1] + odd[3];
     const float of_row = __shfl_sync(0xffffffffu, sum, row * kLanesOfRow + row / 2);
-    if (lane / kRowsOfStep * kRowsOfStep == step) delta = of_row;
+    if (lane / kRowsOfStep * kRowsOfStep == step) delta += of_row;
   }
-  if (lane < num_rows) {
-    const int query = chunk.query_begin + lane;
-    const int64_t row = static_cast<int64_t>(chunk.batch_head) * params.work.num_queries + query;
-    const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : params.d_lse_log2[row] * kLog2E;
-    statistics_of(params, chunk.batch_head)[query] = {params.lse_log2[row], delta - d_lse};
-  }
+  if constexpr (!kBrought) read_lse();
+  if (lane < num_rows) statistics_of(params, chunk.slot(params))[chunk.query_begin + lane] = {lse, delta};
 }
 
 __device__ __forceinline__ void count_ready(const HopperBackwardParams& params, int batch_head) {
@@ -378,7 +402,7 @@ __device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& pa
   const auto take = [&] { return receive_item(threadIdx.x % 32 == 0 ? atomicAdd(params.next_first_chunk, 1) : 0); };
   const int num_chunks = params.num_first_heads * params.num_chunks;
   for (int number = take(); number < num_chunks; number = take()) {
-    const HeadChunk chunk = head_chunk(params, number);
+    const HeadChunk chunk = head_chunk(params, number, 0);
     prepare<Tile, false>(params, chunk, nullptr);
     count_ready(params, chunk.batch_head);
   }
@@ -387,9 +411,7 @@ __device__ __forceinline__ void serve_first_heads(const HopperBackwardParams& pa
 // A chunk after those of the first heads. It is made ready, if it is of a head, and before that the sums of the head that had
 // its slot are rounded. The end is where there is neither.
 __device__ __forceinline__ HeadChunk later_chunk(const HopperBackwardParams& params, int number) {
-  HeadChunk chunk = head_chunk(params, number);
-  chunk.batch_head += params.num_first_heads;
-  return chunk;
+  return head_chunk(params, number, params.num_first_heads);
 }
 
 __device__ __forceinline__ bool is_head(const HopperBackwardParams& params, const HeadChunk& chunk) {
@@ -400,8 +422,13 @@ __device__ __forceinline__ HeadChunk chunk_before(const HopperBackwardParams& pa
   return {chunk.batch_head - params.num_slots, chunk.query_begin};
 }
 
+__device__ __forceinline__ PlacedChunk chunk_before(const HopperBackwardParams& params, const PlacedChunk& chunk) {
+  const int last = chunk.batch_head - params.num_slots;
+  return {{last, chunk.query_begin}, batch_and_head(params.work, last), chunk.its_slot};
+}
+
 __device__ __forceinline__ bool rounds_before(const HopperBackwardParams& params, const HeadChunk& chunk) {
-  const int last = chunk_before(params, chunk).batch_head;
+  const int last = chunk.batch_head - params.num_slots;
   return last >= 0 && has_sums(params, last);
 }
 
@@ -436,13 +463,17 @@ __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) 
 // they are complete already. It waits for none before it has counted the chunk it has, for which others may wait.
 template <class Tile>
 __device__ __forceinline__ void serve_heads_ahead(const HopperBackwardParams& params, Served& served) {
-  const auto done = [&](const HeadChunk& chunk) { return &params.progress[chunk_before(params, chunk).batch_head].done; };
-  HeadChunk chunk = later_chunk(params, receive_item(take_chunk(params)));
+  const auto done = [&](const HeadChunk& chunk) { return &params.progress[chunk.batch_head - params.num_slots].done; };
+  const auto receive = [&](int taken) {
+    const HeadChunk chunk = later_chunk(params, receive_item(taken));
+    return PlacedChunk{chunk, chunk.of(params), chunk.slot(params)};
+  };
+  PlacedChunk chunk = receive(take_chunk(params));
   bool late = rounds_before(params, chunk);  // its sums are not on their way yet
   if (is_head(params, chunk)) bring_outputs(params, chunk, served);
   cp_async_commit();
+  int taken = take_chunk(params);
   while (!is_end(params, chunk)) {
-    const int taken = take_chunk(params);
     if (late) {
       wait_for_count(done(chunk), params.work.num_jobs);
       bring_sums(params, chunk_before(params, chunk), served);
@@ -454,7 +485,8 @@ __device__ __forceinline__ void serve_heads_ahead(const HopperBackwardParams& pa
     __syncwarp();
     if (rounds_before(params, chunk)) round_sums<Tile, true>(params, chunk_before(params, chunk), &served);
     __syncwarp();
-    const HeadChunk next = later_chunk(params, receive_item(taken));
+    const PlacedChunk next = receive(taken);
+    taken = take_chunk(params);
     late = rounds_before(params, next);
     if (late && has_come_to(done(next), params.work.num_jobs)) {
       bring_sums(params, chunk_before(params, next), served);

@@ -154,10 +154,21 @@ __device__ __forceinline__ void barriers_init(Barrier (&barriers)[kCount], int a
 }
 
 // Address of row `row` of a head.
+struct BatchHead {
+  int batch, head;
+};
+
+__device__ __forceinline__ BatchHead batch_and_head(const HopperWork& work, int batch_head) {
+  return {batch_head / work.num_heads, batch_head % work.num_heads};
+}
+
+__device__ __forceinline__ uint16_t* rows_of(void* tensor, const Strides& strides, const BatchHead& of, int row) {
+  return static_cast<uint16_t*>(tensor) + of.batch * strides.batch + of.head * strides.head + row * strides.row;
+}
+
 __device__ __forceinline__ uint16_t* rows_of(void* tensor, const Strides& strides, const HopperWork& work,
                                              int batch_head, int row) {
-  return static_cast<uint16_t*>(tensor) + batch_head / work.num_heads * strides.batch +
-         batch_head % work.num_heads * strides.head + row * strides.row;
+  return rows_of(tensor, strides, batch_and_head(work, batch_head), row);
 }
 
 // One arrival a warp on a barrier that counts warps.
