@@ -246,10 +246,9 @@ __device__ __forceinline__ void bring_rows(uint8_t* to, const uint8_t* from, int
   const int lane = threadIdx.x % 32, first_row = lane / kLanes;
   from += first_row * stride + lane % kLanes * 16;
   uint32_t at = shared_address(to) + lane * 16;
-#pragma unroll 2
-  for (int row = first_row; row < num_rows; row += kRows) {
-    cp_async_16(at, from, true);
-    at += kRows * kPanelRowBytes;
+#pragma unroll
+  for (int row = 0; row < kChunkQueries; row += kRows) {
+    if (row + first_row < num_rows) cp_async_16(at + row * kPanelRowBytes, from, true);
     from += kRows * stride;
   }
 }
@@ -295,26 +294,25 @@ __device__ __forceinline__ void round_sums(const HopperBackwardParams& params, c
     from += lane % kLanesOfSums<Tile> * 16;
     uint16_t* to =
         rows_of(params.dq, params.dq_strides, chunk.of(params), chunk.query_begin + first_row) + half * Tile::kHalfColumns;
+    // NOTE: the least instructions where rows have been brought, for then a warp waits for little but itself.
+    const int num_steps = kBrought ? kChunkQueries : num_rows;
 #pragma unroll kBrought ? 4 : 1
-    for (int step = 0; step < num_rows; step += kRowsOfSums<Tile>) {
+    for (int step = 0; step < num_steps; step += kRowsOfSums<Tile>) {
       const int row = step + first_row;
       const bool valid = row < num_rows;
       float4 sum{0.0f, 0.0f, 0.0f, 0.0f};
-      if (valid) {
-        const auto* four = reinterpret_cast<const float4*>(from);
-        if constexpr (kBrought) {
-          sum = *four;
-        } else {
-          sum = __ldcg(four);
-        }
+      if constexpr (kBrought) {
+        sum = *reinterpret_cast<const float4*>(from + step * kPanelRowBytes);  // there is memory for all rows
+      } else {
+        if (valid) sum = __ldcg(reinterpret_cast<const float4*>(from));
+        from += kRowsOfSums<Tile> * stride;
+        __syncwarp();
       }
       const int column = (4 * lane ^ 8 * row) % Tile::kHalfColumns;  // sums_chunk, and a half of it
-      if constexpr (!kBrought) __syncwarp();
       if (valid) {
         *reinterpret_cast<uint2*>(to + column) =
             uint2{pack<Tile::kType>(sum.x * scale, sum.y * scale), pack<Tile::kType>(sum.z * scale, sum.w * scale)};
       }
-      from += kRowsOfSums<Tile> * stride;
       to += kRowsOfSums<Tile> * params.dq_strides.row;
     }
   }
@@ -336,9 +334,9 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
     const int first_row = lane / kLanesOfSums<Tile>;
     const SumsRow sums = sums_row(params, chunk.of(params), chunk.slot(params), half, chunk.query_begin + first_row);
     uint8_t* at = sums.at + lane % kLanesOfSums<Tile> * 16;
-#pragma unroll 4
-    for (int row = first_row; row < num_rows; row += kRowsOfSums<Tile>) {
-      __stcg(reinterpret_cast<float4*>(at), float4{0.0f, 0.0f, 0.0f, 0.0f});
+#pragma unroll kBrought ? 8 : 4
+    for (int row = 0; row < kChunkQueries; row += kRowsOfSums<Tile>) {
+      if (row + first_row < num_rows) __stcg(reinterpret_cast<float4*>(at), float4{0.0f, 0.0f, 0.0f, 0.0f});
       at += kRowsOfSums<Tile> * sums.stride;
     }
   }
@@ -365,9 +363,10 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
     if (params.d_lse_log2 != nullptr) delta -= params.d_lse_log2[first_query + lane] * kLog2E;
   };
   if constexpr (kBrought) read_lse();
-#pragma unroll 1
-  for (int step = 0; step < num_rows; step += kRowsOfStep) {
-    const int query = min(step + lane / kLanesOfRow, num_rows - 1);
+  const int num_steps = kBrought ? kChunkQueries : num_rows;
+#pragma unroll kBrought ? 2 : 1
+  for (int step = 0; step < num_steps; step += kRowsOfStep) {
+    const int query = kBrought ? step + lane / kLanesOfRow : min(step + lane / kLanesOfRow, num_rows - 1);
     const uint32_t of_out = query * out_bytes + index * kLaneBytes;
     const uint32_t of_d_out = query * d_out_bytes + index * kLaneBytes;
     float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
