@@ -55,8 +55,8 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
                                HopperTensor d_out, const float* lse_log2, const float* delta, HopperTensor dk, HopperTensor dv,
                                cudaStream_t stream);
 // Of the last num_last_heads heads only dk and dv. dq's sums take dq itself and a slot for each head under way, as large as a
-// head's dq, 16-byte aligned: num_slots - num_last_heads of `slots`, and num_last_heads of `last_slots`. The former may be the
-// dk of the last heads, in their order, the latter their dq. statistics: [num_slots, Lq].
+// head's dq, 16-byte aligned: num_slots - num_last_heads of `slots`, and num_last_heads of `last_slots`: such as dk and
+// dq of the last heads, in their order. statistics: [num_slots, Lq].
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                    HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
                                    HopperTensor dq, HopperTensor dk, HopperTensor dv, HopperTensor slots,

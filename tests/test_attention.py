@@ -4,6 +4,7 @@ import math
 import re
 from importlib import import_module
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -287,6 +288,12 @@ def test_explain_names_the_choice_and_what_speaks_against_the_others():
         explain(q[:, :, 1:], k, v, mask)
 
 
+@pytest.fixture
+def of_an_h100(monkeypatch):
+    """Passes for CPU tensors are those for tensors of an H100."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+
+
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(
@@ -297,10 +304,10 @@ def test_explain_names_the_choice_and_what_speaks_against_the_others():
         ("triton", 512, ["forward", "dq", "dk and dv"]),
     ],
 )
-def test_explained_tiles_cover_the_mask(name, resolution, passes, head_dim, bounded):
+def test_explained_tiles_cover_the_mask(name, resolution, passes, head_dim, bounded, of_an_h100):
     """On a GPU the lines of explain are these; the blocks they count hold every pair that attends."""
     mask = pyramid_mask("block_causal", resolution)
-    q = torch.empty(1, 1, mask.num_queries, head_dim, dtype=torch.bfloat16)
+    q = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16).expand(1, 12, mask.num_queries, -1)
     lines = explain_module._tiles(name, q, mask, bounded, False)
     assert [line.split(":")[0] for line in lines] == passes
     for line in lines:
@@ -309,12 +316,13 @@ def test_explained_tiles_cover_the_mask(name, resolution, passes, head_dim, boun
         assert full > masked > 0 and 85 <= share <= 100
 
 
-def test_explained_passes_are_those_that_run():
-    """Two passes when determinism is asked for; in one pass groups skip no block, which the count says."""
+def test_explained_passes_are_those_that_run(of_an_h100):
+    """Two passes when determinism is asked for or heads are few; in one pass groups skip no block: the count says so."""
     mask = pyramid_mask("block_causal", 1024)
-    q = torch.empty(1, 1, mask.num_queries, 64, dtype=torch.bfloat16)
-    names = [line.split(":")[0] for line in explain_module._tiles("hopper", q, mask, False, True)]
-    assert names == ["forward", "dq", "dk and dv"]
+    q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, 12, mask.num_queries, -1)
+    for x, deterministic in ((q, True), (q[:, :11], False)):
+        names = [line.split(":")[0] for line in explain_module._tiles("hopper", x, mask, False, deterministic)]
+        assert names == ["forward", "dq", "dk and dv"]
     line = explain_module._tiles("hopper", q, mask, False, False)[-1]
     full, masked = map(int, re.search(r"(\d+) blocks of 64 columns without a mask and (\d+) with", line).groups())
     jobs = key_jobs(mask, 2, 64, "cpu").jobs
@@ -353,7 +361,10 @@ def test_heads_in_whose_gradients_others_have_their_sums():
         last = hopper.num_last_heads(slots, 4, 96, 700, 700)
         assert slots / 2 <= last < slots / 2 + 1
     assert hopper.num_last_heads(6, 4, 12, 9451, 9451) == 3, "1024 px, head dim 128"
-    assert hopper.num_last_heads(6, 1, 24, 700, 700) == 0, "an eighth of the heads"
+    assert hopper.num_last_heads(6, 1, 24, 9451, 9451) == 3, "1024 px, head dim 64, one image"
+    assert hopper.num_last_heads(19, 4, 24, 2240, 2240) == 10, "512 px, head dim 64"
+    assert hopper.num_last_heads(6, 1, 12, 9451, 9451) == 3, "1024 px, head dim 128, one image"
+    assert hopper.num_last_heads(19, 1, 24, 2240, 2240) == 0, "ten of 24 heads"
     assert hopper.num_last_heads(6, 96, 2, 700, 700) == 0, "two images"
     assert hopper.num_last_heads(6, 4, 96, 701, 700) == 0, "fewer keys"
 

@@ -182,6 +182,7 @@ def one_pass(tile):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("tile", TABLE["backward"], ids=ids)
 def test_one_pass(tile, name, slots, on_cpu):
+    on_cpu.setattr(hopper, "LEAST_SHARE", 0)
     on_cpu.setattr(hopper, "num_slots", lambda *_: slots)
     check(MASKS[name], torch.bfloat16, tile[0], None, one_pass(tile))
 

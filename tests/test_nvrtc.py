@@ -405,7 +405,7 @@ def kernels(tmp_path, monkeypatch):
 def test_every_kernel_of_the_table_has_a_number(kernels):
     seen = set()
     for (head_dim, _), tiles in hopper.TILES.items():
-        for chosen in (tiles, replace(tiles, forward=tiles.bounded), replace(tiles, backward=None)):
+        for chosen in (tiles, replace(tiles, forward=tiles.bounded)):
             numbers = hopper.tile_numbers(head_dim, chosen)
             assert list(numbers) == list(chosen.passes)  # the forward first: what api.py passes on
             for kind, number in numbers.items():
@@ -510,7 +510,7 @@ def test_captured_launches_have_counters_of_their_own(kernels, monkeypatch):
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
 @pytest.mark.parametrize(
     ("batch", "heads", "slots", "last"),
-    [(2, 3, 2, 0), (2, 3, 6, 0), (1, 1, 1, 0), (2, 3, 2, 1), (2, 4, 5, 3), (1, 1, 1, 1)],
+    [(2, 3, 2, 1), (2, 4, 5, 3), (1, 1, 1, 1), (2, 3, 6, 3)],
 )
 def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, last, head_dim, dtype, monkeypatch):
     mask, length, driver = SpanMask.block_causal([40, 100, 200]), 340, kernels._cuda
@@ -563,13 +563,9 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, last, 
     assert params.slots % 16 == 0 and params.statistics % 8 == 0
     (storage,) = (x for x in made if x.dtype == torch.float32)
     parts = [(work.next_item, num_zeroed), (params.statistics, 8 * slots * length)]
-    if last == 0:
-        parts.append((params.slots, 2 * slots * length * head_dim))
-        slots_tensor = torch.zeros(1, slots, length, head_dim, dtype=dtype)
-    else:
-        slots_tensor = dk[-1:, heads - last :]
-        assert (params.slots, params.last_slots) == (slots_tensor.data_ptr(), dq[-1:, heads - last :].data_ptr())
-        assert storage.nbytes <= num_zeroed + 8 * slots * length + 24
+    slots_tensor = dk[-1:, heads - last :]
+    assert (params.slots, params.last_slots) == (slots_tensor.data_ptr(), dq[-1:, heads - last :].data_ptr())
+    assert storage.nbytes <= num_zeroed + 8 * slots * length + 24
     end = storage.data_ptr()
     for begin, num_bytes in parts:
         assert begin >= end
@@ -591,7 +587,7 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, last, 
         assert found == ((address, sizes, tuple(strides), (head_dim // 2, 16, 1, 1)) if of_batch > 0 else None)
 
     # The pass for dq of the last heads, which writes delta where the statistics were.
-    assert len(dq_launches) == (last > 0)
+    assert len(dq_launches) == 1
     for kind, _, _, _, _, of_last in dq_launches:
         assert (kind, of_last.work.num_items) == ("dq", len(dq_jobs) * last)
         assert of_last.delta == params.statistics and 4 * last * length <= 8 * slots * length
@@ -603,8 +599,8 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, last, 
             assert getattr(of_last, name).opaque[0] == x[-1:, heads - last :].data_ptr()
 
     hopper.backward(d_out, None, *arguments)
-    assert all(call[-1].d_lse_log2 is None for call in driver.calls[-1 - (last > 0) :] if call[0] != "zero")
-    assert len(driver.loads) == 1 + (last > 0)
+    assert all(call[-1].d_lse_log2 is None for call in driver.calls[-2:] if call[0] != "zero")
+    assert len(driver.loads) == 2
 
 
 def test_nothing_is_launched_for_an_empty_batch(kernels):

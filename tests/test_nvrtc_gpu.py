@@ -119,17 +119,13 @@ def test_one_pass(nvrtc, one_pass, name, head_dim, dtype, poisoned_memory):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("slots", [1, 2, 5])
-@pytest.mark.parametrize("least_share", same_tests.SHARES)
-def test_one_pass_with_few_slots(nvrtc, one_pass, least_share, slots, head_dim, poisoned_memory, monkeypatch):
-    same_tests.test_one_pass_with_few_slots(
-        one_pass, least_share, slots, "block_causal_512", head_dim, poisoned_memory, monkeypatch
-    )
+def test_one_pass_with_few_slots(nvrtc, one_pass, slots, head_dim, poisoned_memory, monkeypatch):
+    same_tests.test_one_pass_with_few_slots(one_pass, slots, "block_causal_512", head_dim, poisoned_memory, monkeypatch)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("least_share", same_tests.SHARES)
-def test_one_pass_under_torch_compile_and_in_a_cuda_graph(nvrtc, one_pass, least_share, head_dim, monkeypatch):
-    same_tests.test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, least_share, head_dim, monkeypatch)
+def test_one_pass_under_torch_compile_and_in_a_cuda_graph(nvrtc, one_pass, head_dim):
+    same_tests.test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, head_dim)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

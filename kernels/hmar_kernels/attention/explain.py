@@ -42,13 +42,17 @@ def _tiles(impl: str, q: torch.Tensor, mask: SpanMask, bounded: bool, determinis
         plans = hopper.make_plans(mask, tiles, "cpu")
         names = {"dkdv": "dk and dv", "backward": "dq, dk and dv"}
         if tiles.backward is not None:
-            names["dq"] = "dq of some heads"
+            one_pass = hopper.one_pass_heads(q, mask.num_keys, plans["backward"].num_jobs)[1] > 0
+            del plans["dkdv" if one_pass else "backward"]
+            if one_pass:
+                names["dq"] = "dq of some heads"
         return [
             _line(
                 *(names.get(name, name), f"{tile.groups} x {GROUP_ROWS}", tile.cols, plan.num_jobs),
                 *(_visited(plan, skips=name != "backward"), mask),
             )
-            for (name, tile), plan in zip(tiles.passes.items(), plans.values(), strict=True)
+            for name, plan in plans.items()
+            for tile in (tiles.passes[name],)
         ]
     if impl == "triton":
         tiles = triton.select_tiles(triton.capability_of(q.device), q.shape[-1], q.dtype, mask)

@@ -45,8 +45,8 @@ class Tile(NamedTuple):
 class Tiles:
     """Kernels of the passes; `bounded` is the forward where logits have a bound.
 
-    backward: the one that computes dq, dk and dv in one pass; None where the two passes are taken. dq then is for the
-    last heads.
+    backward: the one that computes dq, dk and dv in one pass, for the jobs of dkdv, where there are enough heads; dq
+    then is for the last ones. None where the two passes are always taken.
     """
 
     forward: Tile
@@ -57,9 +57,8 @@ class Tiles:
 
     @property
     def passes(self) -> dict[str, Tile]:
-        """What runs, by the names of `table`."""
-        left_out = "backward" if self.backward is None else "dkdv"
-        return {name: getattr(self, name) for name in PASSES if name != left_out}
+        """What may run, by the names of `table`."""
+        return {name: getattr(self, name) for name in PASSES if getattr(self, name) is not None}
 
 
 PASSES = ("forward", "dq", "dkdv", "backward")
@@ -71,7 +70,7 @@ TILES: dict[tuple[int, str], Tiles] = {
     (64, SHORT): Tiles(
         Tile(4, 64, 5, overlap=2), Tile(4, 64, 5, overlap=2), Tile(3, 64, 4), Tile(1, 64, 4, blocks_per_sm=2)
     ),
-    (64, MEDIUM): Tiles(Tile(3, 128, 2), Tile(4, 64, 5, overlap=2), Tile(3, 64, 4), Tile(2, 64, 4)),
+    (64, MEDIUM): Tiles(Tile(3, 128, 2), Tile(4, 64, 5, overlap=2), Tile(3, 64, 4), Tile(2, 64, 4), Tile(2, 64, 4)),
     (64, LONG): Tiles(Tile(3, 128, 2), Tile(4, 96, 3), Tile(3, 64, 4), Tile(2, 64, 4), Tile(2, 64, 4)),
     (128, SHORT): Tiles(Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, overlap=1), Tile(2, 64, 3, 1), Tile(2, 64, 2)),
     (128, MEDIUM): Tiles(Tile(2, 128, 2, overlap=1), Tile(2, 128, 2, overlap=1), Tile(2, 64, 3, 1), Tile(2, 64, 2)),
@@ -108,14 +107,14 @@ def select_tiles(head_dim: int, mask: SpanMask, bounded: bool = False, determini
 
 
 def tile_numbers(head_dim: int, tiles: Tiles) -> dict[str, int]:
-    """The numbers by which `_kernels` knows the kernels of each pass that runs."""
+    """The numbers by which `_kernels` knows the kernels of each pass that may run."""
     return {
         name: getattr(_kernels, f"hopper_{name}_tiles").index((head_dim, *tile)) for name, tile in tiles.passes.items()
     }
 
 
 def make_plans(mask: SpanMask, tiles: Tiles, device: torch.device | str) -> dict[str, JobPlan]:
-    """Jobs of each pass that runs; made once per mask, kernels and device, then kept on the mask."""
+    """Jobs of each pass that may run; made once per mask, kernels and device, then kept on the mask."""
     make = {"forward": query_jobs, "dq": query_jobs, "dkdv": key_jobs, "backward": key_jobs}
     return {name: make[name](mask, tile.groups, tile.cols, device) for name, tile in tiles.passes.items()}
 
@@ -146,7 +145,7 @@ def num_slots(num_jobs: int, num_heads: int, num_sms: int) -> int:
     return min(num_heads, HEADS_AHEAD + math.ceil(JOBS_AHEAD * num_sms / num_jobs))
 
 
-LEAST_SHARE = 16
+LEAST_SHARE = 4
 
 
 def num_last_heads(num_slots: int, batch_size: int, num_heads: int, num_queries: int, num_keys: int) -> int:
@@ -154,7 +153,7 @@ def num_last_heads(num_slots: int, batch_size: int, num_heads: int, num_queries:
 
     The other half of a head's sums are where its dq will be. dq of the last heads takes a pass of its own, so that they
     shall be few among all batch_size * num_heads. Zero where they are not, where the last image has not so many, or
-    where there are fewer keys than queries: then slots have memory of their own.
+    where there are fewer keys than queries: then sums have no room, and the two passes are taken.
     """
     num_last = math.ceil(num_slots / 2)
     enough = LEAST_SHARE * num_last <= batch_size * num_heads and num_last <= num_heads and num_queries <= num_keys
@@ -256,7 +255,7 @@ def backward(
 
     Each has the shape and dtype of its tensor and memory order [B, L, H, D]. Arguments are as in `forward`; key_jobs
     come from `plan.key_jobs`, dq_jobs from `plan.query_jobs`. tiles: numbers of the kernels for dq, for dk and dv, and
-    for all in one pass; of the latter two that which does not run is -1.
+    for all in one pass, which is taken where there are enough heads (`one_pass_heads`); -1 for none.
     """
     dq, dk, dv = empty_rows_like(q), empty_rows_like(k), empty_rows_like(v)
     if k.shape[2] == 0:
@@ -268,7 +267,8 @@ def backward(
     if d_lse_log2 is not None:
         d_lse_log2 = d_lse_log2.contiguous()
     intervals, (dq_tile, dkdv_tile, tile) = (key_start, key_end), tiles
-    if tile < 0:
+    slots, last = one_pass_heads(q, k.shape[2], len(key_jobs)) if tile >= 0 else (0, 0)
+    if last == 0:
         delta, queue = torch.empty_like(lse_log2), _queue(q)
         _dq_pass(dq_tile, dq_jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta)
         _kernels.hopper_dkdv(
@@ -282,17 +282,12 @@ def backward(
         )
         return dq, dk, dv
 
-    b, h, num_queries, d = q.shape
-    slots = num_slots(len(key_jobs), b * h, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    last = num_last_heads(slots, b, h, num_queries, k.shape[2])
-    # Counters, statistics, and slots that are not in gradients.
+    b, h, num_queries, _ = q.shape
     num_counters = math.ceil((NUM_QUEUES + 2 * b * h) / 4) * 4
     num_statistics = math.ceil(slots * num_queries / 2) * 4
-    num_sums = 0 if last else slots * num_queries * d // 2
-    storage = torch.empty(num_counters + num_statistics + num_sums, dtype=torch.float32, device=q.device)
-    _, statistics, sums = storage.split([num_counters, num_statistics, num_sums])
+    storage = torch.empty(num_counters + num_statistics, dtype=torch.float32, device=q.device)
+    _, statistics = storage.split([num_counters, num_statistics])
     of_last = slice(b - 1, b), slice(h - last, h)
-    own_slots = sums.data_ptr(), (0, num_queries * d, d)
     _kernels.hopper_backward(
         tile,
         _shape(q, k, *intervals, scale),
@@ -300,17 +295,22 @@ def backward(
         *(_view(x) for x in (q, k, v, out, d_out)),
         *_lse_addresses(lse_log2, d_lse_log2),
         *(_view(x) for x in (dq, dk, dv)),
-        *(_view(dk[of_last]) if last else own_slots, _view(dq[of_last])),
+        *(_view(dk[of_last]), _view(dq[of_last])),
         *(statistics.data_ptr(), slots, last),
         *_where(q),
     )
-    if last:
-        of_heads = (None if x is None else x[of_last] for x in (d_out, d_lse_log2))
-        q, k, v, out, lse_log2, dq_of_last = (x[of_last] for x in (q, k, v, out, lse_log2, dq))
-        _dq_pass(
-            dq_tile, dq_jobs, _queue(q), *of_heads, q, k, v, out, lse_log2, intervals, scale, dq_of_last, statistics
-        )
+    of_heads = (None if x is None else x[of_last] for x in (d_out, d_lse_log2))
+    q, k, v, out, lse_log2, dq_of_last = (x[of_last] for x in (q, k, v, out, lse_log2, dq))
+    _dq_pass(dq_tile, dq_jobs, _queue(q), *of_heads, q, k, v, out, lse_log2, intervals, scale, dq_of_last, statistics)
     return dq, dk, dv
+
+
+def one_pass_heads(q: torch.Tensor, num_keys: int, num_jobs: int) -> tuple[int, int]:
+    """`num_slots` and `num_last_heads` of a backward for q [B, H, L, D]; where the second is zero it takes two passes."""
+    batch_size, num_heads, num_queries, _ = q.shape
+    num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    slots = num_slots(num_jobs, batch_size * num_heads, num_sms)
+    return slots, num_last_heads(slots, batch_size, num_heads, num_queries, num_keys)
 
 
 def _dq_pass(tile, jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta) -> None:
