@@ -1,16 +1,16 @@
 """The engine: generation with fixed shapes, as CUDA graphs on a GPU and step by step elsewhere.
 
     begin           modulation vectors of all blocks, once an image: they follow from the class alone
-    predict k       inputs of scale k from f_hat (`hmar.scale_maps`), next-scale pass, draw into the codes
+    predict k       next-scale pass on the inputs of scale k, draw into the codes
     masked k, i     hide the least confident codes, masked pass without the null class, draw into their places
-    commit k        f_hat += contribution of the codes
+    commit k        f_hat += contribution of the codes, and the inputs of scale k + 1
     decode          bf16, channels last (`hmar.decoder`)
 
 The same arithmetic and the same random numbers as `hmar.generate`, whose plain functions say what is computed; here no
 shape depends on data, nothing waits for the device within an image, and what is the same for every pass is computed
-once. Around the model a pass has few kernels: the quantizer's maps, one that embeds tokens of codes in a dtype
-(`hmar_kernels.token_embedding`), one that tells which codes stay hidden (`hmar_kernels.least_confident`), and one that
-draws codes and writes them where they belong.
+once. Around the model a pass has few kernels: three that add what codes contribute and make the next scale's inputs
+(`hmar.scale_maps`), one that embeds tokens of codes in a dtype (`hmar_kernels.token_embedding`), one that tells which
+codes stay hidden (`hmar_kernels.least_confident`), and one that draws codes and writes them where they belong.
 
 An `Engine` holds the weights in the precision they are used in. For every batch size and setting it makes a `Program`:
 buffers for the arguments, and the steps above, captured one after another into graphs that share a pool of memory. Read
@@ -788,13 +788,13 @@ class Program:
         for head in engine._heads():
             head.modulation.remember(activated_RC)
         self.f_hat_BEhw.zero_()
+        self.inputs_BnE = engine.scale_maps.first_inputs(self.f_hat_BEhw)
         self.bad_SB.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
 
     def _predict(self, k: int) -> None:
         engine, settings = self.engine, self.settings
         model, scale = engine.model, (k, k + 1)
-        self.inputs_BnE = engine.scale_maps.inputs(self.f_hat_BEhw, k)
         class_R, (inputs,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
         if engine.is_hmar:
             logits_RnV = model.next_scale(class_R, inputs, scale)
@@ -815,7 +815,7 @@ class Program:
             drawn.confidence, self.hidden_Bn, count=num_hidden, first=self.engine.pyramid.offsets[k]
         )
         logits_RmV = self._masked_logits(k, self.settings.masked_guided, places_Bm)
-        # NOTE: kernels that do not overlap with others, as those of the residual, come between positions and the draw.
+        # NOTE: a kernel that does not overlap with others, the first of the residual, comes between positions and draw.
         options = {"into": drawn, "at_Bn": places_Bm, "overlap": self.engine.overlap}
         draw(logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i), **options)
 
@@ -844,7 +844,7 @@ class Program:
 
     def _masked_logits(self, k: int, guided: bool, places_Bm: Tensor | None = None) -> Tensor:
         engine = self.engine
-        residuals_BnE = engine.scale_maps.own_residual(self._drawn(k).codes, k)
+        residuals_BnE = engine.scale_maps.own_residual(self._drawn(k).codes, k, overlap=engine.overlap)
         class_R, arguments = self._with_null(guided, self.inputs_BnE, residuals_BnE, self.hidden_Bn)
         places_Rm = torch.cat([places_Bm, places_Bm]) if guided and places_Bm is not None else places_Bm
         return engine.model.masked(class_R, *arguments, (k, k + 1), places_Rm)
@@ -861,7 +861,8 @@ class Program:
         return class_R, [torch.cat([tensor, tensor]) for tensor in tensors] if guided else tensors
 
     def _commit(self, k: int) -> None:
-        self.engine.scale_maps.accumulate_(self.f_hat_BEhw, self._drawn(k).codes, k)
+        codes_Bn, overlap = self._drawn(k).codes, self.engine.overlap
+        self.inputs_BnE = self.engine.scale_maps.accumulate_(self.f_hat_BEhw, codes_Bn, k, overlap=overlap)
 
     def _decode(self) -> None:
         self.images_BCHW = self.engine.decode(self.f_hat_BEhw)

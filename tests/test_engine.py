@@ -25,6 +25,7 @@ from engine_cases import (
 )
 from hmar import engine as engine_module
 from hmar import generate as generate_module
+from hmar import scale_maps as scale_maps_module
 from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
@@ -416,6 +417,8 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
         (engine_module, "token_embedding"),
         (engine_module, "least_confident"),
         (generate_module, "sample_codes"),
+        (scale_maps_module, "add_codes_"),
+        (scale_maps_module, "map_codes"),
     ):
         monkeypatch.setattr(module, name, seen.unseen(name, getattr(module, name)))
     logits = seen.unseen(None, lambda rows, n: torch.randn(rows, n, CONFIG.vocab_size).half())
@@ -434,6 +437,9 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
     steps = []
     with torch.no_grad(), engine._surroundings():
         program._begin()
+        for k in range(2):
+            program._commit(k)
+        seen.names = []
         with seen:
             for step in (
                 lambda: program._predict(2),
@@ -444,10 +450,10 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
                 step()
                 steps.append(seen.names)
                 seen.names = []
-    masked_pass = ["least_confident", "gather", "bmm", "bmm"] + guided * ["cat"] + ["token_embedding", "sample_codes"]
-    assert steps[0] == ["bmm", "bmm", "token_embedding", "sample_codes"]
+    masked_pass = ["least_confident", "map_codes"] + guided * ["cat"] + ["token_embedding", "sample_codes"]
+    assert steps[0] == ["token_embedding", "sample_codes"]
     assert steps[1] == steps[2] == masked_pass
-    assert steps[3] == ["gather", "bmm", "baddbmm_"]
+    assert steps[3] == ["add_codes_"], "with the inputs of the next scale"
 
 
 # --- no wasted work ---------------------------------------------------------------------------------------------------
