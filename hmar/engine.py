@@ -70,7 +70,6 @@ from hmar.model import (
     Attention,
     Block,
     Head,
-    LayerCache,
     NextScaleTransformer,
     Residual,
     Scales,
@@ -94,7 +93,7 @@ from hmar_kernels import (
 )
 from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
-from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
+from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS, Cache
 from hmar_kernels.token_embedding import Known
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
@@ -206,7 +205,7 @@ class Engine:
             kernel of `hmar_kernels.blocks` where rows are few and nothing is cached, else as "cuda". In a dtype only.
             Default: "blocks" or "cuda" where the extension is built and its kernels can run.
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
-            `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
+            `hmar_kernels.qk_norm_attention` where a scale, and what it sees, is short. In a dtype only. Default:
             "fused" on a GPU that has it.
         overlap: whether these kernels, and those of the embedding and of draws, may start, and read what no kernel
             writes, while the kernel before them still runs, on GPUs that can (compute capability 9.0).
@@ -1007,7 +1006,7 @@ class FusedBlock(nn.Module):
         self.modulation = block.modulation
         self.attention, self.mlp = FusedAttention(block.attention, choices), FusedMLP(block.mlp, choices)
 
-    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Stream:
+    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerKeysValues | None = None) -> Stream:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
         stream = self.attention(stream, gate_attn, scale_attn, shift_attn, mask, cache)
         return self.mlp(stream, gate_mlp, scale_mlp, shift_mlp)
@@ -1029,7 +1028,7 @@ class FusedBlocks(nn.Module):
         self.blocks = nn.ModuleList(fused)
         self.table = Table([block.weights() for block in fused])
 
-    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Stream:
+    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerKeysValues | None = None) -> Stream:
         if is_summed(stream) and stream.x_BLC.shape[:-1].numel() <= blocks.MAX_ROWS:
             vectors = [block.modulation(cond) for block in self.blocks]
             if blocks.refusal_of_rows(stream.x_BLC, vectors, self.table.dtype) is None:
@@ -1057,16 +1056,20 @@ class FusedAttention(nn.Module):
         scale_B1C: Tensor,
         shift_B1C: Tensor,
         mask: SpanMask,
-        cache: LayerCache | None,
+        cache: LayerKeysValues | None,
     ) -> Stream:
         x_BLC, qkv_BLM = self.qkv.normed(stream, scale_B1C, shift_B1C)
         return self.proj.added(x_BLC, gate_B1C, self._attended(qkv_BLM, mask, cache))
 
-    def _attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerCache | None) -> Tensor:
-        module, length = self.attention, qkv_BLM.shape[1]
-        if cache is not None or length > MAX_KEYS or self.choices.attention == "separate":
+    def _attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerKeysValues | None) -> Tensor:
+        module, (B, length, M) = self.attention, qkv_BLM.shape
+        num_keys = length if cache is None else cache.length + length
+        # NOTE: with as many pairs as a scale of MAX_KEYS tokens has alone, by calculation.
+        if length > MAX_KEYS or length * num_keys > MAX_KEYS**2 or self.choices.attention == "separate":
             return module.attended(qkv_BLM, mask, cache)
-        # NOTE: a pass has the tokens of one scale, which all see each other under either mask. What may overlap with a
+        H = len(module.log_scale_H)
+        earlier = None if cache is None else Cache(*cache.extend(qkv_BLM, B, H, length, M // (3 * H)))
+        # NOTE: a pass has the tokens of one scale, which see each other and all that is cached. What may overlap with a
         # product of cuBLAS begins .5 us later than what may not (reports/data/generation_steps_h100.json, "gaps").
         return qk_norm_attention(
             qkv_BLM,
@@ -1074,6 +1077,7 @@ class FusedAttention(nn.Module):
             module.v_bias_C,
             module.log_scale_H,
             max_log_scale=module.MAX_LOG_SCALE,
+            cache=earlier,
             impl="triton",
             overlap=self.choices.overlap and qkv_BLM.shape[:-1].numel() <= self.choices.few_rows,
         )

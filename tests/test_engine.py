@@ -38,8 +38,6 @@ from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
 from hmar_kernels.token_embedding import Known
 
-attend = attention.forward
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -227,11 +225,16 @@ def test_blocks_of_few_rows_by_one_kernel_where_it_can_run(kind, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
 def test_short_images_are_attended_by_one_kernel(monkeypatch):
-    """Not those of VAR, which have earlier keys in a cache, and not longer ones."""
+    """And those of VAR, whose earlier keys are in a cache; not longer ones."""
     shapes = []
-    monkeypatch.setattr(attention, "forward", lambda qkv, *rest: shapes.append(qkv.shape[:2]) or attend(qkv, *rest))
+
+    def attending(attend):
+        return lambda qkv, *rest: shapes.append(qkv.shape[:2]) or attend(qkv, *rest)
+
+    for name in ("forward", "forward_cached"):
+        monkeypatch.setattr(attention, name, attending(getattr(attention, name)))
     monkeypatch.setattr(engine_module, "MAX_KEYS", 8)
-    for kind, seen in (("hmar", {(6, 1), (6, 4), (3, 4)}), ("var", set())):
+    for kind, seen in (("hmar", {(6, 1), (6, 4), (3, 4)}), ("var", {(6, 1), (6, 4)})):
         model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, cfg_ramp="constant")
         expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
         actual = Engine(model, tokenizer, dtype=torch.float16, attention="fused").generate(CLASSES, sampling)

@@ -21,6 +21,7 @@ FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "log_scale_pt
 SCALARS = ("eps", "max_log_scale", "scale")
 VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width", "columns")
 VARYING += ("rows", "copies", "count", "first", "codes_stride", "num_codes", "n", "m", "next_side", "width")
+VARYING += ("num_cached", "capacity")
 INTEGERS = {"hidden_ptr": "i1", "still_hidden_ptr": "i1", "places_ptr": "i64", "positions_ptr": "i64"}
 INTEGERS["codes_ptr"] = "i64"
 VARYING += SCALARS
@@ -33,7 +34,9 @@ for length in attention.TILES:
         tile = attention.select_tile(length, head_dim)
         constants = {"H": 16, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_L": tile.block_l, "BLOCK_Q": tile.block_q}
         constants |= {"STAGES": tile.stages, "OVERLAP": overlap}
-        jobs[f"attention {length} {head_dim}"] = attention._attention_kernel, constants, tile.warps, []
+        for cached in (False, True):
+            constants = constants | {"CACHED": cached}
+            jobs[f"attention {length} {head_dim} {cached}"] = attention._attention_kernel, constants, tile.warps, []
 for tile in (embedding.FEW, embedding.MANY):
     for known in (False, True):
         constants = {"C": 1536, "E": 32, "KNOWN": known, "BLOCK_R": tile.block_r, "BLOCK_C": tile.block_c}
@@ -106,7 +109,7 @@ print(json.dumps(report))
 @pytest.mark.parametrize("arch, shared", [(90, 227 << 10), (80, 163 << 10)])
 def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     report = answer(SCRIPT, str(arch), dtype)
-    assert len(report) == 2 * 4 + 8 + 3 + 4 + 1 + 3 * 4
+    assert len(report) == 2 * 2 * 4 + 8 + 3 + 4 + 1 + 3 * 4
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
         assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"
