@@ -93,7 +93,7 @@ from hmar_kernels import (
 )
 from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
-from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS, Cache
+from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_LENGTH, KVCache
 from hmar_kernels.token_embedding import Known
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
@@ -110,6 +110,9 @@ PARTS: dict[float, tuple[tuple[tuple[int, int], ...], ...]] = {
     1536: (((512, 2),), ((512, 2),)),
     math.inf: (((200, 2),), ((512, 2), (800, 3), (1152, 2))),
 }
+# Pairs of a query and a key of an image up to which `attention="fused"` takes a scale: what the longest one has alone.
+# NOTE: where keys are cached by calculation; without those scales VAR's image of 256 px took 14 to 20 % longer.
+FUSED_PAIRS = MAX_LENGTH**2
 DECODERS = ("modules", "fused", "transposed")
 PRODUCTS = ("cublas", "cuda", "blocks")
 ATTENTIONS = ("separate", "fused")
@@ -207,8 +210,9 @@ class Engine:
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
             `hmar_kernels.qk_norm_attention` where a scale, and what it sees, is short. In a dtype only. Default:
             "fused" on a GPU that has it.
-        overlap: whether these kernels, and those of the embedding and of draws, may start, and read what no kernel
-            writes, while the kernel before them still runs, on GPUs that can (compute capability 9.0).
+        overlap: whether these kernels, and those of the embedding, of draws and of the quantizer's maps, may start, and
+            read what no kernel writes, while the kernel before them still runs, on GPUs that can (compute capability
+            9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -1064,11 +1068,10 @@ class FusedAttention(nn.Module):
     def _attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerKeysValues | None) -> Tensor:
         module, (B, length, M) = self.attention, qkv_BLM.shape
         num_keys = length if cache is None else cache.length + length
-        # NOTE: with as many pairs as a scale of MAX_KEYS tokens has alone, by calculation.
-        if length > MAX_KEYS or length * num_keys > MAX_KEYS**2 or self.choices.attention == "separate":
+        if length > MAX_LENGTH or length * num_keys > FUSED_PAIRS or self.choices.attention == "separate":
             return module.attended(qkv_BLM, mask, cache)
         H = len(module.log_scale_H)
-        earlier = None if cache is None else Cache(*cache.extend(qkv_BLM, B, H, length, M // (3 * H)))
+        earlier = None if cache is None else KVCache(*cache.reserve(qkv_BLM, B, H, length, M // (3 * H)))
         # NOTE: a pass has the tokens of one scale, which see each other and all that is cached. What may overlap with a
         # product of cuBLAS begins .5 us later than what may not (reports/data/generation_steps_h100.json, "gaps").
         return qk_norm_attention(

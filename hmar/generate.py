@@ -261,12 +261,12 @@ class LayerKeysValues:
     def append(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """Add a scale's keys and values [B, H, n, D]; returns all so far, as views."""
         B, H, n, D = k_BHLD.shape
-        all_k_BHLD, all_v_BHLD, start = self.extend(k_BHLD, B, H, n, D)
+        all_k_BHLD, all_v_BHLD, start = self.reserve(k_BHLD, B, H, n, D)
         all_k_BHLD[:, :, start : self.length] = k_BHLD
         all_v_BHLD[:, :, start : self.length] = v_BHLD
         return all_k_BHLD[:, :, : self.length], all_v_BHLD[:, :, : self.length]
 
-    def extend(self, like: Tensor, B: int, H: int, n: int, D: int) -> tuple[Tensor, Tensor, int]:
+    def reserve(self, like: Tensor, B: int, H: int, n: int, D: int) -> tuple[Tensor, Tensor, int]:
         """For a caller that writes n more itself: the buffers [B, H, capacity, D], with dtype and device of `like`, and
         behind how many tokens."""
         assert self.length + n <= self.capacity, f"{self.length} + {n} tokens exceed the cache's {self.capacity}"

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmar.quantizer import MultiScaleQuantizer
-from hmar_kernels import add_codes_, map_codes
+from hmar_kernels import accumulate_codes_, map_codes
 
 
 class ScaleMaps(nn.Module):
@@ -43,14 +43,14 @@ class ScaleMaps(nn.Module):
         self._quantizer = (quantizer,)
         weight = quantizer.codebook.weight
         sides, side = self.pyramid.sides, self.pyramid.side
-        self.grow, self.own, self.shrink = [], [], []
+        self.grow, self.own, self.downsample = [], [], []
         for n in sides:
             up, down = resizing(n, side, "bicubic"), resizing(side, n, "area")
             padded = F.pad(up, (0, 0, 1, 1))
             shifted = torch.stack([padded[d : d + side] for d in range(3)], dim=1)  # [n_K, d, n_k]
             self.grow.append(both_orders(shifted, weight))
             self.own.append(both_orders(torch.einsum("mi,idn->mdn", down, shifted), weight))
-            self.shrink.append(down.to(weight))
+            self.downsample.append(down.to(weight))
         self.tables = [torch.empty_like(table) for table in self._tables()]
         self.derive()
 
@@ -81,23 +81,28 @@ class ScaleMaps(nn.Module):
         return f_hat_BEhw.new_empty(batch, 0, dims)
 
     def accumulate_(self, f_hat_BEhw: Tensor, codes_Bn: Tensor, k: int, *, overlap: bool = False) -> Tensor | None:
-        """Add what the codes [B, n] of scale k (from 0) contribute to f_hat, which is laid out as `empty_f_hat`.
+        """Add what the codes of a scale contribute to f_hat, and make what the next one reads.
 
-        Returns what the next scale reads, [B, n, E]: `MultiScaleQuantizer.resize_input`; None after the last one.
-        overlap: see `hmar_kernels.code_maps`; without effect where its plain implementation runs.
+        Args:
+            f_hat_BEhw: laid out as `empty_f_hat`; changed in place.
+            codes_Bn: int64 [B, n] of scale k, from 0.
+            overlap: as in `hmar_kernels.map_codes`; without effect where the plain implementation runs.
+        Returns:
+            [B, n, E] of the next scale, `MultiScaleQuantizer.resize_input`; None after the last one. Where the next
+            scale has f_hat's size it is a view of f_hat, which the next call changes.
         """
         f_hat_BhwE = f_hat_BEhw.permute(0, 2, 3, 1)
         is_last = k + 1 == self.pyramid.num_scales
         at_full_size = not is_last and self.pyramid.sides[k + 1] == self.pyramid.side
-        shrink = None if is_last or at_full_size else self.shrink[k + 1]
+        downsample = None if is_last or at_full_size else self.downsample[k + 1]
         table = self.tables[self.phi_of_scale[k]]
-        inputs_BhwE = add_codes_(f_hat_BhwE, codes_Bn, table, *self.grow[k], shrink, overlap=overlap)
+        inputs_BhwE = accumulate_codes_(f_hat_BhwE, codes_Bn, table, *self.grow[k], downsample, overlap=overlap)
         if is_last:
             return None
         return f_hat_BhwE.flatten(1, 2) if at_full_size else inputs_BhwE.flatten(1, 2)
 
     def own_residual(self, codes_Bn: Tensor, k: int, *, overlap: bool = False) -> Tensor:
-        """`MultiScaleQuantizer.own_residual`: [B, n, E]."""
+        """`MultiScaleQuantizer.own_residual`: [B, n, E]. overlap: as in `accumulate_`."""
         table = self.tables[self.phi_of_scale[k]]
         return map_codes(codes_Bn, table, *self.own[k], overlap=overlap).flatten(1, 2)
 

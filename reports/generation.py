@@ -241,7 +241,8 @@ def _counts(rows: pd.DataFrame) -> list[str]:
         "once more, which at batch 1 is what most scales wait for.",
         table([*head, "by the whole image's"], lines, left=(0, 1)),
         "What is optimised of VAR is not all that is optimised of HMAR: with a cache it does not get the kernel of "
-        "whole blocks (`hmar_kernels.transformer_blocks`)." + _lead(rows),
+        "whole blocks (`hmar_kernels.transformer_blocks`), and `hmar_kernels.qk_norm_attention` where scales are short "
+        "for all that they see." + _lead(rows),
     ]
 
 

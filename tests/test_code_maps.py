@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hmar.pyramid import SIDES_BY_RESOLUTION
-from hmar_kernels import add_codes_, map_codes
+from hmar_kernels import accumulate_codes_, map_codes, token_embedding
 from hmar_kernels.code_maps import choose
 from hmar_kernels.code_maps import triton as kernels
 from operator_cases import Draw, assert_within_limits, in_float64
@@ -34,7 +34,7 @@ def map_inputs(batch, n, m, following, dims, vocabulary, *, device="cpu", dtype=
         "table": draw(3, vocabulary, 3 * dims, dtype=dtype),
         "row_matrix": draw(m, 3 * n, dtype=dtype),
         "column_matrix": draw(m, 3 * n, dtype=dtype),
-        "shrink": draw(following, m, dtype=dtype) if following else None,
+        "downsample": draw(following, m, dtype=dtype) if following else None,
     }
     generator = torch.Generator().manual_seed(1)
     return inputs | {"codes": torch.randint(vocabulary, (batch, n * n), generator=generator).to(device)}
@@ -43,8 +43,8 @@ def map_inputs(batch, n, m, following, dims, vocabulary, *, device="cpu", dtype=
 def run(inputs, impl, **options):
     """Both operators; f is left as it was."""
     given, f = [inputs[name] for name in TENSORS], inputs["f"].clone()
-    following = add_codes_(f, *given, inputs["shrink"], impl=impl, **options)
-    assert (following is None) == (inputs["shrink"] is None)
+    following = accumulate_codes_(f, *given, inputs["downsample"], impl=impl, **options)
+    assert (following is None) == (inputs["downsample"] is None)
     outputs = {"map": map_codes(*given, impl=impl, **options), "f": f}
     return outputs if following is None else outputs | {"next": following}
 
@@ -65,8 +65,8 @@ def test_reference_is_the_sum_over_taps(name):
     outputs = run(inputs, "reference")
     torch.testing.assert_close(outputs["map"], expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(outputs["f"], inputs["f"] + expected, rtol=1e-12, atol=1e-12)
-    if inputs["shrink"] is not None:
-        following = torch.einsum("pr,brce,qc->bpqe", inputs["shrink"], outputs["f"], inputs["shrink"])
+    if inputs["downsample"] is not None:
+        following = torch.einsum("pr,brce,qc->bpqe", inputs["downsample"], outputs["f"], inputs["downsample"])
         torch.testing.assert_close(outputs["next"], following, rtol=1e-12, atol=1e-12)
 
 
@@ -104,21 +104,47 @@ def test_strides_do_not_matter_on_a_gpu():
 
 
 @pytest.mark.gpu
-def test_in_a_graph_with_what_comes_before_on_a_gpu():
+def test_in_a_graph_with_kernels_before_and_behind_on_a_gpu():
+    """Other codes at every replay; what is read by a kernel that may start early, and memory that is used again."""
     inputs = map_inputs(2, 13, 16, 10, 32, 4096, device="cuda")
-    expected = run(inputs, "triton")
-    codes, f = torch.zeros_like(inputs["codes"]), torch.zeros_like(inputs["f"])
+    given, downsample = [inputs[name] for name in TENSORS], inputs["downsample"]
+    dims, width = inputs["f"].shape[-1], 48
+    weight, scale = torch.randn(width, dims, device="cuda"), torch.randn(width, device="cuda")
+    position = {side: torch.randn(side * side, width, device="cuda") for side in (16, 10)}
+
+    def steps(f, overlap):
+        def embedded(x_BhwE):
+            n = x_BhwE.shape[1]
+            x_BLE = x_BhwE.reshape(len(x_BhwE), n * n, dims)
+            return token_embedding(x_BLE, weight, scale, position[n], scale, impl="triton", overlap=overlap)
+
+        outputs = []
+        for _ in range(3):
+            outputs.append(embedded(map_codes(*given, impl="triton", overlap=overlap)))
+            outputs.append(embedded(accumulate_codes_(f, *given, downsample, impl="triton", overlap=overlap)))
+        return outputs
+
+    f = inputs["f"].clone()
+    steps(f, True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        codes.copy_(inputs["codes"])
         f.copy_(inputs["f"])
-        given = [codes, *(inputs[name] for name in TENSORS[1:])]
-        following = add_codes_(f, *given, inputs["shrink"], overlap=True)
-        doubled = 2 * following
+        outputs = steps(f, True)
     for _ in range(20):
-        following.zero_()
+        inputs["codes"].random_(4096)
+        inputs["f"].normal_()
+        expected_f = inputs["f"].clone()
+        expected = steps(expected_f, False)
         graph.replay()
-        assert torch.equal(f, expected["f"]) and torch.equal(doubled, 2 * expected["next"])
+        assert torch.equal(f, expected_f)
+        assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
+
+
+def test_traced_by_torch_compile_without_a_graph_break():
+    inputs = map_inputs(*SHAPES["odd"])
+    expected = run(inputs, "reference")
+    actual = torch.compile(lambda: run(inputs, "auto"), fullgraph=True, backend="aot_eager")()
+    assert all(torch.equal(actual[name], x) for name, x in expected.items())
 
 
 def test_auto_is_the_reference_where_the_kernels_cannot_run():
@@ -144,17 +170,42 @@ def test_auto_is_the_reference_where_the_kernels_cannot_run():
         ({"column_matrix": torch.zeros(7, 9).double()}, "one dtype"),
         ({"column_matrix": torch.zeros(7, 9, device="meta")}, "column_matrix is on meta"),
         ({"f": torch.zeros(3, 7, 6, 6)}, r"f must be contiguous torch.float32 \[3, 7, 7, 6\]"),
-        ({"f": torch.zeros(3, 7, 7, 12)[..., ::2].detach()}, "f must be contiguous"),
-        ({"shrink": torch.zeros(5, 6)}, r"\[n', 7\]"),
-        ({"shrink": torch.zeros(8, 7)}, "no more rows"),
-        ({"shrink": torch.zeros(5, 7).half()}, "got torch.float16"),
+        ({"f": torch.zeros(3, 7, 7, 12)[..., ::2]}, r"strides \[588, 84, 12, 2\]"),
+        ({"f": torch.zeros(3, 7, 7, 6, device="meta")}, "f is on meta"),
+        ({"downsample": torch.zeros(5, 7, device="meta")}, "downsample is on meta"),
+        ({"f": torch.zeros(3, 7, 7, 6, requires_grad=True)}, "no derivative"),
+        ({"downsample": torch.zeros(5, 7, requires_grad=True)}, "no derivative"),
+        ({"downsample": torch.zeros(5, 6)}, r"\[n', 7\]"),
+        ({"downsample": torch.zeros(8, 7)}, "no more rows"),
+        ({"downsample": torch.zeros(5, 7).half()}, "got torch.float16"),
         ({"impl": "cuda"}, "unknown impl"),
-        ({"impl": "triton", "table": torch.zeros(3, 11, 18).double()}, "one dtype"),
     ],
 )
 def test_bad_input_is_refused(change, message):
     inputs = map_inputs(*SHAPES["odd"]) | {name: x for name, x in change.items() if name != "impl"}
     f, before = inputs["f"], inputs["f"].clone()
     with pytest.raises(ValueError, match=message):
-        add_codes_(f, *(inputs[name] for name in TENSORS), inputs["shrink"], impl=change.get("impl", "auto"))
-    assert torch.equal(f, before)
+        accumulate_codes_(f, *(inputs[name] for name in TENSORS), inputs["downsample"], impl=change.get("impl", "auto"))
+    assert f.is_meta or torch.equal(f, before)
+
+
+def test_implementations_that_cannot_run_are_refused():
+    for change, reason in (({"dtype": torch.float64}, "float32"), ({"m": kernels.MAX_SIDE + 1}, "up to 64 rows")):
+        sizes = {"batch": 1, "n": 2, "m": 3, "following": 2, "dims": 4, "vocabulary": 5} | change
+        inputs = map_inputs(**sizes)
+        given, before = [inputs[name] for name in TENSORS], inputs["f"].clone()
+        with pytest.raises(ValueError, match=f'impl="triton" cannot run here: .*{reason}'):
+            map_codes(*given, impl="triton")
+        with pytest.raises(ValueError, match=f'impl="triton" cannot run here: .*{reason}'):
+            accumulate_codes_(inputs["f"], *given, inputs["downsample"], impl="triton")
+        assert torch.equal(inputs["f"], before)
+
+
+def test_derivatives_are_refused():
+    inputs = map_inputs(*SHAPES["odd"])
+    given = [inputs[name] for name in TENSORS]
+    given[1].requires_grad_()
+    with pytest.raises(ValueError, match="no derivative"):
+        map_codes(*given)
+    with torch.no_grad():
+        map_codes(*given)

@@ -233,8 +233,11 @@ def test_short_images_are_attended_by_one_kernel(monkeypatch):
 
     for name in ("forward", "forward_cached"):
         monkeypatch.setattr(attention, name, attending(getattr(attention, name)))
-    monkeypatch.setattr(engine_module, "MAX_KEYS", 8)
-    for kind, seen in (("hmar", {(6, 1), (6, 4), (3, 4)}), ("var", {(6, 1), (6, 4)})):
+    # The longest scale, pairs of queries and keys. NOTE: behind one cached token four have 20.
+    hmar, var = {(6, 1), (6, 4), (3, 4)}, {(6, 1), (6, 4)}
+    for kind, length, pairs, seen in (("hmar", 8, 16, hmar), ("var", 8, 20, var), ("var", 8, 19, {(6, 1)})):
+        monkeypatch.setattr(engine_module, "MAX_LENGTH", length)
+        monkeypatch.setattr(engine_module, "FUSED_PAIRS", pairs)
         model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, cfg_ramp="constant")
         expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
         actual = Engine(model, tokenizer, dtype=torch.float16, attention="fused").generate(CLASSES, sampling)
@@ -420,7 +423,7 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
         (engine_module, "token_embedding"),
         (engine_module, "least_confident"),
         (generate_module, "sample_codes"),
-        (scale_maps_module, "add_codes_"),
+        (scale_maps_module, "accumulate_codes_"),
         (scale_maps_module, "map_codes"),
     ):
         monkeypatch.setattr(module, name, seen.unseen(name, getattr(module, name)))
@@ -456,7 +459,7 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
     masked_pass = ["least_confident", "map_codes"] + guided * ["cat"] + ["token_embedding", "sample_codes"]
     assert steps[0] == ["token_embedding", "sample_codes"]
     assert steps[1] == steps[2] == masked_pass
-    assert steps[3] == ["add_codes_"], "with the inputs of the next scale"
+    assert steps[3] == ["accumulate_codes_"], "with the inputs of the next scale"
 
 
 # --- no wasted work ---------------------------------------------------------------------------------------------------

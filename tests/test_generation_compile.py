@@ -20,10 +20,10 @@ from hmar_kernels.token_embedding import triton as embedding
 FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "log_scale_ptr")
 SCALARS = ("eps", "max_log_scale", "scale")
 VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width", "columns")
-VARYING += ("rows", "copies", "count", "first", "codes_stride", "num_codes", "n", "m", "next_side", "width")
+VARYING += ("rows", "copies", "count", "first", "codes_stride", "num_codes", "n", "m", "next_side", "codes_ptr")
 VARYING += ("num_cached", "capacity")
-INTEGERS = {"hidden_ptr": "i1", "still_hidden_ptr": "i1", "places_ptr": "i64", "positions_ptr": "i64"}
-INTEGERS["codes_ptr"] = "i64"
+INTEGERS = {"hidden_ptr": "i1", "still_hidden_ptr": "i1"}
+INTEGERS |= dict.fromkeys(("places_ptr", "positions_ptr", "codes_ptr"), "i64")
 VARYING += SCALARS
 arch, dtype = int(sys.argv[1]), sys.argv[2]
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -61,13 +61,13 @@ for block in (256, 4096, softmax.MAX_COLUMNS):
     jobs[f"softmax {block}"] = softmax._softmax_kernel, {"BLOCK": block}, softmax.num_warps(block), ["x_ptr"]
 for block in (16, 32, 64):
     constants = {"TAPS": 96, "BLOCK_M": block, "BLOCK_N": maps.BLOCK_N, "BLOCK_K": maps.BLOCK_K, "OVERLAP": overlap}
-    floats = ["table_ptr", "matrix_ptr", "rows_ptr", "f_ptr", "shrink_ptr", "shrunk_ptr", "out_ptr"]
+    floats = ["table_ptr", "matrix_ptr", "rows_ptr", "f_ptr", "downsample_ptr", "halfway_ptr", "out_ptr"]
     jobs[f"map rows {block}"] = maps._rows_kernel, constants, maps.WARPS, floats
     constants = {"BLOCK_P": block, "BLOCK_N": maps.BLOCK_N, "BLOCK_K": maps.BLOCK_K, "OVERLAP": overlap}
-    jobs[f"map shrink {block}"] = maps._shrink_kernel, constants, maps.WARPS, floats
+    jobs[f"map downsample {block}"] = maps._downsample_kernel, constants, maps.WARPS, floats
     for adds in (False, True):
-        constants = {"E": 32, "ADD": adds, "SHRINK": adds, "BLOCK_M": block, "BLOCK_Q": block, "BLOCK_E": maps.BLOCK_N}
-        constants |= {"BLOCK_K": maps.BLOCK_K, "OVERLAP": overlap}
+        constants = {"E": 32, "ADD": adds, "DOWNSAMPLE": adds, "BLOCK_M": block, "BLOCK_Q": block}
+        constants |= {"BLOCK_E": maps.BLOCK_N, "BLOCK_K": maps.BLOCK_K, "OVERLAP": overlap}
         jobs[f"map columns {block} {adds}"] = maps._columns_kernel, constants, maps.WARPS, floats
 report = {}
 for name, (kernel, constants, warps, floats) in jobs.items():
@@ -113,5 +113,5 @@ def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
         assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"
-        overlapping = arch >= 90 and name.startswith(("attention", "embedding", "map columns", "map shrink"))
+        overlapping = arch >= 90 and name.startswith(("attention", "embedding", "map columns", "map downsample"))
         assert usage["waits"] == overlapping and usage["written_ahead"] == 0, f"{name}: all programs wait, then write"

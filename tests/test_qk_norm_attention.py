@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hmar_kernels import SpanMask, attention, qk_norm, qk_norm_attention
-from hmar_kernels.qk_norm_attention import Cache, choose
+from hmar_kernels.qk_norm_attention import KVCache, choose
 from hmar_kernels.qk_norm_attention import triton as kernels
 from operator_cases import MAX_LOG_SCALE, assert_within_limits, in_float64, qkv_inputs
 
@@ -77,9 +77,10 @@ def run_cached(cached, inputs, impl, **options):
     for x in room:
         x[:, :, cached:] = float("nan")
     last = inputs | {"qkv": inputs["qkv"][:, cached:].contiguous()}
-    cache = Cache(*room, cached)
+    cache, before = KVCache(*room, cached), [x[:, :, :cached].clone() for x in room]
     out = qk_norm_attention(**last, max_log_scale=MAX_LOG_SCALE, cache=cache, impl=impl, **options)
     assert out.dtype == dtype and all(x[:, :, -spare:].isnan().all() for x in room), "room behind is not touched"
+    assert all(torch.equal(x[:, :, :cached], earlier) for x, earlier in zip(room, before, strict=True))
     return {"out": out, "k": room[0][:, :, cached:-spare], "v": room[1][:, :, cached:-spare]}
 
 
@@ -127,10 +128,10 @@ def test_published_scales_behind_cached_ones_on_a_gpu(name, poisoned_memory):
 def test_cache_traced_without_a_graph_break():
     inputs = qkv_inputs(2, 9, 2, 32, dtype=torch.float16)
     k, v = (torch.zeros(2, 2, 20, 32, dtype=torch.float16) for _ in range(2))
-    expected = qk_norm_attention(**inputs, cache=Cache(k.clone(), v.clone(), 4), impl="triton")
+    expected = qk_norm_attention(**inputs, cache=KVCache(k.clone(), v.clone(), 4), impl="triton")
 
     def attend():
-        return qk_norm_attention(**inputs, cache=Cache(k, v, 4), impl="triton")
+        return qk_norm_attention(**inputs, cache=KVCache(k, v, 4), impl="triton")
 
     assert torch.equal(torch.compile(attend, fullgraph=True, backend="aot_eager")(), expected)
     assert k[:, :, 4:13].any() and not k[:, :, 13:].any() and not v[:, :, :4].any()
@@ -220,12 +221,15 @@ def test_auto_is_the_reference_where_the_kernel_cannot_run():
         ({"impl": "cuda"}, "unknown impl"),
         ({"impl": "triton", "qkv": torch.zeros(1, 385, 48)}, "up to 384 tokens"),
         ({"impl": "triton", "v_bias": torch.zeros(16, requires_grad=True)}, "no derivative"),
-        ({"cache": Cache(torch.zeros(2, 2, 9, 4), torch.zeros(2, 2, 9, 8), 0)}, r"the cache's k must be contiguous"),
-        ({"cache": Cache(torch.zeros(2, 2, 9, 8), torch.zeros(2, 2, 8, 8), 0)}, r"the cache's v must be contiguous"),
-        ({"cache": Cache(torch.zeros(2, 2, 9, 8).half(), torch.zeros(2, 2, 9, 8), 0)}, "got torch.float16"),
-        ({"cache": Cache(*torch.zeros(2, 2, 2, 9, 8), 5)}, "there is none for 5 more"),
-        ({"cache": Cache(*torch.zeros(2, 2, 2, 9, 8), -1)}, "there is none for 5 more"),
-        ({"cache": Cache(*torch.zeros(2, 2, 2, 9, 8), 0), "q_bias": torch.zeros(16, requires_grad=True)}, "no_grad"),
+        ({"cache": KVCache(torch.zeros(2, 2, 9, 4), torch.zeros(2, 2, 9, 8), 0)}, r"the cache's k must be contiguous"),
+        ({"cache": KVCache(torch.zeros(2, 2, 9, 8), torch.zeros(2, 2, 8, 8), 0)}, r"the cache's v must be contiguous"),
+        ({"cache": KVCache(torch.zeros(2, 2, 9, 8).half(), torch.zeros(2, 2, 9, 8), 0)}, "got torch.float16"),
+        ({"cache": KVCache(*torch.zeros(2, 2, 2, 9, 8), 5)}, "there is none for 5 more"),
+        ({"cache": KVCache(*[torch.zeros(2, 2, 9, 8)] * 2, 0)}, "the same memory"),
+        ({"cache": KVCache(*torch.zeros(2, 2, 2, 9, 8, requires_grad=True), 0)}, "no_grad"),
+        ({"cache": KVCache(*torch.zeros(2, 2, 2, 8, 9).mT, 0)}, "contiguous"),
+        ({"cache": KVCache(*torch.zeros(2, 2, 2, 9, 8), -1)}, "there is none for 5 more"),
+        ({"cache": KVCache(*torch.zeros(2, 2, 2, 9, 8), 0), "q_bias": torch.zeros(16, requires_grad=True)}, "no_grad"),
     ],
 )
 def test_bad_input_is_refused(change, message):

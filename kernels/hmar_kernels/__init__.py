@@ -10,7 +10,7 @@ the decoder. Each in `api.py` of its folder.
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
 from .blocks import transformer_blocks
-from .code_maps import add_codes_, map_codes
+from .code_maps import accumulate_codes_, map_codes
 from .conv2d import conv2d, conv_transpose2d
 from .gelu_linear import gelu_linear
 from .group_norm import group_norm, group_norm_conv, residual_group_norm
@@ -30,7 +30,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "SampledCodes",
     "SpanMask",
-    "add_codes_",
+    "accumulate_codes_",
     "attention",
     "choose",
     "conv2d",

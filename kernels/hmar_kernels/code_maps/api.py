@@ -1,6 +1,6 @@
 """Maps of codes to a latent: argument checks, choice of implementation.
 
-The mathematics is in reference.py, the kernels in triton.py. Neither has derivatives: f is changed in place.
+The mathematics is in reference.py, the kernels in triton.py. Neither has derivatives.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ IMPLEMENTATIONS = ("reference", "triton")
 """Names that `map_codes(..., impl=...)` takes beside "auto"."""
 
 
-@torch.no_grad()
 def map_codes(
     codes: Tensor,
     table: Tensor,
@@ -38,22 +37,24 @@ def map_codes(
     Returns:
         [B, m, m, E] in the table's dtype, whatever autocast says: sum_dd' R_d T_dd'[codes] C_d'^T.
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or the implementation cannot take them.
+        ValueError: shapes, dtypes or devices do not fit together, the implementation cannot take them, or a derivative
+            is asked for.
     """
     given = codes, table, row_matrix, column_matrix
-    if _select(impl, *given) == "reference":
+    impl = _select(impl, *given)
+    _refuse_derivatives(*given)
+    if impl == "reference":
         return reference.map_codes(*given)
     return triton.map_codes(*_contiguous(*given), overlap)
 
 
-@torch.no_grad()
-def add_codes_(
+def accumulate_codes_(
     f: Tensor,
     codes: Tensor,
     table: Tensor,
     row_matrix: Tensor,
     column_matrix: Tensor,
-    shrink: Tensor | None = None,
+    downsample: Tensor | None = None,
     *,
     impl: str = "auto",
     overlap: bool = False,
@@ -61,8 +62,8 @@ def add_codes_(
     """Add `map_codes` to f, and give what the next scale reads of that.
 
     Args:
-        f: [B, m, m, E], contiguous; changed in place.
-        shrink: P [n', m], by which rows and columns of f become those of the next scale; None gives nothing.
+        f: [B, m, m, E], contiguous, for it is changed in place.
+        downsample: P [n', m], by which rows and columns of f become those of the next scale; None gives nothing.
         codes, table, row_matrix, column_matrix, impl, overlap: as in `map_codes`.
     Returns:
         P f P^T [B, n', n', E], or None without P.
@@ -73,30 +74,38 @@ def add_codes_(
     impl = _select(impl, *given)
     expected = len(codes), len(row_matrix), len(row_matrix), table.shape[2] // 3
     if f.shape != expected or f.dtype != table.dtype or not f.is_contiguous():
-        raise ValueError(f"f must be contiguous {table.dtype} {list(expected)}, got {f.dtype} {list(f.shape)}")
-    if shrink is not None and (
-        shrink.ndim != 2
-        or shrink.shape[1] != f.shape[1]
-        or not 0 < len(shrink) <= f.shape[1]
-        or shrink.dtype != f.dtype
+        raise ValueError(
+            f"f must be contiguous {table.dtype} {list(expected)}, got {f.dtype} {list(f.shape)} "
+            f"with strides {list(f.stride())}"
+        )
+    if downsample is not None and (
+        downsample.ndim != 2
+        or downsample.shape[1] != f.shape[1]
+        or not 0 < len(downsample) <= f.shape[1]
+        or downsample.dtype != f.dtype
     ):
         raise ValueError(
-            f"shrink must be {f.dtype} [n', {f.shape[1]}], a column for each row of f and no more rows, got "
-            f"{shrink.dtype} {list(shrink.shape)}"
+            f"downsample must be {f.dtype} [n', {f.shape[1]}], a column for each row of f and no more rows, got "
+            f"{downsample.dtype} {list(downsample.shape)}"
         )
-    for name, x in (("f", f), ("shrink", shrink)):
+    for name, x in (("f", f), ("downsample", downsample)):
         if x is not None and x.device != codes.device:
             raise ValueError(f"{name} is on {x.device} and codes are on {codes.device}; move it there")
+    _refuse_derivatives(f, *given, *(() if downsample is None else (downsample,)))
     if impl == "reference":
-        return reference.add_codes_(f, *given, shrink)
-    return triton.add_codes_(f, *_contiguous(*given), shrink if shrink is None else shrink.contiguous(), overlap)
+        return reference.accumulate_codes_(f, *given, downsample)
+    if downsample is not None:
+        downsample = downsample.contiguous()
+    return triton.accumulate_codes_(f, *_contiguous(*given), downsample, overlap)
 
 
 def choose(codes: Tensor, table: Tensor, row_matrix: Tensor, column_matrix: Tensor) -> tuple[str, str]:
     """What impl="auto" takes of IMPLEMENTATIONS, and the reason."""
+    if torch.compiler.is_compiling():
+        return "reference", "torch.compile traces it"
     reason = triton.unavailable(codes, table, len(row_matrix))
     if codes.is_cuda and reason is None:
-        return "triton", "two kernels for a gather, two products and a sum"
+        return "triton", "up to three kernels for a gather, products and a sum"
     return "reference", reason or "the plain implementation serves CPU tensors"
 
 
@@ -114,7 +123,13 @@ def _select(impl: str, *given: Tensor) -> str:
 
 
 def _contiguous(codes: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    return codes, *(x.contiguous() for x in others)
+    """All but the codes as they are read. Of those the kernel takes images that lie apart, but no codes that do."""
+    return codes if codes.stride(1) == 1 else codes.contiguous(), *(x.contiguous() for x in others)
+
+
+def _refuse_derivatives(*given: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        raise ValueError("maps of codes have no derivative, and a tensor requires one; under torch.no_grad() they run")
 
 
 def _check(codes: Tensor, table: Tensor, row_matrix: Tensor, column_matrix: Tensor) -> None:

@@ -20,18 +20,18 @@ def map_codes(codes: Tensor, table: Tensor, row_matrix: Tensor, column_matrix: T
         return torch.bmm(columns, rows).view(len(codes), m, m, -1)
 
 
-def add_codes_(
-    f: Tensor, codes: Tensor, table: Tensor, row_matrix: Tensor, column_matrix: Tensor, shrink: Tensor | None
+def accumulate_codes_(
+    f: Tensor, codes: Tensor, table: Tensor, row_matrix: Tensor, column_matrix: Tensor, downsample: Tensor | None
 ) -> Tensor | None:
-    """f [B, m, m, E], which is changed, shrink [n', m] -> [B, n', n', E]; nothing without shrink."""
+    """f [B, m, m, E], which is changed, downsample [n', m] -> [B, n', n', E]; nothing without downsample."""
     with torch.autocast(codes.device.type, enabled=False):
         f.flatten(0, 1).baddbmm_(*_factors(codes, table, row_matrix, column_matrix))
-        if shrink is None:
+        if downsample is None:
             return None
         batch, side, _, dims = f.shape
-        n = len(shrink)
-        rows = torch.bmm(shrink.expand(batch, -1, -1), f.flatten(2)).view(batch * n, side, dims)
-        return torch.bmm(shrink.expand(batch * n, -1, -1), rows).view(batch, n, n, dims)
+        n = len(downsample)
+        rows = torch.bmm(downsample.expand(batch, -1, -1), f.flatten(2)).view(batch * n, side, dims)
+        return torch.bmm(downsample.expand(batch * n, -1, -1), rows).view(batch, n, n, dims)
 
 
 def _factors(codes: Tensor, table: Tensor, row_matrix: Tensor, column_matrix: Tensor) -> tuple[Tensor, Tensor]:

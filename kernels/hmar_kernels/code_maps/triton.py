@@ -3,7 +3,7 @@ scale's product within the one with C.
 
     rows      H[b, r, (j, d'), e] = sum_di R[r, (d, i)] T_dd'[z[b, i, j]]   grid: (j of all images, tiles of r, of d' e)
     columns   f[b, r] (+)= C H[b, r],   G[b, r] = P f[b, r]                 grid: r of all images, tiles of e
-    shrink    next[b] = P G[b]                                              grid: (tiles of q e, of p, images)
+    downsample    next[b] = P G[b]                                              grid: (images, tiles of p, of q e)
 
 Products and sums are float32 without TF32. With OVERLAP the second and third start while the one before them still
 runs; the first does not, so that what follows may read, before it waits, all that was written before these kernels.
@@ -32,7 +32,9 @@ def _load(ptr, row, mask_row, stride, column, mask_column):
     return tl.load(ptr + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["codes_stride", "num_codes", "n", "m"])
+@triton.jit(
+    do_not_specialize=["codes_stride", "num_codes", "n", "m"], do_not_specialize_on_alignment=["codes_ptr"]
+)  # codes of a scale begin anywhere in those of the image
 def _rows_kernel(
     codes_ptr,
     table_ptr,
@@ -74,14 +76,14 @@ def _columns_kernel(
     rows_ptr,
     matrix_ptr,
     f_ptr,
-    shrink_ptr,
-    shrunk_ptr,
+    downsample_ptr,
+    halfway_ptr,
     length,
     m,
     next_side,
     E: tl.constexpr,
     ADD: tl.constexpr,
-    SHRINK: tl.constexpr,
+    DOWNSAMPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -105,20 +107,20 @@ def _columns_kernel(
     if ADD:
         acc += _load(f_ptr, offs_m, mask_m, E, offs_e, mask_e)
     tl.store(f_ptr + offs_m[:, None] * E + offs_e[None, :], acc, mask=mask_m[:, None] & mask_e[None, :])
-    if SHRINK:
+    if DOWNSAMPLE:
         offs_q = tl.arange(0, BLOCK_Q)
         mask_q = offs_q < next_side
-        shrink = _load(shrink_ptr, offs_q, mask_q, m, offs_m, mask_m)
-        shrunk = tl.dot(shrink, acc, input_precision="ieee")
-        shrunk_ptr += row * next_side * E
+        downsample = _load(downsample_ptr, offs_q, mask_q, m, offs_m, mask_m)
+        halfway = tl.dot(downsample, acc, input_precision="ieee")
+        halfway_ptr += row * next_side * E
         mask = mask_q[:, None] & mask_e[None, :]
-        tl.store(shrunk_ptr + offs_q[:, None] * E + offs_e[None, :], shrunk, mask=mask)
+        tl.store(halfway_ptr + offs_q[:, None] * E + offs_e[None, :], halfway, mask=mask)
 
 
 @triton.jit(do_not_specialize=["m", "next_side", "width"])
-def _shrink_kernel(
-    shrunk_ptr,
-    shrink_ptr,
+def _downsample_kernel(
+    halfway_ptr,
+    downsample_ptr,
     out_ptr,
     m,
     next_side,
@@ -131,17 +133,17 @@ def _shrink_kernel(
     if OVERLAP:
         gdc_launch_dependents()
         gdc_wait()
-    b = tl.program_id(2).to(tl.int64)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b = tl.program_id(0).to(tl.int64)
+    offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask_n, mask_p = offs_n < width, offs_p < next_side
-    shrunk_ptr += b * m * width
+    halfway_ptr += b * m * width
     acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     for begin in range(0, m, BLOCK_K):
         offs_k = begin + tl.arange(0, BLOCK_K)
         mask_k = offs_k < m
-        shrink = _load(shrink_ptr, offs_p, mask_p, m, offs_k, mask_k)
-        acc += tl.dot(shrink, _load(shrunk_ptr, offs_k, mask_k, width, offs_n, mask_n), input_precision="ieee")
+        downsample = _load(downsample_ptr, offs_p, mask_p, m, offs_k, mask_k)
+        acc += tl.dot(downsample, _load(halfway_ptr, offs_k, mask_k, width, offs_n, mask_n), input_precision="ieee")
     out_ptr += b * next_side * width
     tl.store(out_ptr + offs_p[:, None] * width + offs_n[None, :], acc, mask=mask_p[:, None] & mask_n[None, :])
 
@@ -159,32 +161,32 @@ def map_codes(codes: Tensor, table: Tensor, row_matrix: Tensor, column_matrix: T
     """codes [B,n^2], table [3,V,3E], row_matrix [m,(d,n)], column_matrix [m,(n,d)] -> [B,m,m,E]."""
     m, dims = len(row_matrix), table.shape[2] // 3
     out = table.new_empty(len(codes), m, m, dims)
-    _launch(out, codes, table, row_matrix, column_matrix, None, None, overlap)
+    _launch(out, codes, table, row_matrix, column_matrix, overlap, add=False)
     return out
 
 
-def add_codes_(
+def accumulate_codes_(
     f: Tensor,
     codes: Tensor,
     table: Tensor,
     row_matrix: Tensor,
     column_matrix: Tensor,
-    shrink: Tensor | None,
+    downsample: Tensor | None,
     overlap: bool,
 ) -> Tensor | None:
-    """f [B,m,m,E] contiguous, shrink [n',m] -> [B,n',n',E], or nothing without shrink."""
-    if shrink is None:
-        _launch(f, codes, table, row_matrix, column_matrix, f, None, overlap)
+    """f [B,m,m,E] contiguous, downsample [n',m] -> [B,n',n',E], or nothing without downsample."""
+    if downsample is None:
+        _launch(f, codes, table, row_matrix, column_matrix, overlap, add=True)
         return None
     batch, m, _, dims = f.shape
-    next_side = len(shrink)
-    shrunk, out = f.new_empty(batch, m, next_side, dims), f.new_empty(batch, next_side, next_side, dims)
-    _launch(f, codes, table, row_matrix, column_matrix, f, (shrink, shrunk), overlap)
+    next_side = len(downsample)
+    halfway, out = f.new_empty(batch, m, next_side, dims), f.new_empty(batch, next_side, next_side, dims)
+    _launch(f, codes, table, row_matrix, column_matrix, overlap, add=True, downsample=downsample, halfway=halfway)
     width, block_p = next_side * dims, _block(next_side)
     with on_device(f):
-        _shrink_kernel[(triton.cdiv(width, BLOCK_N), triton.cdiv(next_side, block_p), batch)](
-            shrunk_ptr=shrunk,
-            shrink_ptr=shrink,
+        _downsample_kernel[(batch, triton.cdiv(next_side, block_p), triton.cdiv(width, BLOCK_N))](
+            halfway_ptr=halfway,
+            downsample_ptr=downsample,
             out_ptr=out,
             m=m,
             next_side=next_side,
@@ -198,13 +200,23 @@ def add_codes_(
     return out
 
 
-def _launch(out, codes, table, row_matrix, column_matrix, f, shrinking, overlap) -> None:
-    """The first two kernels. out: where the map is written, or added to where it is f. shrinking: P, room for G."""
+def _launch(
+    out: Tensor,
+    codes: Tensor,
+    table: Tensor,
+    row_matrix: Tensor,
+    column_matrix: Tensor,
+    overlap: bool,
+    *,
+    add: bool,
+    downsample: Tensor | None = None,
+    halfway: Tensor | None = None,
+) -> None:
+    """The first two kernels: the map to out [B,m,m,E], written or added; with downsample, G to halfway [B,m,n',E]."""
     batch, dims = len(codes), table.shape[2] // 3
     m, n = len(row_matrix), row_matrix.shape[1] // 3
     rows = table.new_empty(batch, m, 3 * n, dims)
-    codes = codes if codes.stride(1) == 1 else codes.contiguous()
-    shrink, shrunk = shrinking or (column_matrix, out)
+    next_side = 0 if downsample is None else len(downsample)
     block = _block(m)
     with on_device(out):
         _rows_kernel[(batch * n, triton.cdiv(m, block), triton.cdiv(3 * dims, BLOCK_N))](
@@ -227,16 +239,16 @@ def _launch(out, codes, table, row_matrix, column_matrix, f, shrinking, overlap)
             rows_ptr=rows,
             matrix_ptr=column_matrix,
             f_ptr=out,
-            shrink_ptr=shrink,
-            shrunk_ptr=shrunk,
+            downsample_ptr=out if downsample is None else downsample,
+            halfway_ptr=out if halfway is None else halfway,
             length=3 * n,
             m=m,
-            next_side=len(shrink) if shrinking else 0,
+            next_side=next_side,
             E=dims,
-            ADD=f is not None,
-            SHRINK=shrinking is not None,
+            ADD=add,
+            DOWNSAMPLE=downsample is not None,
             BLOCK_M=block,
-            BLOCK_Q=_block(len(shrink)) if shrinking else 16,
+            BLOCK_Q=_block(next_side),
             BLOCK_E=BLOCK_N,
             BLOCK_K=BLOCK_K,
             num_warps=WARPS,

@@ -18,7 +18,7 @@ IMPLEMENTATIONS = ("reference", "triton")
 """Names that `qk_norm_attention(..., impl=...)` takes beside "auto"."""
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of earlier tokens, as `qk_norm` gives them, and room for more.
 
     Attributes:
@@ -38,7 +38,7 @@ def qk_norm_attention(
     log_scale: torch.Tensor,
     *,
     max_log_scale: float = math.inf,
-    cache: Cache | None = None,
+    cache: KVCache | None = None,
     impl: str = "auto",
     overlap: bool = False,
 ) -> torch.Tensor:
@@ -52,8 +52,8 @@ def qk_norm_attention(
         max_log_scale: the largest log_scale that counts.
         cache: of earlier tokens, which are seen as well; keys and values of these ones are written behind them. Has no
             derivative.
-        impl: "auto", "reference" or "triton", which has one kernel, no derivative and L up to triton.MAX_KEYS. A named
-            implementation runs or raises; `choose` tells what "auto" takes.
+        impl: "auto", "reference" or "triton", which has one kernel, no derivative and L up to triton.MAX_LENGTH. A
+            named implementation runs or raises; `choose` tells what "auto" takes.
         overlap: of "triton": the kernel may read biases and log_scale before the kernel queued just before it has
             ended. For those that no kernel writes which may still run. Without effect below compute capability 9.0.
     Returns:
@@ -65,7 +65,7 @@ def qk_norm_attention(
     given = (qkv, q_bias, v_bias, log_scale)
     if cache is not None:
         _check_cache(qkv, log_scale.shape[0], cache)
-        if (needs := _needs_derivative(*given)) is not None:
+        if (needs := _needs_derivative(*given, cache.k, cache.v)) is not None:
             raise ValueError(f"attention with a cache cannot run here: {needs}; torch.no_grad() would")
     if impl == "auto":
         impl = choose(*given)[0]
@@ -103,14 +103,17 @@ def _needs_derivative(*given: torch.Tensor) -> str | None:
     return "it has no derivative" if needed else None
 
 
-def _check_cache(qkv: torch.Tensor, heads: int, cache: Cache) -> None:
+def _check_cache(qkv: torch.Tensor, heads: int, cache: KVCache) -> None:
     batch, length, width = qkv.shape
+    # NOTE: tensors that are traced have no address.
+    if not torch.compiler.is_compiling() and cache.k.data_ptr() == cache.v.data_ptr() and cache.k.numel() > 0:
+        raise ValueError("the cache's k and v are the same memory; each needs room of its own")
     for name, x in (("k", cache.k), ("v", cache.v)):
         expected = (batch, heads, cache.k.shape[2] if cache.k.ndim == 4 else -1, width // (3 * heads))
         if x.shape != expected or x.dtype != qkv.dtype or x.device != qkv.device or not x.is_contiguous():
             raise ValueError(
                 f"the cache's {name} must be contiguous {qkv.dtype} [{batch}, {heads}, capacity, {expected[3]}] on "
-                f"{qkv.device}, got {x.dtype} {list(x.shape)} on {x.device}"
+                f"{qkv.device}, got {x.dtype} {list(x.shape)} with strides {list(x.stride())} on {x.device}"
             )
     if not 0 <= cache.length <= cache.k.shape[2] - length:
         raise ValueError(

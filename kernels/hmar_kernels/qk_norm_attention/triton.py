@@ -41,7 +41,7 @@ TILES: dict[int, Tile] = {
     64: Tile(32, 64, 4, 1),
     384: Tile(64, 64, 4, 3),
 }
-MAX_KEYS, MAX_HEAD_DIM = max(TILES), 128
+MAX_LENGTH, MAX_HEAD_DIM = max(TILES), 128
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _inverse_length(x):
 
 @triton.jit
 def _attend(logits, v, visible, highest, weight, total):
-    """The sums with one block of keys more."""
+    """A step of the online softmax: the sums with one block of keys more."""
     logits = tl.where(visible[None, :], logits, float("-inf"))
     before, highest = highest, tl.maximum(highest, tl.max(logits, 1))
     weights, shrink = tl.exp(logits - highest[:, None]), tl.exp(before - highest)
@@ -122,7 +122,7 @@ def _attention_kernel(
             v = tl.load(v_cache_ptr + offs, mask=mask_l, other=0.0)
             logits = tl.dot(q, tl.trans(k), input_precision="ieee")
             highest, weight, total = _attend(logits, v, visible, highest, weight, total)
-    cached_weight, cached_highest = weight, highest
+        cached_weight, cached_highest = weight, highest
     for begin in tl.range(0, length, BLOCK_L, num_stages=STAGES):
         visible = offs_l < length - begin
         mask_l = visible[:, None] & mask_d[None, :]
@@ -134,7 +134,7 @@ def _attention_kernel(
     out = total / weight[:, None]
     if CACHED:
         # Values that are cached have the bias already.
-        own = 1.0 - tl.where(cached_weight > 0, cached_weight * tl.exp(cached_highest - highest), 0.0) / weight
+        own = 1.0 - cached_weight * tl.exp(cached_highest - highest) / weight
         out += own[:, None] * v_bias[None, :]
     else:
         out += v_bias[None, :]
@@ -146,15 +146,15 @@ def unavailable(qkv: torch.Tensor, heads: int, *dtypes: torch.dtype) -> str | No
     """Why the kernel cannot run on such a projection; None when it can."""
     head_dim = qkv.shape[2] // (3 * heads)
     # NOTE: of cached keys there may be any number.
-    if qkv.shape[1] > MAX_KEYS or head_dim > MAX_HEAD_DIM:
+    if qkv.shape[1] > MAX_LENGTH or head_dim > MAX_HEAD_DIM:
         found = f"{qkv.shape[1]} and {head_dim}"
-        return f"it takes images of up to {MAX_KEYS} tokens and head dims up to {MAX_HEAD_DIM}, got {found}"
+        return f"it takes images of up to {MAX_LENGTH} tokens and head dims up to {MAX_HEAD_DIM}, got {found}"
     return triton_device.unavailable(qkv.device, qkv.dtype, *dtypes)
 
 
 def select_tile(num_keys: int, head_dim: int) -> Tile:
     """A pure function of its arguments."""
-    tile = TILES[next((longest for longest in TILES if num_keys <= longest), MAX_KEYS)]
+    tile = TILES[next((longest for longest in TILES if num_keys <= longest), MAX_LENGTH)]
     # NOTE: keys of twice the width take twice the registers.
     return tile if head_dim <= 64 else tile._replace(warps=min(8, 2 * tile.warps))
 
@@ -186,7 +186,18 @@ def forward_cached(
     return _launch(qkv, q_bias, v_bias, log_scale, k_cache, v_cache, num_cached, max_log_scale, overlap)
 
 
-def _launch(qkv, q_bias, v_bias, log_scale, k_cache, v_cache, num_cached, max_log_scale, overlap) -> torch.Tensor:
+def _launch(
+    qkv: torch.Tensor,
+    q_bias: torch.Tensor,
+    v_bias: torch.Tensor,
+    log_scale: torch.Tensor,
+    k_cache: torch.Tensor | None,
+    v_cache: torch.Tensor | None,
+    num_cached: int,
+    max_log_scale: float,
+    overlap: bool,
+) -> torch.Tensor:
+    """qkv [B,L,3C], caches [B,H,capacity,D] or none -> [B,L,C]."""
     b, length, width = qkv.shape
     heads = log_scale.shape[0]
     head_dim = width // (3 * heads)
