@@ -38,6 +38,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -377,7 +378,7 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
     if program.caches is not None:
         transformer.append(lambda: setattr(program, "caches", [LayerKeysValues(pyramid.length) for _ in model.blocks]))
     for k, size in enumerate(pyramid.sizes):
-        inputs_BnE = maps.inputs(f_hat_BEhw, k)
+        inputs_BnE = f_hat_BEhw.new_zeros(batch, size if k > 0 else 0, f_hat_BEhw.shape[1])
         codes_Bn = torch.randint(config.vocab_size, (batch, size), device=engine.device)
         span = pyramid.slice(k)
         pass_(next_scale(k), settings.guided_S[k], [inputs_BnE], program.positions_L[span], k, 0)
@@ -394,9 +395,8 @@ def parts(engine: Engine, program: Program) -> dict[str, list[Callable[[], objec
             tensors = [inputs_BnE, inputs_BnE, hidden_Bn]
             positions = wanted_Bm + pyramid.offsets[k]
             pass_(masked, settings.masked_guided, tensors, positions, -1, masked_step(i))
-            quantizing.append(lambda codes_Bn=codes_Bn, k=k: maps.own_residual(codes_Bn, k))
-        quantizing.append(lambda codes_Bn=codes_Bn, k=k: maps.accumulate_(f_hat_BEhw, codes_Bn, k))
-        quantizing.append(lambda k=k: maps.inputs(f_hat_BEhw, k))
+            quantizing.append(partial(maps.own_residual, codes_Bn, k, overlap=engine.overlap))
+        quantizing.append(partial(maps.accumulate_, f_hat_BEhw, codes_Bn, k, overlap=engine.overlap))
     return {
         "transformer": [program._begin, *transformer],
         "sampling": sampling,

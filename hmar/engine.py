@@ -1,16 +1,16 @@
 """The engine: generation with fixed shapes, as CUDA graphs on a GPU and step by step elsewhere.
 
     begin           modulation vectors of all blocks, once an image: they follow from the class alone
-    predict k       inputs of scale k from f_hat (`hmar.scale_maps`), next-scale pass, draw into the codes
+    predict k       next-scale pass on the inputs of scale k, draw into the codes
     masked k, i     hide the least confident codes, masked pass without the null class, draw into their places
-    commit k        f_hat += contribution of the codes
+    commit k        f_hat += contribution of the codes, and the inputs of scale k + 1
     decode          bf16, channels last (`hmar.decoder`)
 
 The same arithmetic and the same random numbers as `hmar.generate`, whose plain functions say what is computed; here no
 shape depends on data, nothing waits for the device within an image, and what is the same for every pass is computed
-once. Around the model a pass has few kernels: the quantizer's maps, one that embeds tokens of codes in a dtype
-(`hmar_kernels.token_embedding`), one that tells which codes stay hidden (`hmar_kernels.least_confident`), and one that
-draws codes and writes them where they belong.
+once. Around the model a pass has few kernels: three that add what codes contribute and make the next scale's inputs
+(`hmar.scale_maps`), one that embeds tokens of codes in a dtype (`hmar_kernels.token_embedding`), one that tells which
+codes stay hidden (`hmar_kernels.least_confident`), and one that draws codes and writes them where they belong.
 
 An `Engine` holds the weights in the precision they are used in. For every batch size and setting it makes a `Program`:
 buffers for the arguments, and the steps above, captured one after another into graphs that share a pool of memory. Read
@@ -70,7 +70,6 @@ from hmar.model import (
     Attention,
     Block,
     Head,
-    LayerCache,
     NextScaleTransformer,
     Residual,
     Scales,
@@ -94,7 +93,7 @@ from hmar_kernels import (
 )
 from hmar_kernels.blocks import BlockWeights, Table, transformer_blocks
 from hmar_kernels.linear import MAX_NORMED_ROWS, unavailable_on
-from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_KEYS
+from hmar_kernels.qk_norm_attention import MAX_HEAD_DIM, MAX_LENGTH, KVCache
 from hmar_kernels.token_embedding import Known
 
 DECODED_PIXELS = 2 << 20  # decoded at once; more would not be faster, and at 1024 px would take most of the memory
@@ -111,6 +110,9 @@ PARTS: dict[float, tuple[tuple[tuple[int, int], ...], ...]] = {
     1536: (((512, 2),), ((512, 2),)),
     math.inf: (((200, 2),), ((512, 2), (800, 3), (1152, 2))),
 }
+# Pairs of a query and a key of an image up to which `attention="fused"` takes a scale: what the longest one has alone.
+# NOTE: where keys are cached by calculation; without those scales VAR's image of 256 px took 14 to 20 % longer.
+FUSED_PAIRS = MAX_LENGTH**2
 DECODERS = ("modules", "fused", "transposed")
 PRODUCTS = ("cublas", "cuda", "blocks")
 ATTENTIONS = ("separate", "fused")
@@ -206,10 +208,11 @@ class Engine:
             kernel of `hmar_kernels.blocks` where rows are few and nothing is cached, else as "cuda". In a dtype only.
             Default: "blocks" or "cuda" where the extension is built and its kernels can run.
         attention: "separate" normalises queries and keys in one kernel and attends in another, "fused" does both in
-            `hmar_kernels.qk_norm_attention` where a scale is short and nothing is cached. In a dtype only. Default:
+            `hmar_kernels.qk_norm_attention` where a scale, and what it sees, is short. In a dtype only. Default:
             "fused" on a GPU that has it.
-        overlap: whether these kernels, and those of the embedding and of draws, may start, and read what no kernel
-            writes, while the kernel before them still runs, on GPUs that can (compute capability 9.0).
+        overlap: whether these kernels, and those of the embedding, of draws and of the quantizer's maps, may start, and
+            read what no kernel writes, while the kernel before them still runs, on GPUs that can (compute capability
+            9.0).
         cudnn_benchmark: whether cuDNN tries its algorithms for every shape of a convolution that a program is the first
             of its thread to have, instead of guessing the fastest. Sums may then be ordered in another way in another
             process.
@@ -788,13 +791,13 @@ class Program:
         for head in engine._heads():
             head.modulation.remember(activated_RC)
         self.f_hat_BEhw.zero_()
+        self.inputs_BnE = engine.scale_maps.first_inputs(self.f_hat_BEhw)
         self.bad_SB.zero_()
         self.caches = [LayerKeysValues(engine.pyramid.length) for _ in engine._blocks()] if engine.is_cached else None
 
     def _predict(self, k: int) -> None:
         engine, settings = self.engine, self.settings
         model, scale = engine.model, (k, k + 1)
-        self.inputs_BnE = engine.scale_maps.inputs(self.f_hat_BEhw, k)
         class_R, (inputs,) = self._with_null(settings.guided_S[k], self.inputs_BnE)
         if engine.is_hmar:
             logits_RnV = model.next_scale(class_R, inputs, scale)
@@ -815,7 +818,7 @@ class Program:
             drawn.confidence, self.hidden_Bn, count=num_hidden, first=self.engine.pyramid.offsets[k]
         )
         logits_RmV = self._masked_logits(k, self.settings.masked_guided, places_Bm)
-        # NOTE: kernels that do not overlap with others, as those of the residual, come between positions and the draw.
+        # NOTE: a kernel that does not overlap with others, the first of the residual, comes between positions and draw.
         options = {"into": drawn, "at_Bn": places_Bm, "overlap": self.engine.overlap}
         draw(logits_RmV, self.sampling, self.strengths_SB[-1], self.keys_B, positions_Bm, masked_step(i), **options)
 
@@ -844,7 +847,7 @@ class Program:
 
     def _masked_logits(self, k: int, guided: bool, places_Bm: Tensor | None = None) -> Tensor:
         engine = self.engine
-        residuals_BnE = engine.scale_maps.own_residual(self._drawn(k).codes, k)
+        residuals_BnE = engine.scale_maps.own_residual(self._drawn(k).codes, k, overlap=engine.overlap)
         class_R, arguments = self._with_null(guided, self.inputs_BnE, residuals_BnE, self.hidden_Bn)
         places_Rm = torch.cat([places_Bm, places_Bm]) if guided and places_Bm is not None else places_Bm
         return engine.model.masked(class_R, *arguments, (k, k + 1), places_Rm)
@@ -861,7 +864,8 @@ class Program:
         return class_R, [torch.cat([tensor, tensor]) for tensor in tensors] if guided else tensors
 
     def _commit(self, k: int) -> None:
-        self.engine.scale_maps.accumulate_(self.f_hat_BEhw, self._drawn(k).codes, k)
+        codes_Bn, overlap = self._drawn(k).codes, self.engine.overlap
+        self.inputs_BnE = self.engine.scale_maps.accumulate_(self.f_hat_BEhw, codes_Bn, k, overlap=overlap)
 
     def _decode(self) -> None:
         self.images_BCHW = self.engine.decode(self.f_hat_BEhw)
@@ -1006,7 +1010,7 @@ class FusedBlock(nn.Module):
         self.modulation = block.modulation
         self.attention, self.mlp = FusedAttention(block.attention, choices), FusedMLP(block.mlp, choices)
 
-    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Stream:
+    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerKeysValues | None = None) -> Stream:
         gate_attn, gate_mlp, scale_attn, scale_mlp, shift_attn, shift_mlp = self.modulation(cond)
         stream = self.attention(stream, gate_attn, scale_attn, shift_attn, mask, cache)
         return self.mlp(stream, gate_mlp, scale_mlp, shift_mlp)
@@ -1028,7 +1032,7 @@ class FusedBlocks(nn.Module):
         self.blocks = nn.ModuleList(fused)
         self.table = Table([block.weights() for block in fused])
 
-    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerCache | None = None) -> Stream:
+    def forward(self, stream: Stream, cond: Tensor, mask: SpanMask, cache: LayerKeysValues | None = None) -> Stream:
         if is_summed(stream) and stream.x_BLC.shape[:-1].numel() <= blocks.MAX_ROWS:
             vectors = [block.modulation(cond) for block in self.blocks]
             if blocks.refusal_of_rows(stream.x_BLC, vectors, self.table.dtype) is None:
@@ -1056,16 +1060,19 @@ class FusedAttention(nn.Module):
         scale_B1C: Tensor,
         shift_B1C: Tensor,
         mask: SpanMask,
-        cache: LayerCache | None,
+        cache: LayerKeysValues | None,
     ) -> Stream:
         x_BLC, qkv_BLM = self.qkv.normed(stream, scale_B1C, shift_B1C)
         return self.proj.added(x_BLC, gate_B1C, self._attended(qkv_BLM, mask, cache))
 
-    def _attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerCache | None) -> Tensor:
-        module, length = self.attention, qkv_BLM.shape[1]
-        if cache is not None or length > MAX_KEYS or self.choices.attention == "separate":
+    def _attended(self, qkv_BLM: Tensor, mask: SpanMask, cache: LayerKeysValues | None) -> Tensor:
+        module, (B, length, M) = self.attention, qkv_BLM.shape
+        num_keys = length if cache is None else cache.length + length
+        if length > MAX_LENGTH or length * num_keys > FUSED_PAIRS or self.choices.attention == "separate":
             return module.attended(qkv_BLM, mask, cache)
-        # NOTE: a pass has the tokens of one scale, which all see each other under either mask. What may overlap with a
+        H = len(module.log_scale_H)
+        earlier = None if cache is None else KVCache(*cache.reserve(qkv_BLM, B, H, length, M // (3 * H)))
+        # NOTE: a pass has the tokens of one scale, which see each other and all that is cached. What may overlap with a
         # product of cuBLAS begins .5 us later than what may not (reports/data/generation_steps_h100.json, "gaps").
         return qk_norm_attention(
             qkv_BLM,
@@ -1073,6 +1080,7 @@ class FusedAttention(nn.Module):
             module.v_bias_C,
             module.log_scale_H,
             max_log_scale=module.MAX_LOG_SCALE,
+            cache=earlier,
             impl="triton",
             overlap=self.choices.overlap and qkv_BLM.shape[:-1].numel() <= self.choices.few_rows,
         )

@@ -261,14 +261,19 @@ class LayerKeysValues:
     def append(self, k_BHLD: Tensor, v_BHLD: Tensor) -> tuple[Tensor, Tensor]:
         """Add a scale's keys and values [B, H, n, D]; returns all so far, as views."""
         B, H, n, D = k_BHLD.shape
+        all_k_BHLD, all_v_BHLD, start = self.reserve(k_BHLD, B, H, n, D)
+        all_k_BHLD[:, :, start : self.length] = k_BHLD
+        all_v_BHLD[:, :, start : self.length] = v_BHLD
+        return all_k_BHLD[:, :, : self.length], all_v_BHLD[:, :, : self.length]
+
+    def reserve(self, like: Tensor, B: int, H: int, n: int, D: int) -> tuple[Tensor, Tensor, int]:
+        """For a caller that writes n more itself: the buffers [B, H, capacity, D], with dtype and device of `like`, and
+        behind how many tokens."""
         assert self.length + n <= self.capacity, f"{self.length} + {n} tokens exceed the cache's {self.capacity}"
         if self.k_BHLD is None:
-            self.k_BHLD = k_BHLD.new_empty(B, H, self.capacity, D)
-            self.v_BHLD = v_BHLD.new_empty(B, H, self.capacity, D)
+            self.k_BHLD, self.v_BHLD = (like.new_empty(B, H, self.capacity, D) for _ in range(2))
         start, self.length = self.length, self.length + n
-        self.k_BHLD[:, :, start : self.length] = k_BHLD
-        self.v_BHLD[:, :, start : self.length] = v_BHLD
-        return self.k_BHLD[:, :, : self.length], self.v_BHLD[:, :, : self.length]
+        return self.k_BHLD, self.v_BHLD, start
 
 
 def draw(

@@ -1,4 +1,4 @@
-"""The quantizer's maps as the engine computes them: for a scale one gather and two products of matrices.
+"""The quantizer's maps as the engine computes them: a gather and products of matrices (`hmar_kernels.code_maps`).
 
     contribution   phi_k(bicubic_resize(codebook[z], n_K))                  to f_hat
     own_residual   area_resize(contribution, n_k)                           to masked passes
@@ -12,7 +12,7 @@ for rows of A_k add up to 1):
     contribution = sum_dd' (S_d A_k) T_dd'[z] (S_d' A_k)^T;     own_residual: the same with P_k S_d A_k
 
 So nothing is convolved or interpolated (torch's bicubic kernel goes through images and channels one after another).
-Read `hmar.engine` for who calls it.
+What a scale contributes is added and the next scale's inputs are made together. Read `hmar.engine` for who calls it.
 
 Shapes: B images, n = n_k^2 tokens of scale k, E code dimensions, V codes, h w latent sides, m rows of a result; d of
 three taps.
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hmar.quantizer import MultiScaleQuantizer
+from hmar_kernels import accumulate_codes_, map_codes
 
 
 class ScaleMaps(nn.Module):
@@ -42,14 +43,14 @@ class ScaleMaps(nn.Module):
         self._quantizer = (quantizer,)
         weight = quantizer.codebook.weight
         sides, side = self.pyramid.sides, self.pyramid.side
-        self.grow, self.own, self.shrink = [], [], []
+        self.grow, self.own, self.downsample = [], [], []
         for n in sides:
             up, down = resizing(n, side, "bicubic"), resizing(side, n, "area")
             padded = F.pad(up, (0, 0, 1, 1))
             shifted = torch.stack([padded[d : d + side] for d in range(3)], dim=1)  # [n_K, d, n_k]
             self.grow.append(both_orders(shifted, weight))
             self.own.append(both_orders(torch.einsum("mi,idn->mdn", down, shifted), weight))
-            self.shrink.append(down.to(weight))
+            self.downsample.append(down.to(weight))
         self.tables = [torch.empty_like(table) for table in self._tables()]
         self.derive()
 
@@ -74,46 +75,36 @@ class ScaleMaps(nn.Module):
         side = self.pyramid.side
         return self.tables[0].new_zeros(batch, side, side, self.config.code_dim).permute(0, 3, 1, 2)
 
-    def accumulate_(self, f_hat_BEhw: Tensor, codes_Bn: Tensor, k: int) -> None:
-        """Add what the codes [B, n] of scale k (from 0) contribute to f_hat, which is laid out as `empty_f_hat`."""
+    def first_inputs(self, f_hat_BEhw: Tensor) -> Tensor:
+        """What the first scale reads: nothing, [B, 0, E]."""
+        batch, dims = f_hat_BEhw.shape[:2]
+        return f_hat_BEhw.new_empty(batch, 0, dims)
+
+    def accumulate_(self, f_hat_BEhw: Tensor, codes_Bn: Tensor, k: int, *, overlap: bool = False) -> Tensor | None:
+        """Add what the codes of a scale contribute to f_hat, and make what the next one reads.
+
+        Args:
+            f_hat_BEhw: laid out as `empty_f_hat`; changed in place.
+            codes_Bn: int64 [B, n] of scale k, from 0.
+            overlap: as in `hmar_kernels.map_codes`; without effect where the plain implementation runs.
+        Returns:
+            [B, n, E] of the next scale, `MultiScaleQuantizer.resize_input`; None after the last one. Where the next
+            scale has f_hat's size it is a view of f_hat, which the next call changes.
+        """
         f_hat_BhwE = f_hat_BEhw.permute(0, 2, 3, 1)
-        with self._full_precision():
-            left, right = self._products(codes_Bn, k, *self.grow[k])
-            f_hat_BhwE.flatten(0, 1).baddbmm_(left, right)
-
-    def own_residual(self, codes_Bn: Tensor, k: int) -> Tensor:
-        """`MultiScaleQuantizer.own_residual`: [B, n, E]."""
-        with self._full_precision():
-            left, right = self._products(codes_Bn, k, *self.own[k])
-            return torch.bmm(left, right).view(*codes_Bn.shape, -1)
-
-    def inputs(self, f_hat_BEhw: Tensor, k: int) -> Tensor:
-        """What scale k reads, [B, n, E]: `MultiScaleQuantizer.resize_input`, and nothing [B, 0, E] for the first."""
-        f_hat_BhwE = f_hat_BEhw.permute(0, 2, 3, 1)
-        batch, side, _, dims = f_hat_BhwE.shape
-        n = self.pyramid.sides[k]
-        if k == 0:
-            return f_hat_BhwE.new_empty(batch, 0, dims)
-        if n == side:
-            return f_hat_BhwE.flatten(1, 2)
-        with self._full_precision():
-            shrink = self.shrink[k]
-            rows = torch.bmm(shrink.expand(batch, -1, -1), f_hat_BhwE.flatten(2)).view(batch * n, side, dims)
-            return torch.bmm(shrink.expand(batch * n, -1, -1), rows).view(batch, n * n, dims)
-
-    def _products(self, codes_Bn: Tensor, k: int, row_matrix: Tensor, column_matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Two factors [B m, m, 3 n_k] and [B m, 3 n_k, E] whose product is the map [B m, m, E]."""
-        batch, n, m = codes_Bn.shape[0], self.pyramid.sides[k], row_matrix.shape[0]
+        is_last = k + 1 == self.pyramid.num_scales
+        at_full_size = not is_last and self.pyramid.sides[k + 1] == self.pyramid.side
+        downsample = None if is_last or at_full_size else self.downsample[k + 1]
         table = self.tables[self.phi_of_scale[k]]
-        # NOTE: a gather of expanded views is one kernel; an embedding would need the codes of every d, made by another.
-        index = codes_Bn[:, None, :, None].expand(-1, 3, -1, table.shape[2])
-        taps = table.expand(batch, -1, -1, -1).gather(2, index).view(batch, 3 * n, -1)
-        rows = torch.bmm(row_matrix.expand(batch, -1, -1), taps).view(batch * m, 3 * n, self.config.code_dim)
-        return column_matrix.expand(batch * m, -1, -1), rows
+        inputs_BhwE = accumulate_codes_(f_hat_BhwE, codes_Bn, table, *self.grow[k], downsample, overlap=overlap)
+        if is_last:
+            return None
+        return f_hat_BhwE.flatten(1, 2) if at_full_size else inputs_BhwE.flatten(1, 2)
 
-    def _full_precision(self):
-        # NOTE: as in the quantizer: training reads f_hat in the codebook's precision, whatever autocast says.
-        return torch.autocast(self.tables[0].device.type, enabled=False)
+    def own_residual(self, codes_Bn: Tensor, k: int, *, overlap: bool = False) -> Tensor:
+        """`MultiScaleQuantizer.own_residual`: [B, n, E]. overlap: as in `accumulate_`."""
+        table = self.tables[self.phi_of_scale[k]]
+        return map_codes(codes_Bn, table, *self.own[k], overlap=overlap).flatten(1, 2)
 
 
 def resizing(source: int, target: int, mode: str) -> Tensor:

@@ -240,8 +240,9 @@ def _counts(rows: pd.DataFrame) -> list[str]:
         "times, both optimised. Besides its operations VAR reads and writes a cache; masked passes read all weights "
         "once more, which at batch 1 is what most scales wait for.",
         table([*head, "by the whole image's"], lines, left=(0, 1)),
-        "What is optimised of VAR is not all that is optimised of HMAR: with a cache it gets neither the kernel of "
-        "whole blocks (`hmar_kernels.transformer_blocks`) nor `hmar_kernels.qk_norm_attention`." + _lead(rows),
+        "What is optimised of VAR is not all that is optimised of HMAR: with a cache it does not get the kernel of "
+        "whole blocks (`hmar_kernels.transformer_blocks`), and `hmar_kernels.qk_norm_attention` where scales are short "
+        "for all that they see." + _lead(rows),
     ]
 
 

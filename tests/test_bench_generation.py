@@ -320,14 +320,14 @@ def test_what_the_kernel_of_whole_blocks_gives_hmar_alone_is_told(data, tmp_path
     report.build(data, tmp_path, tmp_path)
     markdown = (tmp_path / "generation.md").read_text()
     # one image: VAR 100 ms, HMAR without masked passes 40
-    assert "neither the kernel of whole blocks" in markdown
+    assert "does not get the kernel of whole blocks" in markdown
     assert "which that kernel takes, are 2.50 of 60.0 ms (d16, 256 px)." in markdown
     for row in content["results"]:
         row["scales_ms"] = None
     path.write_text(json.dumps(content))
     report.build(data, tmp_path, tmp_path)
     markdown = (tmp_path / "generation.md").read_text()
-    assert "neither the kernel of whole blocks" in markdown and "which that kernel takes" not in markdown
+    assert "does not get the kernel of whole blocks" in markdown and "which that kernel takes" not in markdown
 
 
 def test_files_without_counts_have_their_tables(data, tmp_path):

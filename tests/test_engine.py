@@ -25,6 +25,7 @@ from engine_cases import (
 )
 from hmar import engine as engine_module
 from hmar import generate as generate_module
+from hmar import scale_maps as scale_maps_module
 from hmar.config import ModelConfig
 from hmar.decoder import FusedDecoder, TransposedUpsample
 from hmar.engine import DECODERS, Engine, Program, resolve, resolve_named
@@ -36,8 +37,6 @@ from hmar_kernels.blocks import MAX_ROWS
 from hmar_kernels.linear import cuda, reference
 from hmar_kernels.qk_norm_attention import triton as attention
 from hmar_kernels.token_embedding import Known
-
-attend = attention.forward
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +225,19 @@ def test_blocks_of_few_rows_by_one_kernel_where_it_can_run(kind, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, the kernels run there")
 def test_short_images_are_attended_by_one_kernel(monkeypatch):
-    """Not those of VAR, which have earlier keys in a cache, and not longer ones."""
+    """And those of VAR, whose earlier keys are in a cache; not longer ones."""
     shapes = []
-    monkeypatch.setattr(attention, "forward", lambda qkv, *rest: shapes.append(qkv.shape[:2]) or attend(qkv, *rest))
-    monkeypatch.setattr(engine_module, "MAX_KEYS", 8)
-    for kind, seen in (("hmar", {(6, 1), (6, 4), (3, 4)}), ("var", set())):
+
+    def attending(attend):
+        return lambda qkv, *rest: shapes.append(qkv.shape[:2]) or attend(qkv, *rest)
+
+    for name in ("forward", "forward_cached"):
+        monkeypatch.setattr(attention, name, attending(getattr(attention, name)))
+    # The longest scale, pairs of queries and keys. NOTE: behind one cached token four have 20.
+    hmar, var = {(6, 1), (6, 4), (3, 4)}, {(6, 1), (6, 4)}
+    for kind, length, pairs, seen in (("hmar", 8, 16, hmar), ("var", 8, 20, var), ("var", 8, 19, {(6, 1)})):
+        monkeypatch.setattr(engine_module, "MAX_LENGTH", length)
+        monkeypatch.setattr(engine_module, "FUSED_PAIRS", pairs)
         model, tokenizer, sampling = build(kind), build_tokenizer(), SamplingConfig(cfg=2.0, cfg_ramp="constant")
         expected = Engine(model, tokenizer, dtype=torch.float16).generate(CLASSES, sampling)
         actual = Engine(model, tokenizer, dtype=torch.float16, attention="fused").generate(CLASSES, sampling)
@@ -416,6 +423,8 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
         (engine_module, "token_embedding"),
         (engine_module, "least_confident"),
         (generate_module, "sample_codes"),
+        (scale_maps_module, "accumulate_codes_"),
+        (scale_maps_module, "map_codes"),
     ):
         monkeypatch.setattr(module, name, seen.unseen(name, getattr(module, name)))
     logits = seen.unseen(None, lambda rows, n: torch.randn(rows, n, CONFIG.vocab_size).half())
@@ -434,6 +443,9 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
     steps = []
     with torch.no_grad(), engine._surroundings():
         program._begin()
+        for k in range(2):
+            program._commit(k)
+        seen.names = []
         with seen:
             for step in (
                 lambda: program._predict(2),
@@ -444,10 +456,10 @@ def test_few_kernels_around_the_model(guided, monkeypatch):
                 step()
                 steps.append(seen.names)
                 seen.names = []
-    masked_pass = ["least_confident", "gather", "bmm", "bmm"] + guided * ["cat"] + ["token_embedding", "sample_codes"]
-    assert steps[0] == ["bmm", "bmm", "token_embedding", "sample_codes"]
+    masked_pass = ["least_confident", "map_codes"] + guided * ["cat"] + ["token_embedding", "sample_codes"]
+    assert steps[0] == ["token_embedding", "sample_codes"]
     assert steps[1] == steps[2] == masked_pass
-    assert steps[3] == ["gather", "bmm", "baddbmm_"]
+    assert steps[3] == ["accumulate_codes_"], "with the inputs of the next scale"
 
 
 # --- no wasted work ---------------------------------------------------------------------------------------------------

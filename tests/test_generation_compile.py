@@ -10,6 +10,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from hmar_kernels.code_maps import triton as maps
 from hmar_kernels.group_norm import triton as group_norm
 from hmar_kernels.least_confident import triton as ranks
 from hmar_kernels.qk_norm_attention import triton as attention
@@ -19,8 +20,10 @@ from hmar_kernels.token_embedding import triton as embedding
 FLOATS = ("mean_ptr", "deviation_ptr", "factor_ptr", "offset_ptr", "log_scale_ptr")
 SCALARS = ("eps", "max_log_scale", "scale")
 VARYING = ("length", "num_positions", "num_chunks", "chunk_size", "channels_per_group", "height", "width", "columns")
-VARYING += ("rows", "copies", "count", "first")
-INTEGERS = {"hidden_ptr": "i1", "still_hidden_ptr": "i1", "places_ptr": "i64", "positions_ptr": "i64"}
+VARYING += ("rows", "copies", "count", "first", "codes_stride", "num_codes", "n", "m", "next_side", "codes_ptr")
+VARYING += ("num_cached", "capacity")
+INTEGERS = {"hidden_ptr": "i1", "still_hidden_ptr": "i1"}
+INTEGERS |= dict.fromkeys(("places_ptr", "positions_ptr", "codes_ptr"), "i64")
 VARYING += SCALARS
 arch, dtype = int(sys.argv[1]), sys.argv[2]
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -31,7 +34,9 @@ for length in attention.TILES:
         tile = attention.select_tile(length, head_dim)
         constants = {"H": 16, "D": head_dim, "BLOCK_D": head_dim, "BLOCK_L": tile.block_l, "BLOCK_Q": tile.block_q}
         constants |= {"STAGES": tile.stages, "OVERLAP": overlap}
-        jobs[f"attention {length} {head_dim}"] = attention._attention_kernel, constants, tile.warps, []
+        for cached in (False, True):
+            constants = constants | {"CACHED": cached}
+            jobs[f"attention {length} {head_dim} {cached}"] = attention._attention_kernel, constants, tile.warps, []
 for tile in (embedding.FEW, embedding.MANY):
     for known in (False, True):
         constants = {"C": 1536, "E": 32, "KNOWN": known, "BLOCK_R": tile.block_r, "BLOCK_C": tile.block_c}
@@ -54,6 +59,16 @@ constants = {"CHANNELS": 3, "KERNEL_Y": 3, "KERNEL_X": 3, "HAS_BIAS": True, "BLO
 jobs["gather"] = group_norm._gather_kernel, constants, 4, ["taps_ptr"]
 for block in (256, 4096, softmax.MAX_COLUMNS):
     jobs[f"softmax {block}"] = softmax._softmax_kernel, {"BLOCK": block}, softmax.num_warps(block), ["x_ptr"]
+for block in (16, 32, 64):
+    constants = {"TAPS": 96, "BLOCK_M": block, "BLOCK_N": maps.BLOCK_N, "BLOCK_K": maps.BLOCK_K, "OVERLAP": overlap}
+    floats = ["table_ptr", "matrix_ptr", "rows_ptr", "f_ptr", "downsample_ptr", "halfway_ptr", "out_ptr"]
+    jobs[f"map rows {block}"] = maps._rows_kernel, constants, maps.WARPS, floats
+    constants = {"BLOCK_P": block, "BLOCK_N": maps.BLOCK_N, "BLOCK_K": maps.BLOCK_K, "OVERLAP": overlap}
+    jobs[f"map downsample {block}"] = maps._downsample_kernel, constants, maps.WARPS, floats
+    for adds in (False, True):
+        constants = {"E": 32, "ADD": adds, "DOWNSAMPLE": adds, "BLOCK_M": block, "BLOCK_Q": block}
+        constants |= {"BLOCK_E": maps.BLOCK_N, "BLOCK_K": maps.BLOCK_K, "OVERLAP": overlap}
+        jobs[f"map columns {block} {adds}"] = maps._columns_kernel, constants, maps.WARPS, floats
 report = {}
 for name, (kernel, constants, warps, floats) in jobs.items():
     signature, constexprs, attributes = {}, {}, {}
@@ -94,9 +109,9 @@ print(json.dumps(report))
 @pytest.mark.parametrize("arch, shared", [(90, 227 << 10), (80, 163 << 10)])
 def test_kernels_fit_and_do_not_spill(arch, shared, dtype):
     report = answer(SCRIPT, str(arch), dtype)
-    assert len(report) == 2 * 4 + 8 + 3 + 4 + 1
+    assert len(report) == 2 * 2 * 4 + 8 + 3 + 4 + 1 + 3 * 4
     for name, usage in report.items():
         assert usage["shared"] <= shared and usage["stack"] == 0, (name, usage)
         assert not name.startswith("statistics") or usage["copies"] > 0, f"{name}: loads run ahead"
-        overlapping = arch >= 90 and name.startswith(("attention", "embedding"))
+        overlapping = arch >= 90 and name.startswith(("attention", "embedding", "map columns", "map downsample"))
         assert usage["waits"] == overlapping and usage["written_ahead"] == 0, f"{name}: all programs wait, then write"

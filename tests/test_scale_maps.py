@@ -23,16 +23,18 @@ def build(sides, dtype=torch.float64, config=CONFIG):
 
 def assert_same_maps(quantizer, maps, batch, **tolerance):
     f_hat, expected = maps.empty_f_hat(batch), quantizer.empty_f_hat(batch)
-    assert maps.inputs(f_hat, 0).shape == (batch, 0, CONFIG.code_dim)
+    inputs = maps.first_inputs(f_hat)
+    assert inputs.shape == (batch, 0, CONFIG.code_dim)
     for k, size in enumerate(quantizer.pyramid.sizes):
         codes_Bn = torch.randint(CONFIG.vocab_size, (batch, size))
         if k > 0:
-            torch.testing.assert_close(maps.inputs(f_hat, k), quantizer.resize_input(expected, k), **tolerance)
+            torch.testing.assert_close(inputs, quantizer.resize_input(expected, k), **tolerance)
         own = maps.own_residual(codes_Bn, k)
         torch.testing.assert_close(own, quantizer.own_residual(codes_Bn, k), **tolerance)
-        maps.accumulate_(f_hat, codes_Bn, k)
+        inputs = maps.accumulate_(f_hat, codes_Bn, k)
         expected = quantizer.accumulate(expected, codes_Bn, k)
         torch.testing.assert_close(f_hat, expected, **tolerance)
+    assert inputs is None
 
 
 @pytest.mark.parametrize("batch", [1, 3])

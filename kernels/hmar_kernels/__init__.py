@@ -4,11 +4,13 @@ attention: block-sparse attention. Read `mask.py` first (which tokens see which)
 modulated_norm, qk_norm, linear_cross_entropy: what surrounds it; norm_linear, gelu_linear: the same with the products
 behind, keeping less for the backward; linear, qk_norm_attention, blocks: for generation, where rows are few;
 token_embedding: before the blocks there; sampling: from logits to codes; least_confident: which of them are predicted
-again; group_norm, conv2d, scaled_softmax: for the decoder. Each in `api.py` of its folder.
+again; code_maps: from codes to the latent, and to what the next scale reads; group_norm, conv2d, scaled_softmax: for
+the decoder. Each in `api.py` of its folder.
 """
 
 from .attention import IMPLEMENTATIONS, attention, choose, explain, unavailable
 from .blocks import transformer_blocks
+from .code_maps import accumulate_codes_, map_codes
 from .conv2d import conv2d, conv_transpose2d
 from .gelu_linear import gelu_linear
 from .group_norm import group_norm, group_norm_conv, residual_group_norm
@@ -28,6 +30,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "SampledCodes",
     "SpanMask",
+    "accumulate_codes_",
     "attention",
     "choose",
     "conv2d",
@@ -40,6 +43,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_parts",
+    "map_codes",
     "modulated_norm",
     "norm_linear",
     "qk_norm",

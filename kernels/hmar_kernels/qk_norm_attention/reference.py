@@ -18,3 +18,21 @@ def forward(
     """qkv [B,L,3C], q_bias v_bias [C], log_scale [H] -> [B,L,C] in qkv's dtype."""
     q, k, v = reference.forward(qkv, q_bias, v_bias, log_scale, max_log_scale)
     return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
+
+
+def forward_cached(
+    qkv: torch.Tensor,
+    q_bias: torch.Tensor,
+    v_bias: torch.Tensor,
+    log_scale: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_cached: int,
+    max_log_scale: float,
+) -> torch.Tensor:
+    """The same over all tokens of k_cache v_cache [B,H,capacity,D], to which L are added behind num_cached."""
+    q, k, v = reference.forward(qkv, q_bias, v_bias, log_scale, max_log_scale)
+    end = num_cached + qkv.shape[1]
+    k_cache[:, :, num_cached:end], v_cache[:, :, num_cached:end] = k, v
+    k, v = k_cache[:, :, :end], v_cache[:, :, :end]
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
