@@ -317,7 +317,7 @@ def test_explained_tiles_cover_the_mask(name, resolution, passes, head_dim, boun
 
 
 def test_explained_passes_are_those_that_run(of_an_h100):
-    """Two passes when determinism is asked for or heads are few; in one pass groups skip no block: the count says so."""
+    """Two passes when determinism is asked for or heads are few; in one pass groups skip no block."""
     mask = pyramid_mask("block_causal", 1024)
     q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, 12, mask.num_queries, -1)
     for x, deterministic in ((q, True), (q[:, :11], False)):

@@ -412,12 +412,15 @@ def test_one_pass_under_torch_compile_and_in_a_cuda_graph(one_pass, head_dim):
         assert_within_limits(captured, expected, eager, mask)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("resolution", "batch", "heads", "head_dim"),
+    [(1024, 2, 24, 64), (1024, 1, 24, 64), (1024, 2, 24, 128), (1024, 1, 12, 128), (512, 4, 24, 64), (512, 1, 24, 64)],
+)
 @pytest.mark.parametrize("pattern", ["block_diagonal", "block_causal"])
-def test_one_pass_takes_no_memory_of_its_own(pattern, head_dim):
+def test_the_backward_takes_no_memory_of_its_own(pattern, resolution, batch, heads, head_dim):
     """Forward and backward: at most out, gradients, lse and delta. Every head's gradients are those of two passes."""
-    mask = pyramid_mask(pattern, 1024)
-    inputs = q, k, v, do, _ = draw_inputs(mask, 2, 24, head_dim, torch.bfloat16, "cuda")
+    mask = pyramid_mask(pattern, resolution)
+    inputs = q, k, v, do, _ = draw_inputs(mask, batch, heads, head_dim, torch.bfloat16, "cuda")
     skip_unless_available("hopper", inputs, mask)
     assert hopper.select_tiles(head_dim, mask).backward is not None
     q, k, v = (x.requires_grad_() for x in (q, k, v))

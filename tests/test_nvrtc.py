@@ -610,13 +610,14 @@ def test_nothing_is_launched_for_an_empty_batch(kernels):
     plans, numbers = hopper.make_plans(mask, tiles, "cpu"), hopper.tile_numbers(64, tiles)
     intervals = mask.intervals("cpu")
     out, lse = hopper.forward(q, q, q, *intervals, plans["forward"].jobs, numbers["forward"], 1.0)
-    rest = plans["dq"].jobs, plans["backward"].jobs, [numbers["dq"], -1, numbers["backward"]], 1.0
+    rest = plans["dq"].jobs, plans["dkdv"].jobs, [numbers[name] for name in hopper.PASSES[1:]], 1.0
     hopper.backward(out, lse, q, q, q, out, lse, *intervals, *rest)
     assert not kernels._cuda.calls and not kernels._cuda.loads
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-def test_gradient_of_the_output_that_starts_between_sixteen_bytes_is_copied(kernels, one_pass):
+def test_gradient_of_the_output_that_starts_between_sixteen_bytes_is_copied(kernels, one_pass, monkeypatch):
+    monkeypatch.setattr(hopper, "LEAST_SHARE", 0)
     mask = SpanMask.causal(70)
     tiles = hopper.select_tiles(64, mask)
     tiles = replace(tiles, backward=hopper.TILES[64, hopper.LONG].backward) if one_pass else tiles
@@ -628,6 +629,7 @@ def test_gradient_of_the_output_that_starts_between_sixteen_bytes_is_copied(kern
     assert d_out.is_contiguous() and d_out.data_ptr() % 16
     hopper.backward(d_out, None, q, q, q, q, lse, *mask.intervals("cpu"), *jobs, numbers, 1.0)
     assert kernels._cuda.maps and all(address % 16 == 0 for address in kernels._cuda.maps)
+    assert one_pass == ("backward" in [call[0] for call in kernels._cuda.calls])
 
 
 @pytest.fixture
@@ -641,20 +643,21 @@ def on_hopper(kernels, monkeypatch):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    ("length", "deterministic", "by_torch", "passes"),
+    ("length", "heads", "deterministic", "by_torch", "passes"),
     [
-        (2100, None, False, ["backward"]),
-        (2100, False, False, ["backward"]),
-        (2100, False, True, ["backward"]),
-        (2100, None, True, ["dq", "dkdv"]),
-        (2100, True, False, ["dq", "dkdv"]),
-        (70, None, False, ["dq", "dkdv"]),
+        (2100, 8, None, False, ["backward", "dq"]),
+        (2100, 8, False, False, ["backward", "dq"]),
+        (2100, 8, False, True, ["backward", "dq"]),
+        (2100, 8, None, True, ["dq", "dkdv"]),
+        (2100, 8, True, False, ["dq", "dkdv"]),
+        (2100, 7, None, False, ["dq", "dkdv"]),
+        (70, 8, None, False, ["dq", "dkdv"]),
     ],
 )
-def test_passes_that_attention_takes(on_hopper, length, deterministic, by_torch, passes, compiled):
+def test_passes_that_attention_takes(on_hopper, length, heads, deterministic, by_torch, passes, compiled):
     torch._dynamo.reset()
     mask = SpanMask.full(8, length)
-    q, k, v = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, length, length))
+    q, k, v = (torch.zeros(1, heads, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, length, length))
 
     def forward(q, k, v):
         return attention(q, k, v, mask, impl="hopper", deterministic=deterministic)
@@ -673,7 +676,7 @@ def test_passes_that_attention_takes(on_hopper, length, deterministic, by_torch,
 def test_compiled_attention_sees_a_changed_setting(on_hopper):
     torch._dynamo.reset()
     mask = SpanMask.full(8, 2100)
-    q, k, v = (torch.zeros(1, 2, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, 2100, 2100))
+    q, k, v = (torch.zeros(1, 8, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, 2100, 2100))
     compiled = torch.compile(lambda q, k, v: attention(q, k, v, mask, impl="hopper").sum(), backend="aot_eager")
     taken, was_deterministic = [], torch.are_deterministic_algorithms_enabled()
     try:
@@ -684,7 +687,7 @@ def test_compiled_attention_sees_a_changed_setting(on_hopper):
             taken.append([call[0] for call in on_hopper._cuda.calls if call[0] != "zero"][1:])
     finally:
         torch.use_deterministic_algorithms(was_deterministic)
-    assert taken == [["backward"], ["dq", "dkdv"], ["backward"]]
+    assert taken == [["backward", "dq"], ["dq", "dkdv"], ["backward", "dq"]]
 
 
 def test_threads_load_a_kernel_once(kernels):

@@ -306,7 +306,7 @@ def backward(
 
 
 def one_pass_heads(q: torch.Tensor, num_keys: int, num_jobs: int) -> tuple[int, int]:
-    """`num_slots` and `num_last_heads` of a backward for q [B, H, L, D]; where the second is zero it takes two passes."""
+    """`num_slots` and `num_last_heads` for q [B, H, L, D]; where the latter is 0 the backward takes two passes."""
     batch_size, num_heads, num_queries, _ = q.shape
     num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
     slots = num_slots(num_jobs, batch_size * num_heads, num_sms)
