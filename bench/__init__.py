@@ -32,5 +32,6 @@ Read `shapes.py` (what is measured), `rivals.py` (who takes part), `test_attenti
 Beside the attention benchmark, each with its method in its docstring: `training.py` (steps), `loss_curve.py` (fast
 training learns like plain training), `scaling.py` (several GPUs), `loader.py` (training data), `generation.py` (images,
 from classes to pixels), `sampling.py` (drawing codes), `operators.py` with `operator_rivals.py` (what stands beside
-attention); `tune_attention.py` and `tune_operators.py` find tiles.
+attention), `profile_attention.py` (what the attention kernels are busy with); `tune_attention.py` and
+`tune_operators.py` find tiles.
 """

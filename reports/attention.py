@@ -107,7 +107,7 @@ def _summary(source: Source) -> str:
             if ours is None and rival is None:
                 continue
             time = ours["ms"] if ours is not None else math.nan
-            target = _target(source, cell, direction)
+            target = target_of(source.environment, cell, direction)
             line = [
                 f"{cell['pattern']} {cell['resolution']}, {_size(cell)}",
                 direction,
@@ -181,9 +181,9 @@ def _about_peers(source: Source) -> str:
     )
 
 
-def _target(source: Source, cell: dict, direction: str) -> float:
-    """NaN where none was set."""
-    if TARGET_GPU not in source.environment["gpu"] or cell["dtype"] != TARGET_DTYPE:
+def target_of(environment: dict, cell: dict, direction: str) -> float:
+    """In ms; NaN where none was set."""
+    if TARGET_GPU not in environment["gpu"] or cell["dtype"] != TARGET_DTYPE:
         return math.nan
     target = TARGETS.get(tuple(cell[name] for name in CELL if name != "dtype"))
     return target[DIRECTIONS.index(direction)] if target else math.nan

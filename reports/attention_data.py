@@ -88,7 +88,7 @@ def _derive(rows: pd.DataFrame, environment: dict, ceilings: dict) -> pd.DataFra
     order = pd.DataFrame(
         {
             "head_dim": rows["head_dim"],
-            "pattern": rows["pattern"].map(_pattern_rank),
+            "pattern": rows["pattern"].map(pattern_rank),
             "resolution": rows["resolution"],
             "batch": -rows["batch"],
             "heads": rows["heads"],
@@ -100,5 +100,5 @@ def _derive(rows: pd.DataFrame, environment: dict, ceilings: dict) -> pd.DataFra
     return rows.loc[order.sort_values(list(order.columns)).index].reset_index(drop=True)
 
 
-def _pattern_rank(pattern: str) -> tuple[int, str]:
+def pattern_rank(pattern: str) -> tuple[int, str]:
     return (PATTERNS.index(pattern) if pattern in PATTERNS else len(PATTERNS), pattern)

@@ -6,6 +6,9 @@ tables/<kind>.csv and tables/<kind>.md, and for each file plots, named plots/<fi
 
 * "attention" (`pytest bench`): time, memory and roofline of the main batch, speed and memory against resolution, batch
   and density. Head dims beside 64 have plots of their own, named <file>_<what>_d128.png;
+* "attention_profile" (`python -m bench.profile_attention`): what the attention kernels are busy with, how near they are
+  to the times that units and memory need at least, instructions, and the tiles tried (data of kind "hopper_tiles");
+  plots/<file>_units.png;
 * "generation" (`python -m bench.generation`): images a second and memory against the batch, and time by scale; in the
   tables beside the published code, measured elsewhere (data/generation_peers_h100.csv);
 * "loss_curve" (`python -m bench.loss_curve`): losses of the engine and of a plain loop, and how far they are apart
@@ -27,10 +30,10 @@ from pathlib import Path
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reports import attention, generation, loss_curve, operators, sampling, scaling, training
+from reports import attention, attention_profile, generation, loss_curve, operators, sampling, scaling, training
 
 HERE = Path(__file__).resolve().parent
-KINDS = (attention, generation, loss_curve, operators, sampling, scaling, training)
+KINDS = (attention, attention_profile, generation, loss_curve, operators, sampling, scaling, training)
 
 
 def build(data: Path, tables: Path, plots: Path) -> list[Path]:
