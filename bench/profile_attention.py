@@ -281,8 +281,7 @@ def expected_launches(cell: Cell, num_sms: int) -> list[dict]:
     A backward in one pass leaves out dq of the last heads, for which a dq pass follows (attention/hopper.py).
     """
     mask, heads = cell.mask(), cell.batch * cell.heads
-    tiles = hopper.select_tiles(cell.head_dim, mask)
-    last = heads
+    tiles, last = hopper.select_tiles(cell.head_dim, mask), 0
     if tiles.backward is not None:
         jobs = hopper.make_plans(mask, tiles, "cpu")["backward"].jobs
         slots = hopper.num_slots(len(jobs), heads, num_sms)
@@ -293,10 +292,9 @@ def expected_launches(cell: Cell, num_sms: int) -> list[dict]:
         return {"pass": name, "bounded": bounded, "pairs": cell.pairs * heads, "flops": flops}
 
     forwards = [launch("forward", heads, 2 * heads, bounded) for bounded in (False, True)]
-    dq = launch("dq", last, 3 * last)
-    if tiles.backward is None:
-        return [*forwards, dq, launch("dkdv", heads, 4 * heads)]
-    return [*forwards, launch("backward", heads, 5 * heads - last), *([dq] if last else [])]
+    if last == 0:
+        return [*forwards, launch("dq", heads, 3 * heads), launch("dkdv", heads, 4 * heads)]
+    return [*forwards, launch("backward", heads, 5 * heads - last), launch("dq", last, 3 * last)]
 
 
 def rows_of(chosen: list[Cell], launches: list[dict]) -> list[dict]:
