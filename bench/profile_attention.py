@@ -207,6 +207,7 @@ def words_of_ncu(written: str, said: list[str]) -> str:
 
 def table_of(written: str) -> list[list[str]]:
     """Header, units and a line a launch, without ncu's messages."""
+    csv.field_size_limit(1 << 30)  # a metric's instances are one field
     return list(csv.reader(line for line in written.splitlines() if line.startswith('"')))
 
 

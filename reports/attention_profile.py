@@ -309,7 +309,7 @@ def draw(source: Source) -> Figure:
     lines = math.ceil(len(panels) / columns)
     figure, axes = plt.subplots(lines, columns, figsize=(6.4 * columns, 2.5 * lines + 1.1), squeeze=False, sharey=True)
     figure.set_layout_engine("constrained")
-    width = 0.8 / len(BARS)
+    width, most = 0.8 / len(BARS), max(len(rows) for _, rows in panels)
     for ax, (_, rows) in zip(axes.flat, panels, strict=False):
         for i, (field, (label, colour)) in enumerate(BARS.items()):
             places = [place + (i - (len(BARS) - 1) / 2) * width for place in range(len(rows))]
@@ -317,6 +317,7 @@ def draw(source: Source) -> Figure:
         labels = [f"{row['launch']}\n{number(row['ms'])} ms" for _, row in rows.iterrows()]
         ax.set_xticks(range(len(rows)), labels, fontsize=8)
         ax.set_title(cell_name(rows.iloc[0]).replace("_", "-").replace(",", " px,"), fontsize=10)
+        ax.set_xlim(-0.5, most - 0.5)  # bars of one width in all panels
         ax.set_ylim(0, 100)
         ax.grid(axis="y", color="#dddddd", linewidth=0.7)
         ax.set_axisbelow(True)

@@ -116,7 +116,11 @@ def test_products_executed_are_just_above_those_of_the_pairs():
     ("names", "text", "told"),
     [
         (NAMES, SAMPLE, "block_causal-256.*expected launches of forward, forward, dq, dkdv, ncu has forward, dq, dkdv"),
-        ("block_diagonal-256", with_both_forwards(), "4 launches more than the cells make, the first of hopper_forward"),
+        (
+            "block_diagonal-256",
+            with_both_forwards(),
+            "4 launches more than the cells make, the first of hopper_forward",
+        ),
         (NAMES + ",block_causal-256", with_both_forwards(), "block_causal-256.*, ncu has none"),
         (
             "block_diagonal-1024",
