@@ -285,8 +285,8 @@ def expected_launches(cell: Cell, num_sms: int) -> list[dict]:
     tiles, last = hopper.select_tiles(cell.head_dim, mask), 0
     if tiles.backward is not None:
         jobs = hopper.make_plans(mask, tiles, "cpu")["backward"].jobs
-        slots = hopper.num_slots(len(jobs), heads, num_sms)
-        last = hopper.num_last_heads(slots, cell.batch, cell.heads, cell.length, cell.length)
+        shape = cell.batch, cell.heads, cell.length, cell.head_dim
+        _, last = hopper.one_pass_heads(shape, cell.length, len(jobs), num_sms)
 
     def launch(name: str, heads: int, products: int, bounded: bool | None = None) -> dict:
         flops = 2 * cell.head_dim * cell.pairs * products
@@ -340,18 +340,20 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps:
         call_each(options.cells, torch.device("cuda"))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ncu ends too
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ncu ends too
     try:
         ncu = find_ncu()
         facts = environment(torch.device("cuda"), options.commit)
         method = {"tool": f"ncu {version_of(ncu)}", "clock_control": "none", "cache_control": "all"}
         rows = rows_of(options.cells, read_launches(profile(ncu, options.cells)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped: nothing was written", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for row in rows:
         print(line(row))
     write(options.output, {"kind": KIND, "version": VERSION, "environment": facts, "method": method}, rows)

@@ -236,7 +236,8 @@ cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTen
   if (instance == nullptr) return cudaErrorInvalidValue;
   if (is_empty(shape)) return cudaSuccess;
   const int num_heads = shape.batch_size * shape.num_heads, num_first_slots = num_slots - num_last_heads;
-  if (num_slots < shape.tail_heads || num_first_slots < 0 || num_last_heads > num_heads) return cudaErrorInvalidValue;
+  if (num_slots < shape.tail_heads || num_first_slots < 0) return cudaErrorInvalidValue;
+  if (num_last_heads < 1 || num_last_heads > num_heads) return cudaErrorInvalidValue;
   HopperBackwardParams params{};
   cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);

@@ -15,7 +15,7 @@
 // `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk
 // that is not finished waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be
 // resident beside another.
-// Slots may be in gradients of the last num_last_heads heads, for which no dq is computed and nothing added: in their dq, which
+// Slots are in gradients of the last num_last_heads heads, for which no dq is computed and nothing added: in their dq, which
 // the dq pass writes afterwards, and in their dk. With N heads that have sums, head N + i takes over slot i, and has its dk
 // there: no job writes anything before its head is ready, that is, before the sums that were in the slot are rounded.
 // (Jobs of the last tail_heads heads alternate, but these have slots of their own: tail_heads <= num_slots.)
@@ -90,7 +90,9 @@ __device__ __forceinline__ void wait_for_count(const int32_t* counter, int count
 
 // Whether it has come to `count` already.
 __device__ __forceinline__ bool has_come_to(const int32_t* counter, int count) {
-  return receive_item(threadIdx.x % 32 == 0 ? load_acquire(counter) : 0) >= count;
+  const bool come = receive_item(threadIdx.x % 32 == 0 ? load_acquire(counter) : 0) >= count;
+  __syncwarp();
+  return come;
 }
 
 // Counts what all lanes of the warp wrote, and what they saw written.
@@ -372,7 +374,8 @@ __device__ __forceinline__ void prepare(const HopperBackwardParams& params, cons
     float even[4] = {0.0f, 0.0f, 0.0f, 0.0f}, odd[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll kBrought ? 2 : 1
     for (int byte = 0; byte < 2 * Tile::kHeadDim; byte += kStepBytes) {
-      const uint32_t at = kBrought ? byte ^ odd_row : byte;  // rows of shared memory: no two in the same banks
+      // Neighbouring rows of shared memory in other banks; of global memory so, too: the same sum whoever serves the chunk.
+      const uint32_t at = byte ^ odd_row;
       const uint4 a = *reinterpret_cast<const uint4*>(out + (of_out + at));
       const uint4 b = *reinterpret_cast<const uint4*>(d_out + (of_d_out + at));
       mma_m16n8k8<Tile::kType>(even, a.x, a.y, b.x);

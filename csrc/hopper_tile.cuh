@@ -153,7 +153,6 @@ __device__ __forceinline__ void barriers_init(Barrier (&barriers)[kCount], int a
   for (Barrier& barrier : barriers) barrier_init(barrier, arrivals);
 }
 
-// Address of row `row` of a head.
 struct BatchHead {
   int batch, head;
 };
@@ -162,6 +161,7 @@ __device__ __forceinline__ BatchHead batch_and_head(const HopperWork& work, int 
   return {batch_head / work.num_heads, batch_head % work.num_heads};
 }
 
+// Address of row `row` of a head.
 __device__ __forceinline__ uint16_t* rows_of(void* tensor, const Strides& strides, const BatchHead& of, int row) {
   return static_cast<uint16_t*>(tensor) + of.batch * strides.batch + of.head * strides.head + row * strides.row;
 }

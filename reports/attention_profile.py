@@ -11,6 +11,7 @@ not the same in all runs at 128. Read next: results.py, style.py; bench/profile_
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import statistics
@@ -150,7 +151,7 @@ def markdown(sources: list[Source], data: Path) -> str:
         env, rows = source.environment, source.rows
         parts += [
             f"## {env['gpu']}, commit {or_dash(env['commit'])[:10]}",
-            f"{provenance(source.path, env, rows)}.",
+            f"{provenance(source.path, env, rows)}." + _note(source.path),
             "### Units",
             "Busy shares in per cent of what a unit can do: tensor cores, exponential units, FMA, ALU, issue slots and "
             "L1 (with shared memory) while their SM is active, L2 and DRAM over the whole time. Imbalance is the work "
@@ -174,6 +175,12 @@ def markdown(sources: list[Source], data: Path) -> str:
         ]
     parts += _tried(pd.concat([source.rows for source in sources]), data)
     return "\n\n".join(parts) + "\n"
+
+
+def _note(path: Path) -> str:
+    """What the file says of its rows beside the method, as a sentence."""
+    note = json.loads(path.read_text()).get("method", {}).get("note")
+    return f" {note[0].upper()}{note[1:]}." if note else ""
 
 
 def cell_name(row) -> str:

@@ -102,8 +102,10 @@ def probe_positions(mask, count, num_positions, edges):
     return torch.tensor((near + others)[:count])
 
 
-def assert_exact_support(mask, impl, head_dim, dtype, device):
+def assert_exact_support(mask, impl, head_dim, dtype, device, heads=1):
     """`impl` sees exactly the mask's pairs: one key too many or too few in any probed row or column is found.
+
+    Of `heads` equal heads the first is looked at.
 
     Uniform logits make every probability 1 / (number of keys). Up to `head_dim` probed keys j_d, as one-hot rows of v,
     show in out[i, d] which queries see them; probed queries i_d, as one-hot rows of do, show in dv[j, d] which keys
@@ -125,11 +127,15 @@ def assert_exact_support(mask, impl, head_dim, dtype, device):
         x[0, 0, chosen, torch.arange(len(chosen), device=device)] = 1
         return x
 
+    def run_heads(*tensors):
+        repeated = (x.expand(-1, heads, *x.shape[2:]).contiguous() for x in tensors)
+        return run(*repeated, mask, impl, 1.0, False)
+
     zero_q = torch.zeros(1, 1, num_q, head_dim, device=device, dtype=dtype)
     zero_k = torch.zeros(1, 1, num_k, head_dim, device=device, dtype=dtype)
     _, _, v, do, dlse = draw_inputs(mask, 1, 1, head_dim, dtype, device)
 
-    out, lse, _, _, dv = run(zero_q, zero_k, one_hot(num_k, keys), one_hot(num_q, rows), dlse, mask, impl, 1.0, False)
+    out, lse, _, _, dv = run_heads(zero_q, zero_k, one_hot(num_k, keys), one_hot(num_q, rows), dlse)
     torch.testing.assert_close(lse[0, 0].double(), torch.log(seen_by_row), rtol=0, atol=2e-6 * float(num_k) ** 0.5)
     ulp = torch.finfo(dtype).eps
     for actual, visible, expected in (
@@ -145,7 +151,7 @@ def assert_exact_support(mask, impl, head_dim, dtype, device):
         (zero_q, one_hot(num_k, keys), 2, keys, row_sees_key),
         (one_hot(num_q, rows), zero_k, 3, rows, key_in_row),
     ):
-        gradient = run(q, k, v, do, dlse, mask, impl, 1.0, False)[index][0, 0, :, : len(probed)]
+        gradient = run_heads(q, k, v, do, dlse)[index][0, 0, :, : len(probed)]
         if index == 2:
             ds = weight[:, None] * (do[0, 0].double() @ v[0, 0, keys].double().T - delta[:, None])
         else:

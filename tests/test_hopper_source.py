@@ -82,8 +82,24 @@ class Driver:
 
     def launch(self, function, blocks, threads, shared_bytes, stream, params):
         schedule = self.last_thread_first, self.side_by_side
+        if function.startswith(b"backward"):
+            self._allow_copies(hopper_launch.HopperBackwardParams.from_address(params), int(function.split(b"_")[1]))
         failure = self.library.run_on_cpu(function, ctypes.c_void_p(params), blocks, *schedule)
         assert failure is None, failure.decode()
+
+    def _allow_copies(self, params, head_dim):
+        """From out, do, sums and statistics of the next launch only, [batch, head, row, D]: elsewhere they fail."""
+        heads, rows = params.work.num_heads, params.work.num_queries
+        sizes = params.num_batch_heads // heads, heads, rows
+        ranges = [(params.statistics, 8 * params.num_slots * rows)]
+        for name in ("out", "d_out", "dq", "dk"):
+            strides = getattr(params, f"{name}_strides")
+            last = sum(
+                (n - 1) * getattr(strides, field) for n, field in zip(sizes, ("batch", "head", "row"), strict=True)
+            )
+            ranges.append((getattr(params, "d_out_rows" if name == "d_out" else name), 2 * (last + head_dim)))
+        for begin, num_bytes in ranges:
+            self.library.allow_copies_from(ctypes.c_void_p(begin), ctypes.c_void_p(begin + num_bytes))
 
 
 class Kernels(hopper_launch.HopperKernels):
@@ -118,7 +134,7 @@ def backward(mask, tiles, q, k, v, out, lse, d_out, d_lse, scale):
     """tiles: of dq, and of dkdv or backward."""
     make = {"dq": query_jobs, "dkdv": key_jobs, "backward": key_jobs}
     jobs = [make[kind](mask, tile[1], tile[2], "cpu").jobs for kind, tile in tiles.items()]
-    numbers = [TABLE[kind].index(tiles[kind]) if kind in tiles else -1 for kind in hopper.PASSES[1:]]
+    numbers = [TABLE[kind].index(tiles[kind]) if kind in tiles else -1 for kind in hopper.PASSES[1:]]  # -1: may not run
     # What the kernels are given is of log2 units.
     lse, d_lse = torch.where(lse == -math.inf, math.inf, lse * LOG2E).contiguous(), d_lse / LOG2E
     return hopper.backward(d_out, d_lse, q, k, v, out, lse, *mask.intervals("cpu"), *jobs, numbers, scale)

@@ -555,7 +555,7 @@ def test_launch_of_the_backward_in_one_pass(kernels, batch, heads, slots, last, 
     first_items = min(driver.num_sms(0) * tile.blocks_per_sm, items)
     assert params.num_first_heads == min(slots, len({item // plan.num_jobs for item in range(first_items)}))
 
-    # Counters of items and of chunks, and two a head, all zeroed; the statistics; slots that are in no gradient.
+    # Counters of items and of chunks, and two a head, all zeroed; the statistics. Slots are in gradients.
     num_zeroed = 4 * (hopper_launch.NUM_QUEUES + 2 * batch * heads)
     assert zero == ("zero", work.next_item, num_zeroed, 42)
     queues = params.next_chunk, params.next_first_chunk, params.progress

@@ -36,6 +36,7 @@ const Kernel* find(const char* name) {
 }
 
 std::deque<MapContent> maps;
+std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;
 
 }  // namespace
 
@@ -52,6 +53,9 @@ extern "C" void describe(uint64_t* tensor_map, const void* data, int rank, const
   *tensor_map = reinterpret_cast<uint64_t>(&maps.back());
 }
 
+// In the next launch copies without a tensor map are from such ranges only; from anywhere where none is named.
+extern "C" void allow_copies_from(const uint8_t* begin, const uint8_t* end) { readable.emplace_back(begin, end); }
+
 // Null, or what went wrong. Blocks run one after the other, or side by side.
 extern "C" const char* run_on_cpu(const char* name, const void* params, int num_blocks, bool last_thread_first,
                                   bool side_by_side) {
@@ -59,6 +63,8 @@ extern "C" const char* run_on_cpu(const char* name, const void* params, int num_
   const Kernel& kernel = *find(name);
   cluster.failure = kernel.shared_bytes > SHARED_BYTES ? "more shared memory than there is" : "";
   cluster.kernel = [&] { kernel.run(params); };
+  cluster.readable.swap(readable);
+  readable.clear();
   gridDim.x = unsigned(num_blocks);
   const int at_once = side_by_side ? num_blocks : 1;
   for (int block = 0; block < num_blocks && cluster.failure.empty(); block += at_once) {

@@ -210,6 +210,7 @@ def _job_arguments(
     """The plan in the form of the Hopper kernels' ops. The integers are the kernels of `hopper.PASSES`, -1 for none."""
     tiles = hopper.select_tiles(head_dim, mask, bounded, deterministic)
     jobs = {name: plan.jobs for name, plan in hopper.make_plans(mask, tiles, device).items()}
+    assert jobs.get("backward", jobs["dkdv"]) is jobs["dkdv"], "either backward takes the same jobs"
     tensors = [*mask.intervals(device), jobs["forward"], jobs["dq"], jobs["dkdv"]]
     numbers = hopper.tile_numbers(head_dim, tiles)
     return tensors, [numbers.get(name, -1) for name in hopper.PASSES]

@@ -42,7 +42,8 @@ def _tiles(impl: str, q: torch.Tensor, mask: SpanMask, bounded: bool, determinis
         plans = hopper.make_plans(mask, tiles, "cpu")
         names = {"dkdv": "dk and dv", "backward": "dq, dk and dv"}
         if tiles.backward is not None:
-            one_pass = hopper.one_pass_heads(q, mask.num_keys, plans["backward"].num_jobs)[1] > 0
+            num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+            one_pass = hopper.one_pass_heads(q.shape, mask.num_keys, plans["backward"].num_jobs, num_sms)[1] > 0
             del plans["dkdv" if one_pass else "backward"]
             if one_pass:
                 names["dq"] = "dq of some heads"

@@ -267,8 +267,12 @@ def backward(
     if d_lse_log2 is not None:
         d_lse_log2 = d_lse_log2.contiguous()
     intervals, (dq_tile, dkdv_tile, tile) = (key_start, key_end), tiles
-    slots, last = one_pass_heads(q, k.shape[2], len(key_jobs)) if tile >= 0 else (0, 0)
+    slots, last = 0, 0
+    if tile >= 0:
+        num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+        slots, last = one_pass_heads(q.shape, k.shape[2], len(key_jobs), num_sms)
     if last == 0:
+        assert dkdv_tile >= 0, "two passes need a kernel for dk and dv"
         delta, queue = torch.empty_like(lse_log2), _queue(q)
         _dq_pass(dq_tile, dq_jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta)
         _kernels.hopper_dkdv(
@@ -305,10 +309,9 @@ def backward(
     return dq, dk, dv
 
 
-def one_pass_heads(q: torch.Tensor, num_keys: int, num_jobs: int) -> tuple[int, int]:
+def one_pass_heads(q_shape: tuple[int, ...], num_keys: int, num_jobs: int, num_sms: int) -> tuple[int, int]:
     """`num_slots` and `num_last_heads` for q [B, H, L, D]; where the latter is 0 the backward takes two passes."""
-    batch_size, num_heads, num_queries, _ = q.shape
-    num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    batch_size, num_heads, num_queries, _ = q_shape
     slots = num_slots(num_jobs, batch_size * num_heads, num_sms)
     return slots, num_last_heads(slots, batch_size, num_heads, num_queries, num_keys)
 
