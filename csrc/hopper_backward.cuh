@@ -60,23 +60,29 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
   static constexpr bool kServesAhead = kDqGroup;  // at head dim 128 there is no room
   static constexpr int kStagings = kDqGroup ? 1 : kGroups;
+  // Where keys and values of one job have room, those of the next one are asked for as soon as a buffer has been read for the last
+  // time, and after its first blocks; its slot has been written by then, while the two jobs before it may use theirs.
+  static constexpr bool kNextInPlace = kRowStages == 1;
+  static constexpr int kSlots = kNextInPlace ? 3 : kRowStages;
+  static_assert(kDqGroup != kNextInPlace, "as the two loops have it");
   static constexpr int kHalfColumns = kHeadDim / 2;  // whose sums take as much memory as a row of dq
   static constexpr int kHalves = kPanelColumns / kHalfColumns;  // that a product of 64 columns has
 
   struct Shared {
     alignas(1024) uint8_t k[kRowStages][kGroups][kPanels][kGroupPanelBytes];
-    alignas(1024) uint8_t v[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // later the rows of dv, then those of dk
+    alignas(1024) uint8_t v[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // at head dim 64 later the rows of dv, then of dk
     alignas(1024) uint8_t q[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t d_out[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t ds[kExchanges][kGroups][kBlockPanelBytes];  // rows are queries, columns a group's keys
-    alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];  // float32, on the way to the sums
+    alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];  // float32, on the way to the sums; at head dim 128 dv and dk, too
     ServedByWarps<kServesAhead> served;
     alignas(16) RowStatistics statistics[kStages][kBlockN];
-    SumsPlace sums[kRowStages][2];  // where the halves of a head's sums are
+    SumsPlace sums[kSlots][2];  // where the halves of a head's sums are
     Barrier rows_full[kRowStages], rows_done[kRowStages], rows_empty[kRowStages];
+    Barrier values_empty;  // where the next job's come in place: rows_empty is for the keys then
     Barrier full[kStages], empty[kStages];
     Barrier ds_full[kExchanges], ds_empty[kExchanges];
-    JobSlot<kGroups> slot[kRowStages];
+    JobSlot<kGroups> slot[kSlots];
   };
 };
 
@@ -142,16 +148,40 @@ __device__ __forceinline__ SumsRow sums_row(const HopperBackwardParams& params, 
   return {static_cast<uint8_t*>(tensor) + 2 * offset, 2 * strides.row};
 }
 
+// The keys and values of a job where those of the job before are.
+template <class Tile>
+__device__ __forceinline__ void load_keys_in_place(const HopperBackwardParams& params, typename Tile::Shared& shared,
+                                                   const RingPosition<Tile::kRowStages>& rows,
+                                                   const JobSlot<Tile::kGroups>& slot, const BatchHead& of) {
+  const bool first_lane = threadIdx.x % 32 == 0;
+  Barrier& full = shared.rows_full[0];
+  const auto load = [&](auto& tensor, const TensorMap& map) {
+#pragma unroll
+    for (int group = 0; group < Tile::kGroups; ++group) {
+      load_panels<Tile::kPanels>(tensor[0][group], map, full, group_row_begin(slot, group), of.head, of.batch);
+    }
+  };
+  barrier_wait(shared.values_empty, rows.parity ^ 1);
+  if (first_lane) {
+    barrier_arrive_expecting(full, 2 * Tile::kGroups * Tile::kPanels * Tile::kGroupPanelBytes);
+    load(shared.v, params.v);
+  }
+  barrier_wait(shared.rows_empty[0], rows.parity ^ 1);
+  if (first_lane) load(shared.k, params.k);
+}
+
 template <class Tile>
 __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& params, typename Tile::Shared& shared) {
   RingPosition<Tile::kRowStages> rows;
+  RingPosition<Tile::kSlots> slots;
   RingPosition<Tile::kStages> ring;
   const int lane = threadIdx.x % 32;
   const auto take_item = [&] { return lane == 0 ? atomicAdd(params.work.next_item, 1) : 0; };
-  for (int item = receive_item(take_item());; rows.advance()) {
-    barrier_wait(shared.rows_empty[rows.stage], rows.parity ^ 1);
-    auto& slot = shared.slot[rows.stage];
+  for (int item = receive_item(take_item());; rows.advance(), slots.advance()) {
+    if (!Tile::kNextInPlace) barrier_wait(shared.rows_empty[rows.stage], rows.parity ^ 1);
+    auto& slot = shared.slot[slots.stage];
     if (!fetch_job(slot, params.work, item)) {
+      if (Tile::kNextInPlace) barrier_wait(shared.rows_empty[rows.stage], rows.parity ^ 1);
       if (lane == 0) barrier_arrive(shared.rows_full[rows.stage]);
       return;
     }
@@ -159,11 +189,19 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
     const BatchHead of = batch_and_head(params.work, batch_head);
     const int head = of.head, batch = of.batch, sums_slot = slot_of(params, batch_head);
     const int num_blocks = slot.job[NUM_BLOCKS];
-    if (lane < 2) shared.sums[rows.stage][lane] = sums_place(params, of, sums_slot, lane);
+    if (lane < 2) shared.sums[slots.stage][lane] = sums_place(params, of, sums_slot, lane);
     __syncwarp();
     const auto wait_until_ready = [&] { wait_for_count(&params.progress[batch_head].ready, params.num_chunks); };
     if (num_blocks == 0) wait_until_ready();  // the zeros of dk, which may be a slot
-    if (lane == 0) load_keys<Tile>(params, shared, rows.stage, head, batch);
+    const auto load_rows = [&] {
+      if constexpr (Tile::kNextInPlace) {
+        load_keys_in_place<Tile>(params, shared, rows, slot, of);
+      } else {
+        if (lane == 0) load_keys<Tile>(params, shared, rows.stage, head, batch);
+      }
+    };
+    const int blocks_before_rows = Tile::kNextInPlace ? min(num_blocks, Tile::kStages - 1) : 0;
+    if (blocks_before_rows == 0) load_rows();
     const RowStatistics* statistics = statistics_of(params, sums_slot);
     for (int block = 0; block < num_blocks; ++block, ring.advance()) {
       const int row = slot.job[COLUMN_BEGIN] + block * Tile::kBlockN;
@@ -185,22 +223,29 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
       }
       barrier_arrive_after_cp_async(shared.full[ring.stage]);
       __syncwarp();
+      if (block + 1 == blocks_before_rows) load_rows();
     }
     item = receive_item(take_item());  // not earlier: items that wait would hold back their heads
   }
 }
 
 // The warp that tells the others, on all SMs, which jobs are done: their sums are complete in global memory.
+// It arrives at what the next job's keys and results wait for, so that it never falls behind by one.
 template <class Tile>
 __device__ __forceinline__ void count_jobs(const HopperBackwardParams& params, typename Tile::Shared& shared) {
-  for (RingPosition<Tile::kRowStages> rows;; rows.advance()) {
+  RingPosition<Tile::kSlots> slots;
+  for (RingPosition<Tile::kRowStages> rows;; rows.advance(), slots.advance()) {
     barrier_wait(shared.rows_full[rows.stage], rows.parity);
-    const int batch_head = shared.slot[rows.stage].head;
+    const int batch_head = shared.slot[slots.stage].head;
     if (batch_head < 0) return;
+    if (Tile::kNextInPlace) {
+      release(shared.rows_done[rows.stage]);
+      release(shared.rows_empty[rows.stage]);
+    }
     barrier_wait(shared.rows_done[rows.stage], rows.parity);
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-      barrier_arrive(shared.rows_empty[rows.stage]);
+      if (!Tile::kNextInPlace) barrier_arrive(shared.rows_empty[rows.stage]);
       __threadfence();
     }
     count_up(&params.progress[batch_head].done);
@@ -610,7 +655,7 @@ struct BackwardLoop {
   const HopperBackwardParams& params;
   typename Tile::Shared& shared;
   const GroupJob& job;
-  const int group, row_stage;
+  const int batch_head, group, row_stage, slot;
   RingPosition<Tile::kStages>& ring;
   RingPosition<Tile::kExchanges>& exchange;
   const float scale_log2;
@@ -663,7 +708,31 @@ struct BackwardLoop {
     stage_sums<Tile>(dq, shared.dq[group], job.column_begin);
   }
   __device__ __forceinline__ void send_dq(int block) const {
-    send_sums<Tile>(params, shared.dq[group], &shared.sums[row_stage][group], job.column_begin + block * Tile::kBlockN);
+    send_sums<Tile>(params, shared.dq[group], &shared.sums[slot][group], job.column_begin + block * Tile::kBlockN);
+  }
+
+  // Writes the group's rows of dv or dk.
+  __device__ __forceinline__ void store(const float (&accumulator)[kHeadDim / 2], float factor, void* tensor,
+                                        const Strides& strides) const {
+    uint8_t* staging = Tile::kNextInPlace ? shared.dq[group] : shared.v[row_stage][group][0];
+    int panel_bytes = Tile::kGroupPanelBytes;
+    if (Tile::kNextInPlace) {  // every warp's rows through the part whose sums it sends
+      panel_bytes = kWarpStagingBytes / Tile::kPanels;
+      staging += threadIdx.x % kGroupThreads / 32 * (kWarpStagingBytes - panel_bytes);
+    }
+    const float factors[2] = {factor, factor};
+    __syncwarp();
+    store_rows<kType>(accumulator, factors, staging, panel_bytes,
+                      rows_of(tensor, strides, params.work, batch_head, job.row_begin), strides.row, job.num_rows);
+  }
+  __device__ __forceinline__ void store_dv(const BackwardRows<Tile>& rows) const { store(rows.dv, 1.0f, params.dv, params.dv_strides); }
+  __device__ __forceinline__ void store_dk(const BackwardRows<Tile>& rows) const {
+    store(rows.dk, params.work.scale, params.dk, params.dk_strides);
+  }
+  // The parts of `staging` are this warp's own again.
+  __device__ __forceinline__ void wait_until_sent() const {
+    if (threadIdx.x % 32 == 0) bulk_wait_read();
+    __syncwarp();
   }
 
   // In the order they are issued: s(0), dp(0), then for each block b: dv(b), s(b + 1), dk(b), dp(b + 1).
@@ -743,7 +812,8 @@ struct BackwardLoop {
 
   // The same with dq(b - 1) after dk(b), for which registers suffice only while there is no dp, then s(b + 1) and dp(b + 1). One
   // block late, so that the warpgroups need not keep pace. The first one is a product of whatever lies there and is not
-  // added: leaving it out takes registers that there are not.
+  // added: leaving it out takes registers that there are not. Keys and values are given back to the fetching warp as soon as they have
+  // been read, and dv is stored while the last dq is computed.
   __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows) {
     float dq[kPanelColumns / 2];
     const auto issue_s = [&] { issue_with_keys(rows.s, 0, kQ + ring.stage * kTileChunks); };
@@ -772,7 +842,12 @@ struct BackwardLoop {
       wgmma_wait<0>();
       if (block + 1 == job.num_blocks) {
         release(shared.empty[stage]);
-        if (!kSums) return;
+        release(shared.values_empty);
+        if (!kSums) {
+          release(shared.rows_empty[0]);
+          store_dv(rows);
+          return;
+        }
         if (block > 0) {
           release(shared.ds_empty[last.stage]);
           stage_dq(dq);
@@ -780,10 +855,14 @@ struct BackwardLoop {
         }
         barrier_wait(shared.ds_full[here.stage], here.parity);
         issue_dq(dq, here.stage);
+        wait_until_sent();
+        store_dv(rows);
         wgmma_wait<0>();
         release(shared.ds_empty[here.stage]);
+        release(shared.rows_empty[0]);
         stage_dq(dq);
         send_dq(block);
+        wait_until_sent();
         return;
       }
       issue_s();  // before anything else: nothing is under way
@@ -803,33 +882,30 @@ struct BackwardLoop {
 // A job whose slot is written. kSums: ds goes on to dq, or to the warpgroup that computes it.
 template <class Tile, bool kSums>
 __device__ __forceinline__ void compute_job(const HopperBackwardParams& params, typename Tile::Shared& shared, int batch_head,
-                                            int group, int row_stage, RingPosition<Tile::kStages>& ring,
+                                            int group, int row_stage, int slot, RingPosition<Tile::kStages>& ring,
                                             RingPosition<Tile::kExchanges>& exchange) {
-  const GroupJob job(shared.slot[row_stage], group);
+  const GroupJob job(shared.slot[slot], group);
   BackwardRows<Tile> rows;
   set_zero(rows.dk), set_zero(rows.dv);
-  if (job.num_blocks > 0) {
-    BackwardLoop<Tile, kSums> loop{params, shared, job, group, row_stage, ring, exchange,
-                                   params.work.scale * kLog2E, shared_address(&shared) >> 4};
-    if constexpr (Tile::kDqGroup) {
-      loop.run(rows);
-    } else {
+  BackwardLoop<Tile, kSums> loop{params, shared, job, batch_head, group, row_stage, slot, ring, exchange,
+                                 params.work.scale * kLog2E, shared_address(&shared) >> 4};
+  if constexpr (Tile::kNextInPlace) {
+    if (job.num_blocks > 0) {
       loop.run_with_dq(rows);
+    } else {
+      release(shared.values_empty);
+      release(shared.rows_empty[row_stage]);
+      loop.store_dv(rows);
     }
+    loop.store_dk(rows);
+    if (threadIdx.x % 32 == 0) bulk_wait();
+  } else {
+    if (job.num_blocks > 0) loop.run(rows);
+    group_sync(group);
+    loop.store_dv(rows);
+    loop.store_dk(rows);
+    fence_async_proxy();
   }
-
-  uint8_t* staging = shared.v[row_stage][group][0];
-  const float dk_factor[2] = {params.work.scale, params.work.scale}, dv_factor[2] = {1.0f, 1.0f};
-  group_sync(group);
-  store_rows<Tile::kType>(rows.dv, dv_factor, staging, Tile::kGroupPanelBytes,
-                          rows_of(params.dv, params.dv_strides, params.work, batch_head, job.row_begin),
-                          params.dv_strides.row, job.num_rows);
-  __syncwarp();
-  store_rows<Tile::kType>(rows.dk, dk_factor, staging, Tile::kGroupPanelBytes,
-                          rows_of(params.dk, params.dk_strides, params.work, batch_head, job.row_begin),
-                          params.dk_strides.row, job.num_rows);
-  fence_async_proxy();
-  if (!Tile::kDqGroup && threadIdx.x % 32 == 0) bulk_wait();
   release(shared.rows_done[row_stage]);
 }
 
@@ -837,17 +913,19 @@ template <class Tile>
 __device__ __forceinline__ void compute_backward(const HopperBackwardParams& params, typename Tile::Shared& shared) {
   const int group = uniform(threadIdx.x / kGroupThreads);
   RingPosition<Tile::kRowStages> row_ring;
+  RingPosition<Tile::kSlots> slots;
   RingPosition<Tile::kStages> ring;
   RingPosition<Tile::kExchanges> exchange;
   if (group + 1 == Tile::kGroups) turn_pass<Tile::kGroups>(group);
-  for (;; row_ring.advance()) {
+  for (;; row_ring.advance(), slots.advance()) {
     barrier_wait(shared.rows_full[row_ring.stage], row_ring.parity);
-    const int batch_head = uniform(shared.slot[row_ring.stage].head);
+    const int batch_head = uniform(shared.slot[slots.stage].head);
     if (batch_head < 0) return;
+    const int row_stage = row_ring.stage;
     if (Tile::kDqGroup || has_sums(params, batch_head)) {
-      compute_job<Tile, true>(params, shared, batch_head, group, row_ring.stage, ring, exchange);
+      compute_job<Tile, true>(params, shared, batch_head, group, row_stage, slots.stage, ring, exchange);
     } else if constexpr (!Tile::kDqGroup) {
-      compute_job<Tile, false>(params, shared, batch_head, group, row_ring.stage, ring, exchange);
+      compute_job<Tile, false>(params, shared, batch_head, group, row_stage, slots.stage, ring, exchange);
     }
   }
 }
@@ -859,8 +937,9 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
   auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups, kDqWarps = Tile::kDqGroup ? 4 : 0;
-    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_done, kWarps + kDqWarps);
-    barriers_init(shared.rows_empty, 1);
+    constexpr int kCounting = Tile::kNextInPlace;  // the warp that counts jobs
+    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_done, kWarps + kDqWarps + kCounting);
+    barriers_init(shared.rows_empty, Tile::kNextInPlace ? kWarps + kCounting : 1), barrier_init(shared.values_empty, kWarps);
     barriers_init(shared.full, 1 + 32);  // the copy engine's arrival, and every lane's for the statistics
     barriers_init(shared.empty, kWarps);
     barriers_init(shared.ds_full, kWarps), barriers_init(shared.ds_empty, Tile::kDqGroup ? kDqWarps : kWarps);
