@@ -155,14 +155,12 @@ void hopper_dkdv(int tile, const ShapeTuple& shape, const PlanTuple& plan, const
 
 void hopper_backward(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
                      const View& out, const View& d_out, uintptr_t lse_log2, uintptr_t d_lse_log2, const View& dq, const View& dk,
-                     const View& dv, const View& slots, const View& last_slots, uintptr_t statistics, int num_slots,
-                     int num_last_heads, int device, uintptr_t stream) {
+                     const View& dv, uintptr_t statistics, int num_slots, int num_last_heads, int device, uintptr_t stream) {
   const DeviceGuard guard(device);
   DeviceGuard::check(
       hmar::launch_hopper_backward(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v), tensor(out),
                                    tensor(d_out), pointer<const float>(lse_log2), pointer<const float>(d_lse_log2), tensor(dq),
-                                   tensor(dk), tensor(dv), tensor(slots), tensor(last_slots),
-                                   pointer<hmar::RowStatistics>(statistics), num_slots, num_last_heads,
+                                   tensor(dk), tensor(dv), pointer<hmar::RowStatistics>(statistics), num_slots, num_last_heads,
                                    reinterpret_cast<cudaStream_t>(stream)),
       "hopper_backward");
 }

@@ -105,12 +105,10 @@ cudaError_t describe(TensorMap* map, const HopperShape& shape, const HopperTenso
                            strides_of(sizes, tensor.strides).data(), box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
-// Slots of sums, or dq as they lie in it: [batch, head, Lq, D / 2] float32, in boxes of the 16 rows of a warp.
-cudaError_t describe_sums(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor, int batch_size,
-                          int num_heads) {
-  if (num_heads == 0) return cudaSuccess;
+// Sums as they lie in a gradient: [batch, head, Lq, D / 2] float32, in boxes of the 16 rows of a warp.
+cudaError_t describe_sums(TensorMap* map, const HopperShape& shape, const HopperTensor& tensor) {
   const uint32_t columns = shape.head_dim / 2;
-  const uint64_t sizes[] = {columns, uint64_t(shape.num_queries), uint64_t(num_heads), uint64_t(batch_size)};
+  const uint64_t sizes[] = {columns, uint64_t(shape.num_queries), uint64_t(shape.num_heads), uint64_t(shape.batch_size)};
   const uint32_t box[] = {columns, kSumsBoxRows, 1, 1};
   return encode_tensor_map(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 4, tensor.data, sizes,
                            strides_of(sizes, tensor.strides).data(), box, CU_TENSOR_MAP_SWIZZLE_NONE);
@@ -229,23 +227,22 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
 
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                    HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
-                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, HopperTensor slots,
-                                   HopperTensor last_slots, RowStatistics* statistics, int num_slots, int num_last_heads,
-                                   cudaStream_t stream) {
+                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, RowStatistics* statistics,
+                                   int num_slots, int num_last_heads, cudaStream_t stream) {
   const auto* instance = find(BACKWARD, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
   if (is_empty(shape)) return cudaSuccess;
-  const int num_heads = shape.batch_size * shape.num_heads, num_first_slots = num_slots - num_last_heads;
-  if (num_slots < shape.tail_heads || num_first_slots < 0) return cudaErrorInvalidValue;
-  if (num_last_heads < 1 || num_last_heads > num_heads) return cudaErrorInvalidValue;
+  const int num_heads = shape.batch_size * shape.num_heads;
+  if (num_slots < shape.tail_heads || num_slots > num_heads || shape.num_queries > shape.num_keys) return cudaErrorInvalidValue;
+  if (num_last_heads > std::min(num_slots, shape.num_heads) || 3 * num_last_heads < num_slots) return cudaErrorInvalidValue;
   HopperBackwardParams params{};
   cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.q, shape, q, shape.num_queries, instance->tile.block_cols);
   if (error == cudaSuccess) error = describe(&params.d_out, shape, d_out, shape.num_queries, instance->tile.block_cols);
-  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_DQ], shape, dq, shape.batch_size, shape.num_heads);
-  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_SLOTS], shape, slots, 1, num_first_slots);
-  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_LAST_SLOTS], shape, last_slots, 1, num_last_heads);
+  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_DQ], shape, dq);
+  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_DK], shape, dk);
+  if (error == cudaSuccess) error = describe_sums(&params.sums[IN_DV], shape, dv);
   if (error != cudaSuccess) return error;
   params.out = out.data, params.out_strides = out.strides;
   params.d_out_rows = d_out.data, params.d_out_strides = d_out.strides;
@@ -253,8 +250,6 @@ cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTen
   params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
   params.dk = const_cast<void*>(dk.data), params.dk_strides = dk.strides;
   params.dv = const_cast<void*>(dv.data), params.dv_strides = dv.strides;
-  params.slots = const_cast<void*>(slots.data), params.slots_strides = slots.strides;
-  params.last_slots = const_cast<void*>(last_slots.data), params.last_slots_strides = last_slots.strides;
   params.statistics = statistics;
   params.next_chunk = shape.next_item + 1, params.next_first_chunk = shape.next_item + 2;
   params.progress = reinterpret_cast<HeadProgress*>(shape.next_item + kNumQueues);
@@ -268,7 +263,7 @@ cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTen
   error = count_blocks(instance->tile, params.work, &num_blocks);
   if (error != cudaSuccess) return error;
   params.num_first_heads = std::min(num_slots, (num_blocks + shape.num_jobs - 1) / shape.num_jobs);
-  return launch(*instance, shape, params, stream, kNumQueues + 2 * num_heads);
+  return launch(*instance, shape, params, stream, kNumQueues + 2 * (num_heads + num_last_heads));
 }
 
 cudaError_t load_hopper() {

@@ -54,14 +54,13 @@ cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q,
 cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                HopperTensor d_out, const float* lse_log2, const float* delta, HopperTensor dk, HopperTensor dv,
                                cudaStream_t stream);
-// Of the last num_last_heads heads only dk and dv. dq's sums take dq itself and a slot for each head under way, as large as a
-// head's dq, 16-byte aligned: num_slots - num_last_heads of `slots`, and num_last_heads of `last_slots`: such as dk and
-// dq of the last heads, in their order. statistics: [num_slots, Lq].
+// Of the last num_last_heads heads, which are of one image, only dk and dv. Sums of the others take dq itself and num_slots of the
+// gradients of those, at most three a head: rows of dq, dk and dv start at multiples of 16 bytes, and there are no fewer keys
+// than queries. statistics: [num_slots, Lq].
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                    HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
-                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, HopperTensor slots,
-                                   HopperTensor last_slots, RowStatistics* statistics, int num_slots, int num_last_heads,
-                                   cudaStream_t stream);
+                                   HopperTensor dq, HopperTensor dk, HopperTensor dv, RowStatistics* statistics,
+                                   int num_slots, int num_last_heads, cudaStream_t stream);
 
 // Whether this build has code for the current device.
 cudaError_t load_hopper();

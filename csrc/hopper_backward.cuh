@@ -15,9 +15,10 @@
 // `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk
 // that is not finished waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be
 // resident beside another.
-// Slots are in gradients of the last num_last_heads heads, for which no dq is computed and nothing added: in their dq, which
-// the dq pass writes afterwards, and in their dk. With N heads that have sums, head N + i takes over slot i, and has its dk
-// there: no job writes anything before its head is ready, that is, before the sums that were in the slot are rounded.
+// Slots are in gradients of the last num_last_heads heads, for which no dq is computed and nothing added: the last ones in their
+// dq, which the dq pass writes afterwards, the others in their dk and dv, two a head. With N heads that have sums, head N + i
+// has slots 2 i and 2 i + 1 there, and its jobs begin when heads N + 2 i and N + 2 i + 1, which take over these slots, are
+// ready, whether there are such heads or not: then the sums are rounded.
 // (Jobs of the last tail_heads heads alternate, but these have slots of their own: tail_heads <= num_slots.)
 // Read next: hopper.cu.
 #pragma once
@@ -126,10 +127,16 @@ __device__ __forceinline__ int sums_chunk(int query, int chunk) {
   return chunk ^ (query & (Tile::kHalfColumns / 8 - 1));
 }
 
+// Slots in dk and dv, which are needed before the launch has ended.
+__device__ __forceinline__ int num_early_slots(const HopperBackwardParams& params) {
+  return params.num_slots - params.num_last_heads;
+}
+
 __device__ __forceinline__ SumsPlace sums_place(const HopperBackwardParams& params, const BatchHead& of, int slot, int half) {
   if (half == 0) return {IN_DQ, of.head, of.batch};
-  const int last_slot = slot - (params.num_slots - params.num_last_heads);
-  return last_slot < 0 ? SumsPlace{IN_SLOTS, slot, 0} : SumsPlace{IN_LAST_SLOTS, last_slot, 0};
+  const int first = params.work.num_heads - params.num_last_heads, in_dq = slot - num_early_slots(params);
+  const int tensor = in_dq >= 0 ? IN_DQ : slot % 2 == 0 ? IN_DK : IN_DV;
+  return {tensor, first + (in_dq >= 0 ? in_dq : slot / 2), params.num_batch_heads / params.work.num_heads - 1};
 }
 
 // A row of half of a head's sums, and the bytes to the next one.
@@ -141,9 +148,9 @@ struct SumsRow {
 __device__ __forceinline__ SumsRow sums_row(const HopperBackwardParams& params, const BatchHead& of, int slot, int half,
                                             int query) {
   const SumsPlace place = sums_place(params, of, slot, half);
-  const bool last = place.tensor == IN_LAST_SLOTS;
-  const Strides& strides = half == 0 ? params.dq_strides : last ? params.last_slots_strides : params.slots_strides;
-  void* tensor = half == 0 ? params.dq : last ? params.last_slots : params.slots;
+  const int in = place.tensor;
+  const Strides& strides = in == IN_DQ ? params.dq_strides : in == IN_DK ? params.dk_strides : params.dv_strides;
+  void* tensor = in == IN_DQ ? params.dq : in == IN_DK ? params.dk : params.dv;
   const int64_t offset = place.batch * strides.batch + place.head * strides.head + query * strides.row;
   return {static_cast<uint8_t*>(tensor) + 2 * offset, 2 * strides.row};
 }
@@ -155,7 +162,7 @@ __device__ __forceinline__ void load_keys_in_place(const HopperBackwardParams& p
                                                    const JobSlot<Tile::kGroups>& slot, const BatchHead& of) {
   const bool first_lane = threadIdx.x % 32 == 0;
   Barrier& full = shared.rows_full[0];
-  const auto load = [&](auto& tensor, const TensorMap& map) {
+  const auto load = [&](decltype(shared.k)& tensor, const TensorMap& map) {
 #pragma unroll
     for (int group = 0; group < Tile::kGroups; ++group) {
       load_panels<Tile::kPanels>(tensor[0][group], map, full, group_row_begin(slot, group), of.head, of.batch);
@@ -191,8 +198,15 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
     const int num_blocks = slot.job[NUM_BLOCKS];
     if (lane < 2) shared.sums[slots.stage][lane] = sums_place(params, of, sums_slot, lane);
     __syncwarp();
-    const auto wait_until_ready = [&] { wait_for_count(&params.progress[batch_head].ready, params.num_chunks); };
-    if (num_blocks == 0) wait_until_ready();  // the zeros of dk, which may be a slot
+    const auto wait_until_ready = [&] {
+      wait_for_count(&params.progress[batch_head].ready, params.num_chunks);
+      if (has_sums(params, batch_head)) return;
+      const int first = params.num_batch_heads - params.num_last_heads, slots_begin = 2 * (batch_head - first);
+      for (int i = slots_begin; i < min(slots_begin + 2, num_early_slots(params)); ++i) {
+        wait_for_count(&params.progress[first + i].ready, params.num_chunks);
+      }
+    };
+    if (num_blocks == 0) wait_until_ready();  // the zeros of dk and dv, which may be slots
     const auto load_rows = [&] {
       if constexpr (Tile::kNextInPlace) {
         load_keys_in_place<Tile>(params, shared, rows, slot, of);
@@ -465,6 +479,11 @@ __device__ __forceinline__ bool is_head(const HopperBackwardParams& params, cons
   return chunk.batch_head < params.num_batch_heads;
 }
 
+// Whether somebody waits for it: the head, or the one that has its slot.
+__device__ __forceinline__ bool is_counted(const HopperBackwardParams& params, const HeadChunk& chunk) {
+  return is_head(params, chunk) || has_sums(params, chunk.batch_head - num_early_slots(params));
+}
+
 __device__ __forceinline__ HeadChunk chunk_before(const HopperBackwardParams& params, const HeadChunk& chunk) {
   return {chunk.batch_head - params.num_slots, chunk.query_begin};
 }
@@ -501,7 +520,7 @@ __device__ __forceinline__ void serve_heads(const HopperBackwardParams& params) 
     }
     if (is_head(params, chunk)) prepare<Tile, false>(params, chunk, nullptr);
     const int next = take_chunk(params);
-    if (is_head(params, chunk)) count_ready(params, chunk.batch_head);
+    if (is_counted(params, chunk)) count_ready(params, chunk.batch_head);
     number = receive_item(next);
   }
 }
@@ -546,7 +565,7 @@ __device__ __forceinline__ void serve_heads_ahead(const HopperBackwardParams& pa
     __syncwarp();
     if (is_head(params, next)) bring_outputs(params, next, served);
     cp_async_commit();
-    if (is_head(params, chunk)) count_ready(params, chunk.batch_head);
+    if (is_counted(params, chunk)) count_ready(params, chunk.batch_head);
     chunk = next;
   }
 }

@@ -97,11 +97,11 @@ constexpr int kSumsBoxRows = 16;  // of a warp
 constexpr int kNumQueues = 4;  // counters before those of the heads: next_item, next_chunk, next_first_chunk; one is not used
 
 // Where the sums of dq may lie.
-enum SumsTensor { IN_DQ, IN_SLOTS, IN_LAST_SLOTS, NUM_SUMS_TENSORS };
+enum SumsTensor { IN_DQ, IN_DK, IN_DV, NUM_SUMS_TENSORS };
 
 struct HopperBackwardParams {
   TensorMap q, k, v, d_out;
-  TensorMap sums[NUM_SUMS_TENSORS];  // float32 [batch, head or slot, Lq, D / 2], boxes of 16 rows
+  TensorMap sums[NUM_SUMS_TENSORS];  // float32 [batch, head, Lq, D / 2] in rows of as many bytes, boxes of 16 rows
   const void* out;
   const void* d_out_rows;     // what d_out describes
   Strides out_strides, d_out_strides;
@@ -111,18 +111,14 @@ struct HopperBackwardParams {
   void* dk;
   void* dv;
   Strides dq_strides, dk_strides, dv_strides;
-  // Float32 [Lq, D / 2] a slot, rows of as many bytes as those of dq.
-  void* slots;       // [num_slots - num_last_heads]
-  void* last_slots;  // [num_last_heads]
-  Strides slots_strides, last_slots_strides;  // of 16-bit numbers
   RowStatistics* statistics;  // [num_slots, Lq]
-  HeadProgress* progress;     // [B * H]
+  HeadProgress* progress;     // [B * H + num_last_heads]
   int32_t* next_chunk;        // zero at the launch
   int32_t* next_first_chunk;  // the same
   int32_t num_slots, num_chunks;  // heads under way at most; chunks of queries of a head
   int32_t num_first_heads;        // those that the first jobs of all blocks belong to, at most num_slots
   int32_t num_batch_heads;        // B * H
-  int32_t num_last_heads;         // the last heads, which get no dq
+  int32_t num_last_heads;         // the last heads, which get no dq; all of the last image
   int32_t first_slot;             // of head 0
   HopperWork work;
 };

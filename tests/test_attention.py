@@ -359,13 +359,13 @@ def test_heads_in_whose_gradients_others_have_their_sums():
     """Where they are few among all, of one image, and as long as what they hold; with room for every slot."""
     for slots in (1, 2, 5, 6, 21):
         last = hopper.num_last_heads(slots, 4, 96, 700, 700)
-        assert slots / 2 <= last < slots / 2 + 1
-    assert hopper.num_last_heads(6, 4, 12, 9451, 9451) == 3, "1024 px, head dim 128"
-    assert hopper.num_last_heads(6, 1, 24, 9451, 9451) == 3, "1024 px, head dim 64, one image"
-    assert hopper.num_last_heads(19, 4, 24, 2240, 2240) == 10, "512 px, head dim 64"
-    assert hopper.num_last_heads(6, 1, 12, 9451, 9451) == 3, "1024 px, head dim 128, one image"
-    assert hopper.num_last_heads(19, 1, 24, 2240, 2240) == 0, "ten of 24 heads"
-    assert hopper.num_last_heads(6, 96, 2, 700, 700) == 0, "two images"
+        assert slots / 3 <= last < slots / 3 + 1
+    assert hopper.num_last_heads(6, 4, 12, 9451, 9451) == 2, "1024 px, head dim 128"
+    assert hopper.num_last_heads(6, 1, 24, 9451, 9451) == 2, "1024 px, head dim 64, one image"
+    assert hopper.num_last_heads(19, 4, 24, 2240, 2240) == 7, "512 px, head dim 64"
+    assert hopper.num_last_heads(6, 1, 12, 9451, 9451) == 2, "1024 px, head dim 128, one image"
+    assert hopper.num_last_heads(19, 1, 24, 2240, 2240) == 0, "seven of 24 heads"
+    assert hopper.num_last_heads(9, 96, 2, 700, 700) == 0, "of two images"
     assert hopper.num_last_heads(6, 4, 96, 701, 700) == 0, "fewer keys"
 
 

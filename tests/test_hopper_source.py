@@ -92,7 +92,7 @@ class Driver:
         heads, rows = params.work.num_heads, params.work.num_queries
         sizes = params.num_batch_heads // heads, heads, rows
         ranges = [(params.statistics, 8 * params.num_slots * rows)]
-        for name in ("out", "d_out", "dq", "dk"):
+        for name in ("out", "d_out", "dq", "dk", "dv"):
             strides = getattr(params, f"{name}_strides")
             last = sum(
                 (n - 1) * getattr(strides, field) for n, field in zip(sizes, ("batch", "head", "row"), strict=True)
@@ -210,7 +210,7 @@ SUMS_MASKS["keys that nobody sees"] = SpanMask.from_intervals([0] * 290, [40] * 
 @pytest.mark.parametrize("num_sms", [2, 8], ids=["block after block", "side by side"])
 @pytest.mark.parametrize(
     ("batch", "heads", "slots"),
-    [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 4, 3), (2, 3, 6), (1, 9, 4)],
+    [(1, 1, 1), (1, 2, 1), (2, 1, 2), (2, 4, 3), (2, 3, 6), (1, 9, 4), (1, 9, 5)],
 )
 @pytest.mark.parametrize("name", SUMS_MASKS)
 @pytest.mark.parametrize("tile", TABLE["backward"], ids=ids)
@@ -223,7 +223,7 @@ def test_sums_in_gradients(tile, name, batch, heads, slots, num_sms, on_cpu, poi
     mask, made, empty = SUMS_MASKS[name], [], torch.empty
     on_cpu.setattr(torch, "empty", lambda *shape, **options: made.append(empty(*shape, **options)) or made[-1])
     check(mask, torch.bfloat16, tile[0], None, one_pass(tile), batch, heads)
-    assert hopper.num_last_heads(slots, batch, heads, mask.num_queries, mask.num_keys) == -(-slots // 2)
+    assert hopper.num_last_heads(slots, batch, heads, mask.num_queries, mask.num_keys) == -(-slots // 3)
     (storage,) = (x for x in made if x.dtype == torch.float32)
-    of_heads = 8 * batch * heads
+    of_heads = 8 * (batch * heads + -(-slots // 3))
     assert 4 * storage.numel() <= 8 * slots * mask.num_queries + of_heads + 48  # statistics and counters

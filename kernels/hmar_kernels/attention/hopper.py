@@ -149,13 +149,13 @@ LEAST_SHARE = 4
 
 
 def num_last_heads(num_slots: int, batch_size: int, num_heads: int, num_queries: int, num_keys: int) -> int:
-    """How many heads, the last ones, have the sums of the one-pass backward in their dq and dk, half of num_slots each.
+    """How many heads, the last ones, have the sums of the one-pass backward in their dq, dk and dv: num_slots together.
 
-    The other half of a head's sums are where its dq will be. dq of the last heads takes a pass of its own, so that they
-    shall be few among all batch_size * num_heads. Zero where they are not, where the last image has not so many, or
-    where there are fewer keys than queries: then sums have no room, and the two passes are taken.
+    Half of a head's sums are there, the others where its dq will be. dq of the last heads takes a pass of its own, so
+    that they shall be few among all batch_size * num_heads. Zero where they are not, where the last image has not so
+    many, or where there are fewer keys than queries: then sums have no room, and the two passes are taken.
     """
-    num_last = math.ceil(num_slots / 2)
+    num_last = math.ceil(num_slots / 3)
     enough = LEAST_SHARE * num_last <= batch_size * num_heads and num_last <= num_heads and num_queries <= num_keys
     return num_last if enough else 0
 
@@ -287,11 +287,10 @@ def backward(
         return dq, dk, dv
 
     b, h, num_queries, _ = q.shape
-    num_counters = math.ceil((NUM_QUEUES + 2 * b * h) / 4) * 4
+    num_counters = math.ceil((NUM_QUEUES + 2 * (b * h + last)) / 4) * 4
     num_statistics = math.ceil(slots * num_queries / 2) * 4
     storage = torch.empty(num_counters + num_statistics, dtype=torch.float32, device=q.device)
     _, statistics = storage.split([num_counters, num_statistics])
-    of_last = slice(b - 1, b), slice(h - last, h)
     _kernels.hopper_backward(
         tile,
         _shape(q, k, *intervals, scale),
@@ -299,10 +298,10 @@ def backward(
         *(_view(x) for x in (q, k, v, out, d_out)),
         *_lse_addresses(lse_log2, d_lse_log2),
         *(_view(x) for x in (dq, dk, dv)),
-        *(_view(dk[of_last]), _view(dq[of_last])),
         *(statistics.data_ptr(), slots, last),
         *_where(q),
     )
+    of_last = slice(b - 1, b), slice(h - last, h)
     of_heads = (None if x is None else x[of_last] for x in (d_out, d_lse_log2))
     q, k, v, out, lse_log2, dq_of_last = (x[of_last] for x in (q, k, v, out, lse_log2, dq))
     _dq_pass(dq_tile, dq_jobs, _queue(q), *of_heads, q, k, v, out, lse_log2, intervals, scale, dq_of_last, statistics)

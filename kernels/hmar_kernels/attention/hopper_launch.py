@@ -78,8 +78,6 @@ class HopperBackwardParams(Structure):
         *(("out", c_void_p), ("d_out_rows", c_void_p), ("out_strides", Strides), ("d_out_strides", Strides)),
         *((name, c_void_p) for name in ("lse_log2", "d_lse_log2", "dq", "dk", "dv")),
         *((name, Strides) for name in ("dq_strides", "dk_strides", "dv_strides")),
-        *((name, c_void_p) for name in ("slots", "last_slots")),
-        *((name, Strides) for name in ("slots_strides", "last_slots_strides")),
         *((name, c_void_p) for name in ("statistics", "progress", "next_chunk", "next_first_chunk")),
         *((name, c_int32) for name in ("num_slots", "num_chunks", "num_first_heads", "num_batch_heads")),
         *((name, c_int32) for name in ("num_last_heads", "first_slot")),
@@ -345,8 +343,6 @@ class HopperKernels(CompiledKernels):
         dq,
         dk,
         dv,
-        slots,
-        last_slots,
         statistics,
         num_slots,
         num_last_heads,
@@ -362,8 +358,6 @@ class HopperKernels(CompiledKernels):
         params.dq, params.dq_strides = dq[0], Strides(*dq[1])
         params.dk, params.dk_strides = dk[0], Strides(*dk[1])
         params.dv, params.dv_strides = dv[0], Strides(*dv[1])
-        params.slots, params.slots_strides = slots[0], Strides(*slots[1])
-        params.last_slots, params.last_slots_strides = last_slots[0], Strides(*last_slots[1])
         params.statistics, params.num_slots, params.num_last_heads = statistics, num_slots, num_last_heads
         params.first_slot = (num_last_heads - num_heads) % num_slots
         params.next_chunk, params.next_first_chunk, params.progress = (plan[3] + 4 * n for n in (1, 2, NUM_QUEUES))
@@ -372,15 +366,12 @@ class HopperKernels(CompiledKernels):
         num_jobs, blocks_per_sm = plan[1], tile[TILE_FIELDS.index("blocks_per_sm")]
         num_blocks = min(num_jobs * num_heads, self._cuda.num_sms(device) * blocks_per_sm)
         params.num_first_heads = min(num_slots, math.ceil(num_blocks / num_jobs))
-        num_first_slots, of_heads = num_slots - num_last_heads, (shape[3], shape[2])
-        sums = (dq, of_heads), (slots, (num_first_slots, 1)), (last_slots, (num_last_heads, 1))
         with self._cuda.current_device(device):
-            for tensor_map, ((address, strides), (heads, batches)) in zip(params.sums, sums, strict=True):
-                if heads > 0:
-                    sizes = (shape[1] // 2, num_queries, heads, batches)
-                    strides, box = _bytes(sizes, strides), (sizes[0], SUMS_BOX_ROWS, 1, 1)
-                    self._cuda.describe_float32(ctypes.addressof(tensor_map), address, sizes, strides, box)
-        num_counters = NUM_QUEUES + 2 * num_heads
+            for tensor_map, (address, strides) in zip(params.sums, (dq, dk, dv), strict=True):
+                sizes = (shape[1] // 2, num_queries, shape[3], shape[2])
+                strides, box = _bytes(sizes, strides), (sizes[0], SUMS_BOX_ROWS, 1, 1)
+                self._cuda.describe_float32(ctypes.addressof(tensor_map), address, sizes, strides, box)
+        num_counters = NUM_QUEUES + 2 * (num_heads + num_last_heads)
         self._launch("backward", tile, params, shape, plan, rows, columns, device, stream, num_counters)
 
     def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=2) -> None:
