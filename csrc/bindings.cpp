@@ -134,12 +134,12 @@ void hopper_forward(int tile, const ShapeTuple& shape, const PlanTuple& plan, co
 
 void hopper_dq(int tile, const ShapeTuple& shape, const PlanTuple& plan, const View& q, const View& k, const View& v,
                const View& out, const View& d_out, uintptr_t lse_log2, uintptr_t d_lse_log2, const View& dq, uintptr_t delta,
-               int device, uintptr_t stream) {
+               bool overlap, int device, uintptr_t stream) {
   const DeviceGuard guard(device);
   DeviceGuard::check(
       hmar::launch_hopper_dq(tile, hopper_shape(shape, plan), tensor(q), tensor(k), tensor(v), tensor(out), tensor(d_out),
                              pointer<const float>(lse_log2), pointer<const float>(d_lse_log2), tensor(dq),
-                             pointer<float>(delta), reinterpret_cast<cudaStream_t>(stream)),
+                             pointer<float>(delta), overlap, reinterpret_cast<cudaStream_t>(stream)),
       "hopper_dq");
 }
 

@@ -8,6 +8,7 @@
 #include "hopper_backward_dkdv.cuh"
 #include "hopper_backward_dq.cuh"
 #include "hopper_forward.cuh"
+#include "launch_kernel.h"
 #include "tensor_map.h"
 
 namespace hmar {
@@ -140,20 +141,19 @@ cudaError_t count_blocks(const HopperTile& tile, const HopperWork& work, int* nu
 
 template <class Params>
 cudaError_t launch(const Instance<Params>& instance, const HopperShape& shape, Params& params, cudaStream_t stream,
-                   int num_counters = 2) {
+                   int num_counters = 2, bool overlap = false) {
   int num_blocks;
   cudaError_t error = count_blocks(instance.tile, params.work, &num_blocks);
-  const void* kernel =
-      reinterpret_cast<const void*>(shape.dtype == DType::kBFloat16 ? instance.bfloat16 : instance.float16);
+  const auto kernel = shape.dtype == DType::kBFloat16 ? instance.bfloat16 : instance.float16;
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, instance.tile.shared_bytes);
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 instance.tile.shared_bytes);
   }
   if (error == cudaSuccess && shape.set_zero) {
     error = cudaMemsetAsync(params.work.next_item, 0, num_counters * sizeof(int32_t), stream);
   }
   if (error != cudaSuccess) return error;
-  void* arguments[] = {&params};
-  return cudaLaunchKernel(kernel, num_blocks, instance.num_threads, arguments, instance.tile.shared_bytes, stream);
+  return launch_kernel(kernel, params, num_blocks, instance.num_threads, 1, instance.tile.shared_bytes, overlap, stream);
 }
 
 template <class Params, size_t kCount>
@@ -188,7 +188,7 @@ cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTens
 
 cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                              HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2, HopperTensor dq,
-                             float* delta, cudaStream_t stream) {
+                             float* delta, bool overlap, cudaStream_t stream) {
   const auto* instance = find(DQ, tile, shape);
   if (instance == nullptr) return cudaErrorInvalidValue;
   if (is_empty(shape)) return cudaSuccess;
@@ -203,7 +203,7 @@ cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q,
   params.dq = const_cast<void*>(dq.data), params.dq_strides = dq.strides;
   params.delta = delta;
   params.work = work_of(shape);
-  return launch(*instance, shape, params, stream);
+  return launch(*instance, shape, params, stream, 2, overlap);
 }
 
 cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
@@ -263,7 +263,7 @@ cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTen
   error = count_blocks(instance->tile, params.work, &num_blocks);
   if (error != cudaSuccess) return error;
   params.num_first_heads = std::min(num_slots, (num_blocks + shape.num_jobs - 1) / shape.num_jobs);
-  return launch(*instance, shape, params, stream, kNumQueues + 2 * (num_heads + num_last_heads));
+  return launch(*instance, shape, params, stream, kNumQueues + 2 * (num_heads + num_last_heads) + 2);
 }
 
 cudaError_t load_hopper() {

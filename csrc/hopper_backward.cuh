@@ -965,6 +965,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
     fence_barrier_init();
   }
   __syncthreads();
+  launch_dependents();  // the dq pass of the last heads: its thread blocks begin where one of this launch has ended
   const int group = threadIdx.x / kGroupThreads;
   if (group < Tile::kGroups) {
     take_registers<Tile::kRegistersOfCompute>();

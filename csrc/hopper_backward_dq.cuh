@@ -92,7 +92,7 @@ __device__ __forceinline__ void fetch_dq(const HopperDqParams& params, typename 
   }
 }
 
-// Sums out * do over the columns of this warp's rows; writes their statistics to global and shared memory.
+// Sums out * do over the columns of this warp's rows; writes their statistics to shared memory, and to global memory if asked.
 template <class Tile>
 __device__ __forceinline__ void sum_rows(const HopperDqParams& params, typename Tile::Shared& shared, const GroupJob& job,
                                          int batch_head, int group, int stage) {
@@ -116,7 +116,7 @@ __device__ __forceinline__ void sum_rows(const HopperDqParams& params, typename 
       if (row < job.num_rows) {
         const float d_lse = params.d_lse_log2 == nullptr ? 0.0f : shared.d_lse_log2[stage][group][row] * kLog2E;
         row_statistics = {shared.lse_log2[stage][group][row], sum - d_lse};
-        params.delta[first_query + row] = row_statistics.delta;
+        if (params.delta != nullptr) params.delta[first_query + row] = row_statistics.delta;
       }
       shared.statistics[group][row] = row_statistics;
     }
@@ -209,6 +209,7 @@ __device__ __forceinline__ void compute_dq(const HopperDqParams& params, typenam
     }
     skip(job.num_blocks - job.block_end);
 
+    wait_for_previous();  // dq may be in use until then: launched with overlap, see hopper.h
     group_sync(group);
     const float factor[2] = {params.work.scale, params.work.scale};
     store_rows<Tile::kType>(dq, factor, q, Tile::kGroupPanelBytes,

@@ -73,7 +73,7 @@ struct HopperDqParams {
   const float* d_lse_log2;  // [B, H, Lq], contiguous: the gradient of lse_log2; null for zeros
   void* dq;
   Strides dq_strides;
-  float* delta;             // [B, H, Lq], written for the dk/dv pass
+  float* delta;             // [B, H, Lq], written for the dk/dv pass; null where there is none
   HopperWork work;
 };
 

@@ -320,7 +320,7 @@ def test_explained_passes_are_those_that_run(of_an_h100):
     """Two passes when determinism is asked for or heads are few; in one pass groups skip no block."""
     mask = pyramid_mask("block_causal", 1024)
     q = torch.empty(1, 1, 1, 64, dtype=torch.bfloat16).expand(1, 12, mask.num_queries, -1)
-    for x, deterministic in ((q, True), (q[:, :11], False)):
+    for x, deterministic in ((q, True), (q[:, :7], False)):
         names = [line.split(":")[0] for line in explain_module._tiles("hopper", x, mask, False, deterministic)]
         assert names == ["forward", "dq", "dk and dv"]
     line = explain_module._tiles("hopper", q, mask, False, False)[-1]
@@ -359,12 +359,13 @@ def test_heads_in_whose_gradients_others_have_their_sums():
     """Where they are few among all, of one image, and as long as what they hold; with room for every slot."""
     for slots in (1, 2, 5, 6, 21):
         last = hopper.num_last_heads(slots, 4, 96, 700, 700)
-        assert slots / 3 <= last < slots / 3 + 1
+        most = 3 if slots <= 6 else 2
+        assert slots / most <= last < slots / most + 1
     assert hopper.num_last_heads(6, 4, 12, 9451, 9451) == 2, "1024 px, head dim 128"
     assert hopper.num_last_heads(6, 1, 24, 9451, 9451) == 2, "1024 px, head dim 64, one image"
-    assert hopper.num_last_heads(19, 4, 24, 2240, 2240) == 7, "512 px, head dim 64"
+    assert hopper.num_last_heads(19, 4, 24, 2240, 2240) == 10, "512 px, head dim 64"
     assert hopper.num_last_heads(6, 1, 12, 9451, 9451) == 2, "1024 px, head dim 128, one image"
-    assert hopper.num_last_heads(19, 1, 24, 2240, 2240) == 0, "seven of 24 heads"
+    assert hopper.num_last_heads(19, 1, 24, 2240, 2240) == 0, "ten of 24 heads"
     assert hopper.num_last_heads(9, 96, 2, 700, 700) == 0, "of two images"
     assert hopper.num_last_heads(6, 4, 96, 701, 700) == 0, "fewer keys"
 

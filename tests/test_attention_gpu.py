@@ -453,7 +453,7 @@ def test_the_backward_takes_no_memory_of_its_own(pattern, resolution, batch, hea
     held = requested_bytes("current")
     torch.cuda.reset_peak_memory_stats()
     actual = gradients(False)
-    counters = 16 + 8 * batch * heads
+    counters = 40 + 10 * batch * heads  # two a head, of which some are not there: at most a quarter
     assert requested_bytes("peak") - held <= 4 * q.nbytes + 2 * 4 * q[..., 0].numel() + counters
     for x, y in zip(actual, expected, strict=True):
         assert ((x - y).float().norm(dim=(2, 3)) <= 0.01 * y.float().norm(dim=(2, 3))).all()

@@ -226,4 +226,4 @@ def test_sums_in_gradients(tile, name, batch, heads, slots, num_sms, on_cpu, poi
     assert hopper.num_last_heads(slots, batch, heads, mask.num_queries, mask.num_keys) == -(-slots // 3)
     (storage,) = (x for x in made if x.dtype == torch.float32)
     of_heads = 8 * (batch * heads + -(-slots // 3))
-    assert 4 * storage.numel() <= 8 * slots * mask.num_queries + of_heads + 48  # statistics and counters
+    assert 4 * storage.numel() <= 8 * slots * mask.num_queries + of_heads + 56  # statistics and counters

@@ -146,6 +146,7 @@ def num_slots(num_jobs: int, num_heads: int, num_sms: int) -> int:
 
 
 LEAST_SHARE = 4
+FEW_SLOTS = 6
 
 
 def num_last_heads(num_slots: int, batch_size: int, num_heads: int, num_queries: int, num_keys: int) -> int:
@@ -153,9 +154,11 @@ def num_last_heads(num_slots: int, batch_size: int, num_heads: int, num_queries:
 
     Half of a head's sums are there, the others where its dq will be. dq of the last heads takes a pass of its own, so
     that they shall be few among all batch_size * num_heads. Zero where they are not, where the last image has not so
-    many, or where there are fewer keys than queries: then sums have no room, and the two passes are taken.
+    many, or where there are fewer keys than queries: then sums have no room, and the two passes are taken. A head that
+    has two slots waits for heads not far before it, which costs more than another head in that pass unless heads are
+    long, so that there are few slots (reports/log.md).
     """
-    num_last = math.ceil(num_slots / 3)
+    num_last = math.ceil(num_slots / (3 if num_slots <= FEW_SLOTS else 2))
     enough = LEAST_SHARE * num_last <= batch_size * num_heads and num_last <= num_heads and num_queries <= num_keys
     return num_last if enough else 0
 
@@ -274,7 +277,8 @@ def backward(
     if last == 0:
         assert dkdv_tile >= 0, "two passes need a kernel for dk and dv"
         delta, queue = torch.empty_like(lse_log2), _queue(q)
-        _dq_pass(dq_tile, dq_jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta)
+        of_all = d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq
+        _dq_pass(dq_tile, dq_jobs, queue, *of_all, delta.data_ptr(), overlap=False)
         _kernels.hopper_dkdv(
             dkdv_tile,
             _shape(q, k, *intervals, scale),
@@ -287,10 +291,10 @@ def backward(
         return dq, dk, dv
 
     b, h, num_queries, _ = q.shape
-    num_counters = math.ceil((NUM_QUEUES + 2 * (b * h + last)) / 4) * 4
+    num_counters = NUM_QUEUES + 2 * (b * h + last)
+    num_before = math.ceil((num_counters + 2) / 4) * 4
     num_statistics = math.ceil(slots * num_queries / 2) * 4
-    storage = torch.empty(num_counters + num_statistics, dtype=torch.float32, device=q.device)
-    _, statistics = storage.split([num_counters, num_statistics])
+    storage = torch.empty(num_before + num_statistics, dtype=torch.float32, device=q.device)
     _kernels.hopper_backward(
         tile,
         _shape(q, k, *intervals, scale),
@@ -298,13 +302,15 @@ def backward(
         *(_view(x) for x in (q, k, v, out, d_out)),
         *_lse_addresses(lse_log2, d_lse_log2),
         *(_view(x) for x in (dq, dk, dv)),
-        *(statistics.data_ptr(), slots, last),
+        *(storage[num_before:].data_ptr(), slots, last),
         *_where(q),
     )
     of_last = slice(b - 1, b), slice(h - last, h)
     of_heads = (None if x is None else x[of_last] for x in (d_out, d_lse_log2))
     q, k, v, out, lse_log2, dq_of_last = (x[of_last] for x in (q, k, v, out, lse_log2, dq))
-    _dq_pass(dq_tile, dq_jobs, _queue(q), *of_heads, q, k, v, out, lse_log2, intervals, scale, dq_of_last, statistics)
+    queue = storage[num_counters:], False
+    rest = *of_heads, q, k, v, out, lse_log2, intervals, scale, dq_of_last
+    _dq_pass(dq_tile, dq_jobs, queue, *rest, 0, overlap=True)
     return dq, dk, dv
 
 
@@ -315,15 +321,20 @@ def one_pass_heads(q_shape: tuple[int, ...], num_keys: int, num_jobs: int, num_s
     return slots, num_last_heads(slots, batch_size, num_heads, num_queries, num_keys)
 
 
-def _dq_pass(tile, jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta) -> None:
-    """delta: room for that of all queries. queue: of `_queue`."""
+def _dq_pass(
+    tile, jobs, queue, d_out, d_lse_log2, q, k, v, out, lse_log2, intervals, scale, dq, delta, overlap
+) -> None:
+    """delta: the address of room for that of all queries, or 0. queue: as of `_queue`.
+
+    overlap: it may begin while the kernel before it ends, until when dq is in use.
+    """
     _kernels.hopper_dq(
         tile,
         _shape(q, k, *intervals, scale),
         _plan("dq", tile, jobs, q, *queue),
         *(_view(x) for x in (q, k, v, out, d_out)),
         *_lse_addresses(lse_log2, d_lse_log2),
-        *(_view(dq), delta.data_ptr()),
+        *(_view(dq), delta, overlap),
         *_where(q),
     )
 

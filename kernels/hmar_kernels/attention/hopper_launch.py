@@ -313,7 +313,10 @@ class HopperKernels(CompiledKernels):
         rows, columns = {"q": q}, {"k": k, "v": v}
         self._launch("forward", self.hopper_forward_tiles[tile], params, shape, plan, rows, columns, device, stream)
 
-    def hopper_dq(self, tile, shape, plan, q, k, v, out, d_out, lse_log2, d_lse_log2, dq, delta, device, stream):
+    def hopper_dq(
+        self, tile, shape, plan, q, k, v, out, d_out, lse_log2, d_lse_log2, dq, delta, overlap, device, stream
+    ) -> None:
+        del overlap  # NOTE: CuPy launches no kernel before the one queued before it has ended
         params = aligned(HopperDqParams)
         params.lse_log2, params.d_lse_log2, params.delta = lse_log2, d_lse_log2, delta
         params.dq, params.dq_strides = dq[0], Strides(*dq[1])
@@ -371,7 +374,7 @@ class HopperKernels(CompiledKernels):
                 sizes = (shape[1] // 2, num_queries, shape[3], shape[2])
                 strides, box = _bytes(sizes, strides), (sizes[0], SUMS_BOX_ROWS, 1, 1)
                 self._cuda.describe_float32(ctypes.addressof(tensor_map), address, sizes, strides, box)
-        num_counters = NUM_QUEUES + 2 * (num_heads + num_last_heads)
+        num_counters = NUM_QUEUES + 2 * (num_heads + num_last_heads) + 2
         self._launch("backward", tile, params, shape, plan, rows, columns, device, stream, num_counters)
 
     def _launch(self, kind, tile, params, shape, plan, rows, columns, device, stream, num_counters=2) -> None:
