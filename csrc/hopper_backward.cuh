@@ -61,8 +61,8 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
   static constexpr bool kServesAhead = kDqGroup;  // at head dim 128 there is no room
   static constexpr int kStagings = kDqGroup ? 1 : kGroups;
-  // Where keys and values of one job have room, those of the next one are asked for as soon as a buffer has been read for the last
-  // time, and after its first blocks; its slot has been written by then, while the two jobs before it may use theirs.
+  // Where keys and values of one job have room, those of the next one are asked for as soon as a buffer has been read for the
+  // last time, and after its first blocks; its slot has been written by then, while the two jobs before it may use theirs.
   static constexpr bool kNextInPlace = kRowStages == 1;
   static constexpr int kSlots = kNextInPlace ? 3 : kRowStages;
   static_assert(kDqGroup != kNextInPlace, "as the two loops have it");
@@ -71,11 +71,12 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
 
   struct Shared {
     alignas(1024) uint8_t k[kRowStages][kGroups][kPanels][kGroupPanelBytes];
-    alignas(1024) uint8_t v[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // at head dim 64 later the rows of dv, then of dk
+    alignas(1024) uint8_t v[kRowStages][kGroups][kPanels][kGroupPanelBytes];  // at head dim 64 later those of dv, dk
     alignas(1024) uint8_t q[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t d_out[kStages][kPanels][kBlockPanelBytes];
     alignas(1024) uint8_t ds[kExchanges][kGroups][kBlockPanelBytes];  // rows are queries, columns a group's keys
-    alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];  // float32, on the way to the sums; at head dim 128 dv and dk, too
+    // Float32, on the way to the sums; at head dim 128 rows of dv and dk, too.
+    alignas(1024) uint8_t dq[kStagings][kGroupRows * kPanelColumns * 4];
     ServedByWarps<kServesAhead> served;
     alignas(16) RowStatistics statistics[kStages][kBlockN];
     SumsPlace sums[kSlots][2];  // where the halves of a head's sums are
@@ -744,7 +745,9 @@ struct BackwardLoop {
     store_rows<kType>(accumulator, factors, staging, panel_bytes,
                       rows_of(tensor, strides, params.work, batch_head, job.row_begin), strides.row, job.num_rows);
   }
-  __device__ __forceinline__ void store_dv(const BackwardRows<Tile>& rows) const { store(rows.dv, 1.0f, params.dv, params.dv_strides); }
+  __device__ __forceinline__ void store_dv(const BackwardRows<Tile>& rows) const {
+    store(rows.dv, 1.0f, params.dv, params.dv_strides);
+  }
   __device__ __forceinline__ void store_dk(const BackwardRows<Tile>& rows) const {
     store(rows.dk, params.work.scale, params.dk, params.dk_strides);
   }
@@ -831,8 +834,8 @@ struct BackwardLoop {
 
   // The same with dq(b - 1) after dk(b), for which registers suffice only while there is no dp, then s(b + 1) and dp(b + 1). One
   // block late, so that the warpgroups need not keep pace. The first one is a product of whatever lies there and is not
-  // added: leaving it out takes registers that there are not. Keys and values are given back to the fetching warp as soon as they have
-  // been read, and dv is stored while the last dq is computed.
+  // added: leaving it out takes registers that there are not. Keys and values are given back to the fetching warp as soon as they
+  // have been read, and dv is stored while the last dq is computed.
   __device__ __forceinline__ void run_with_dq(BackwardRows<Tile>& rows) {
     float dq[kPanelColumns / 2];
     const auto issue_s = [&] { issue_with_keys(rows.s, 0, kQ + ring.stage * kTileChunks); };

@@ -241,13 +241,15 @@ def _name_cells(ax: Axes, at: float, bottom: float, cells: pd.DataFrame) -> None
 
 
 def draw_resolution(source: Source) -> Figure | None:
-    """Time and memory of an image against its resolution: at the largest batch that all resolutions were measured with,
-    or at the main batch of each."""
+    """Time and memory of an image against its resolution: at the largest batch that all resolutions of both patterns
+    were measured with, or at the main batch of each."""
     rows = source.rows.dropna(subset="ms")
     patterns = [p for p in PATTERNS if rows[rows["pattern"] == p]["resolution"].nunique() > 1]
     if not patterns:
         return None
-    shared = [b for b, part in rows.groupby("batch") if part["resolution"].nunique() == rows["resolution"].nunique()]
+    places = ["pattern", "resolution"]
+    number = len(rows[places].drop_duplicates())
+    shared = [b for b, part in rows.groupby("batch") if len(part[places].drop_duplicates()) == number]
     chosen = source.only(source.rows["batch"] == max(shared)) if shared else source.main_batches()
     panels = [
         [

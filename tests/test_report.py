@@ -321,6 +321,16 @@ def test_lines_are_the_measurements(full):
     plt.close("all")
 
 
+def test_a_batch_that_one_pattern_was_measured_with_is_no_reason_to_leave_the_other_out(full):
+    (source,) = attention_data.load(full)
+    rows = source.rows
+    measured = ~rows["batch"].isin((1, 8)) | (rows["pattern"] == "block_diagonal")
+    source = source.only((rows["head_dim"] == 64) & measured)
+    for ax in panels(attention_plots.draw_resolution(source)).values():
+        assert len(ax.lines) > 1 and ax.get_xlim()[0] < 256 < 1024 < ax.get_xlim()[1]
+    plt.close("all")
+
+
 def test_roofline_has_both_rates_under_both_ceilings(full):
     (source,) = attention_data.load(full)
     figure = attention_plots.draw_roofline(source.only(source.rows["head_dim"] == 64).main_batches())
