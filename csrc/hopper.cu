@@ -235,6 +235,7 @@ cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTen
   const int num_heads = shape.batch_size * shape.num_heads;
   if (num_slots < shape.tail_heads || num_slots > num_heads || shape.num_queries > shape.num_keys) return cudaErrorInvalidValue;
   if (num_last_heads > std::min(num_slots, shape.num_heads) || 3 * num_last_heads < num_slots) return cudaErrorInvalidValue;
+  if (shape.tail_heads > 2 * num_last_heads) return cudaErrorInvalidValue;
   HopperBackwardParams params{};
   cudaError_t error = describe(&params.k, shape, k, shape.num_keys, kGroupRows);
   if (error == cudaSuccess) error = describe(&params.v, shape, v, shape.num_keys, kGroupRows);

@@ -48,8 +48,8 @@ std::vector<HopperTile> hopper_backward_tiles();
 cudaError_t launch_hopper_forward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                   HopperTensor out, float* lse_log2, const float* head_bounds, float logit_bound,
                                   cudaStream_t stream);
-// delta: null where nobody asks for it. overlap: thread blocks may begin before the kernel queued before this one has ended, which
-// must write nothing that they read; dq is written after its end.
+// delta: null where nobody asks for it. overlap: thread blocks may begin before the kernel queued before this one has ended. Until
+// then dq alone is not written: that kernel must write nothing else of what this one reads or writes, its counters included.
 cudaError_t launch_hopper_dq(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                              HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2, HopperTensor dq,
                              float* delta, bool overlap, cudaStream_t stream);
@@ -58,7 +58,8 @@ cudaError_t launch_hopper_dkdv(int tile, const HopperShape& shape, HopperTensor 
                                cudaStream_t stream);
 // Of the last num_last_heads heads, which are of one image, only dk and dv. Sums of the others take dq itself and num_slots of the
 // gradients of those, at most three a head: rows of dq, dk and dv start at multiples of 16 bytes, and there are no fewer keys
-// than queries. statistics: [num_slots, Lq]. After the counters of heads come two more that are left zero: a dq pass may take them.
+// than queries. statistics: [num_slots, Lq]. After kNumQueues counters come two for each of all heads and of num_last_heads more,
+// then two that are set to zero with these and left so, for the dq pass of the last heads.
 cudaError_t launch_hopper_backward(int tile, const HopperShape& shape, HopperTensor q, HopperTensor k, HopperTensor v,
                                    HopperTensor out, HopperTensor d_out, const float* lse_log2, const float* d_lse_log2,
                                    HopperTensor dq, HopperTensor dk, HopperTensor dv, RowStatistics* statistics,

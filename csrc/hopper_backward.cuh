@@ -13,13 +13,14 @@
 // chunks of queries: they round a finished head's sums into dq, then make the slot ready for the head that takes it over: sums of
 // zero, and its statistics (lse, delta). At the beginning and at the end, where there is nothing to compute, all warps do.
 // `ready` counts a head's chunks, `done` its jobs. Chunks and jobs are taken in order by whichever block runs: the first chunk
-// that is not finished waits only for jobs of earlier heads, the first job only for chunks of its own, so no block has to be
-// resident beside another.
+// that is not finished waits only for jobs of earlier heads, the first job only for chunks that wait for such, so no block has
+// to be resident beside another.
 // Slots are in gradients of the last num_last_heads heads, for which no dq is computed and nothing added: the last ones in their
 // dq, which the dq pass writes afterwards, the others in their dk and dv, two a head. With N heads that have sums, head N + i
 // has slots 2 i and 2 i + 1 there, and its jobs begin when heads N + 2 i and N + 2 i + 1, which take over these slots, are
 // ready, whether there are such heads or not: then the sums are rounded.
-// (Jobs of the last tail_heads heads alternate, but these have slots of their own: tail_heads <= num_slots.)
+// (Jobs of the last tail_heads heads alternate. So that none of them waits for one that comes later, they have slots of their
+// own, and none has another one's slots in its gradients: tail_heads <= num_slots, 2 num_last_heads.)
 // Read next: hopper.cu.
 #pragma once
 
@@ -27,7 +28,7 @@
 
 namespace hmar {
 
-// Of half of a head's sums: an index in HopperBackwardParams::sums, head or slot, and batch.
+// Of half of a head's sums: an index in HopperBackwardParams::sums, head and batch.
 struct SumsPlace {
   int32_t tensor, head, batch;
 };
@@ -61,8 +62,9 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
   static constexpr int kExchanges = kDqGroup ? 3 : 2;  // blocks whose ds is in shared memory
   static constexpr bool kServesAhead = kDqGroup;  // at head dim 128 there is no room
   static constexpr int kStagings = kDqGroup ? 1 : kGroups;
-  // Where keys and values of one job have room, those of the next one are asked for as soon as a buffer has been read for the
-  // last time, and after its first blocks; its slot has been written by then, while the two jobs before it may use theirs.
+  // Where the keys and values of one job only have room, the next job's come in their place: its first blocks, up to kStages - 1,
+  // then values, then keys, each as soon as it has been read for the last time. The slot of that job has been written by then,
+  // while the two jobs before it may use theirs.
   static constexpr bool kNextInPlace = kRowStages == 1;
   static constexpr int kSlots = kNextInPlace ? 3 : kRowStages;
   static_assert(kDqGroup != kNextInPlace, "as the two loops have it");
@@ -80,7 +82,8 @@ struct HopperBackwardTile : BackwardTile<kType_, kHeadDim_, kGroups_, kBlockN_, 
     ServedByWarps<kServesAhead> served;
     alignas(16) RowStatistics statistics[kStages][kBlockN];
     SumsPlace sums[kSlots][2];  // where the halves of a head's sums are
-    Barrier rows_full[kRowStages], rows_done[kRowStages], rows_empty[kRowStages];
+    Barrier rows_full[kRowStages], rows_empty[kRowStages];
+    Barrier rows_done[kSlots];  // NOTE: a warp may be done with a job before another one is with the job before
     Barrier values_empty;  // where the next job's come in place: rows_empty is for the keys then
     Barrier full[kStages], empty[kStages];
     Barrier ds_full[kExchanges], ds_empty[kExchanges];
@@ -245,7 +248,7 @@ __device__ __forceinline__ void fetch_backward(const HopperBackwardParams& param
 }
 
 // The warp that tells the others, on all SMs, which jobs are done: their sums are complete in global memory.
-// It arrives at what the next job's keys and results wait for, so that it never falls behind by one.
+// Where rows come in place it arrives at what the next job's keys wait for, so that it never falls behind by two.
 template <class Tile>
 __device__ __forceinline__ void count_jobs(const HopperBackwardParams& params, typename Tile::Shared& shared) {
   RingPosition<Tile::kSlots> slots;
@@ -253,11 +256,8 @@ __device__ __forceinline__ void count_jobs(const HopperBackwardParams& params, t
     barrier_wait(shared.rows_full[rows.stage], rows.parity);
     const int batch_head = shared.slot[slots.stage].head;
     if (batch_head < 0) return;
-    if (Tile::kNextInPlace) {
-      release(shared.rows_done[rows.stage]);
-      release(shared.rows_empty[rows.stage]);
-    }
-    barrier_wait(shared.rows_done[rows.stage], rows.parity);
+    if (Tile::kNextInPlace) release(shared.rows_empty[rows.stage]);
+    barrier_wait(shared.rows_done[slots.stage], slots.parity);
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
       if (!Tile::kNextInPlace) barrier_arrive(shared.rows_empty[rows.stage]);
@@ -657,7 +657,7 @@ __device__ __forceinline__ void compute_dq_sums(const HopperBackwardParams& para
       send_sums<Tile>(params, shared.dq[0], shared.sums[rows.stage], column_begin + block * Tile::kBlockN);
     }
     if (threadIdx.x % 32 == 0) bulk_wait();
-    release(shared.rows_done[rows.stage]);
+    release(shared.rows_done[rows.stage]);  // here as many slots as places of rows
   }
 }
 
@@ -928,7 +928,7 @@ __device__ __forceinline__ void compute_job(const HopperBackwardParams& params, 
     loop.store_dk(rows);
     fence_async_proxy();
   }
-  release(shared.rows_done[row_stage]);
+  release(shared.rows_done[slot]);
 }
 
 template <class Tile>
@@ -960,7 +960,7 @@ __global__ void __launch_bounds__(Tile::kNumThreads, Tile::kBlocksPerSM)
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kGroups, kDqWarps = Tile::kDqGroup ? 4 : 0;
     constexpr int kCounting = Tile::kNextInPlace;  // the warp that counts jobs
-    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_done, kWarps + kDqWarps + kCounting);
+    barriers_init(shared.rows_full, 1), barriers_init(shared.rows_done, kWarps + kDqWarps);
     barriers_init(shared.rows_empty, Tile::kNextInPlace ? kWarps + kCounting : 1), barrier_init(shared.values_empty, kWarps);
     barriers_init(shared.full, 1 + 32);  // the copy engine's arrival, and every lane's for the statistics
     barriers_init(shared.empty, kWarps);

@@ -43,12 +43,12 @@ struct HopperWork {
   const int32_t* key_end;    // [Lq]
   const int32_t* jobs;       // [num_jobs, kJobInts]
   // Zero at the launch. Items beyond the first of each block are taken from the first of two counters; the second counts blocks
-  // that have found no more, and the last of these sets both to zero. (The one-pass backward has kNumQueues and those of the
-  // heads, and leaves them as they come out.)
+  // that have found no more, and the last of these sets both to zero. (The one-pass backward has kNumQueues, those of the heads,
+  // which it leaves as they come out, and then two that it does not touch.)
   int32_t* next_item;
   int32_t num_jobs, num_items, num_heads;
   int32_t num_queries;
-  int32_t tail_heads;  // at least 1; in the one-pass backward at most num_slots
+  int32_t tail_heads;  // at least 1; in the one-pass backward at most num_slots and 2 num_last_heads
   float scale;
 };
 
@@ -87,7 +87,8 @@ struct HopperDkdvParams {
   HopperWork work;
 };
 
-// How far a head has come, in the one-pass backward; zero at the launch.
+// How far a head has come, in the one-pass backward; zero at the launch. Of a number that no head has: `ready` counts chunks of the
+// head that had its slot, whose sums are rounded.
 struct HeadProgress {
   int32_t ready;  // chunks of queries whose sums are zero and whose statistics are written
   int32_t done;   // jobs whose products are in the sums

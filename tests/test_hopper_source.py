@@ -60,6 +60,7 @@ class Driver:
 
     def __init__(self, library, last_thread_first):
         self.library, self.last_thread_first, self.side_by_side = library, last_thread_first, False
+        self.late_warp = -1
 
     def num_sms(self, device):
         return NUM_SMS
@@ -81,7 +82,7 @@ class Driver:
         ctypes.memset(address, 0, num_bytes)
 
     def launch(self, function, blocks, threads, shared_bytes, stream, params):
-        schedule = self.last_thread_first, self.side_by_side
+        schedule = self.last_thread_first, self.side_by_side, self.late_warp
         if function.startswith(b"backward"):
             self._allow_copies(hopper_launch.HopperBackwardParams.from_address(params), int(function.split(b"_")[1]))
         failure = self.library.run_on_cpu(function, ctypes.c_void_p(params), blocks, *schedule)
@@ -227,3 +228,27 @@ def test_sums_in_gradients(tile, name, batch, heads, slots, num_sms, on_cpu, poi
     (storage,) = (x for x in made if x.dtype == torch.float32)
     of_heads = 8 * (batch * heads + -(-slots // 3))
     assert 4 * storage.numel() <= 8 * slots * mask.num_queries + of_heads + 56  # statistics and counters
+
+
+LATE_MASKS = {
+    "one block a job": SpanMask.full(60, 384),
+    "keys that nobody sees": SUMS_MASKS["keys that nobody sees"],
+    "some blocks": SpanMask.from_intervals([0] * 150, [384] * 150, num_keys=384),
+}
+
+
+ROLES = ("computes", "computes, of the second group", "fetches", "counts", "serves")
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("name", LATE_MASKS)
+@pytest.mark.parametrize("tile", TABLE["backward"], ids=ids)
+def test_one_pass_whatever_warp_is_late(tile, name, role, on_cpu, poisoned_memory):
+    """One warp is behind all others by as much as can be, after every arrival at a barrier and every wait."""
+    computing = 4 * (tile[1] + (tile[0] == 64))  # warps, with those of dq
+    late_warp = dict(zip(ROLES, (0, 5, computing, computing + 1, computing + 2), strict=True))[role]
+    on_cpu.setattr(hopper, "LEAST_SHARE", 0)
+    on_cpu.setattr(hopper, "num_slots", lambda *_: 3)
+    on_cpu.setattr(hopper._kernels._cuda, "side_by_side", True)
+    on_cpu.setattr(hopper._kernels._cuda, "late_warp", late_warp)
+    check(LATE_MASKS[name], torch.bfloat16, tile[0], None, one_pass(tile), 1, 6)

@@ -5,6 +5,7 @@ NVRTC itself needs no GPU: it comes with PyTorch's CUDA builds, or with CuPy. te
 
 import contextlib
 import ctypes
+import inspect
 import os
 import re
 import shutil
@@ -79,6 +80,15 @@ def real_compiler():
         # NOTE: it comes with PyTorch's CUDA builds, so that in continuous integration nothing goes unchecked unseen.
         give_up = pytest.fail if os.environ.get("CI") else pytest.skip
         give_up(f"no NVRTC through cuda-bindings: {error}")
+
+
+def test_the_dq_pass_writes_nothing_of_others_before_it_waits():
+    """It may begin before the kernel that has sums in the same dq has ended: where it is called and how, see below."""
+    text = (ROOT / "csrc" / "hopper_backward_dq.cuh").read_text()
+    body = text[text.index("void compute_dq(") :]
+    assert text.count("params.dq,") == text.count("store_rows<") == 1
+    assert 0 < body.index("wait_for_previous();") < body.index("store_rows<")
+    assert "if (params.delta != nullptr) params.delta[" in text
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -647,8 +657,16 @@ def on_hopper(kernels, monkeypatch):
         (70, 8, None, False, ["dq", "dkdv"]),
     ],
 )
-def test_passes_that_attention_takes(on_hopper, length, heads, deterministic, by_torch, passes, compiled):
+def test_passes_that_attention_takes(on_hopper, length, heads, deterministic, by_torch, passes, compiled, monkeypatch):
     torch._dynamo.reset()
+    overlaps, launch_dq = [], on_hopper.hopper_dq
+    arguments = list(inspect.signature(launch_dq).parameters)
+
+    def record(*given):
+        overlaps.append(given[arguments.index("overlap")])
+        launch_dq(*given)
+
+    monkeypatch.setattr(on_hopper, "hopper_dq", record)
     mask = SpanMask.full(8, length)
     q, k, v = (torch.zeros(1, heads, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (8, length, length))
 
@@ -664,6 +682,7 @@ def test_passes_that_attention_takes(on_hopper, length, heads, deterministic, by
         torch.use_deterministic_algorithms(was_deterministic)
     assert [x.shape for x in gradients] == [q.shape, k.shape, v.shape]
     assert [call[0] for call in on_hopper._cuda.calls if call[0] != "zero"] == ["forward", *passes]
+    assert overlaps == [passes == ["backward", "dq"]], "only what the kernel before it does not write may be read early"
 
 
 def test_compiled_attention_sees_a_changed_setting(on_hopper):

@@ -56,9 +56,9 @@ extern "C" void describe(uint64_t* tensor_map, const void* data, int rank, const
 // In the next launch copies without a tensor map are from such ranges only; from anywhere where none is named.
 extern "C" void allow_copies_from(const uint8_t* begin, const uint8_t* end) { readable.emplace_back(begin, end); }
 
-// Null, or what went wrong. Blocks run one after the other, or side by side.
+// Null, or what went wrong. Blocks run one after the other, or side by side. late_warp: of each block, -1 for none.
 extern "C" const char* run_on_cpu(const char* name, const void* params, int num_blocks, bool last_thread_first,
-                                  bool side_by_side) {
+                                  bool side_by_side, int late_warp) {
   static Cluster cluster;
   const Kernel& kernel = *find(name);
   cluster.failure = kernel.shared_bytes > SHARED_BYTES ? "more shared memory than there is" : "";
@@ -68,7 +68,7 @@ extern "C" const char* run_on_cpu(const char* name, const void* params, int num_
   gridDim.x = unsigned(num_blocks);
   const int at_once = side_by_side ? num_blocks : 1;
   for (int block = 0; block < num_blocks && cluster.failure.empty(); block += at_once) {
-    run_cluster(cluster, block, at_once, kernel.num_threads, int(kernel.shared_bytes), {last_thread_first, last_thread_first});
+    run_cluster(cluster, block, at_once, kernel.num_threads, int(kernel.shared_bytes), {last_thread_first, last_thread_first, late_warp});
   }
   maps.clear();
   return cluster.failure.empty() ? nullptr : cluster.failure.c_str();

@@ -89,6 +89,7 @@ struct Thread {
   std::function<bool()> ready;  // empty when it can run
   bool done = false;
   bool asleep = false;
+  bool held = false;    // until nothing else can go on
   bool waited = false;  // for the kernel before
   std::vector<Product> open;
   std::deque<std::vector<Product>> groups;
@@ -131,6 +132,7 @@ struct Cluster {
   std::string failure;
   std::function<void()> kernel;
   bool copies_are_late = false;
+  int late_warp = -1;  // of each block: after every arrival at a barrier, and wait for one, it goes on only when nothing else can
   uint32_t random = 1;
   std::vector<std::pair<const uint8_t*, const uint8_t*>> readable;  // by copies without a tensor map; empty where not known
 };
@@ -321,10 +323,16 @@ inline void complete(Barrier& barrier) {
   }
 }
 inline void barrier_init(Barrier& barrier, int arrivals) { barrier = {arrivals, arrivals, 0, 0}; }
+inline void fall_behind() {
+  if (int(threadIdx.x / WARP_SIZE) != cluster->late_warp) return;
+  this_thread().held = true;
+  swapcontext(&this_thread().context, &cluster->scheduler);
+}
 inline void barrier_arrive(Barrier& barrier) {
   if (barrier.pending == 0) fail("more arrivals than a barrier expects");
   --barrier.pending;
   complete(barrier);
+  fall_behind();
 }
 inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
   barrier.bytes += bytes;
@@ -332,6 +340,7 @@ inline void barrier_arrive_expecting(Barrier& barrier, int bytes) {
 }
 inline void barrier_wait(Barrier& barrier, uint32_t parity) {
   wait_until([&barrier, parity] { return (barrier.phase & 1) != parity; });
+  fall_behind();
 }
 inline void barrier_arrive_at(Barrier& barrier, int rank) {
   barrier_arrive(*reinterpret_cast<Barrier*>(at_rank(&barrier, rank)));
@@ -706,7 +715,7 @@ inline bool advance_block(bool last_thread_first) {
     for (int i = 0; i < num_threads; ++i) {
       threadIdx.x = last_thread_first ? num_threads - 1 - i : i;
       Thread& thread = this_thread();
-      if (thread.done || (thread.ready && !thread.ready())) continue;
+      if (thread.done || thread.held || (thread.ready && !thread.ready())) continue;
       thread.ready = nullptr;
       show_previous(thread.waited);
       const bool slept = std::exchange(thread.asleep, false);
@@ -724,6 +733,7 @@ inline bool ended(const Block& block) {
 
 struct Schedule {
   bool last_thread_first, copies_are_late;
+  int late_warp = -1;  // as in Cluster
 };
 
 // One cluster, whose first block has this index; or clusters of a size that wait for each other.
@@ -733,6 +743,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
   run.size = cluster_size ? cluster_size : num_blocks;
   run.barriers.clear();
   run.copies_are_late = schedule.copies_are_late;
+  run.late_warp = schedule.late_warp;
   run.blocks.resize(num_blocks);
   for (Block& block : run.blocks) {
     block.shared_memory.assign(shared_bytes, 0xff);  // NaN in every format
@@ -743,7 +754,7 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
     block.copies.clear();
     for (Thread& thread : block.threads) {
       thread.ready = nullptr;
-      thread.done = thread.waited = thread.asleep = false;
+      thread.done = thread.waited = thread.asleep = thread.held = false;
       thread.open.clear();
       thread.groups.clear();
       thread.additions.clear();
@@ -778,7 +789,12 @@ inline void run_cluster(Cluster& run, int first_block, int num_blocks, int num_t
     block.copies.erase(chosen);
     return true;
   };
-  while (in_turn(advance) || in_turn(land_copies)) {
+  const auto go_on = [](Block& block) {
+    bool any = false;
+    for (Thread& thread : block.threads) any |= std::exchange(thread.held, false);
+    return any;
+  };
+  while (in_turn(advance) || in_turn(land_copies) || in_turn(go_on)) {
   }
   show_previous(true);
   if (!run.failure.empty()) return;

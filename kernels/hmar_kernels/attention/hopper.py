@@ -298,7 +298,7 @@ def backward(
     _kernels.hopper_backward(
         tile,
         _shape(q, k, *intervals, scale),
-        _plan("backward", tile, key_jobs, q, storage, True, slots, ONE_PASS_TAIL_JOBS),
+        _plan("backward", tile, key_jobs, q, storage, True, min(slots, 2 * last), ONE_PASS_TAIL_JOBS),
         *(_view(x) for x in (q, k, v, out, d_out)),
         *_lse_addresses(lse_log2, d_lse_log2),
         *(_view(x) for x in (dq, dk, dv)),
