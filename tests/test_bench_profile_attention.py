@@ -98,7 +98,7 @@ def test_launches_belong_to_the_cells_in_their_order():
     pairs, later = 286_434 * 64 * 16, 24_587_383
     assert [row["pairs"] for row in rows] == [pairs] * 4 + [later * 96] * 3 + [later * 3]
     assert [row["flops"] / 64 for row in rows[:4]] == [4 * pairs, 4 * pairs, 6 * pairs, 8 * pairs]
-    # One pass leaves dq of the last three heads to a pass of its own.
+    # The one pass left dq of the last three heads to a pass of its own.
     assert rows[6]["flops"] == 64 * (10 * later * 96 - 2 * later * 3) and rows[7]["flops"] == 64 * 6 * later * 3
     assert {k: rows[0][k] for k in ("resolution", "batch", "heads", "head_dim", "dtype")} == {
         "resolution": 256, "batch": 64, "heads": 16, "head_dim": 64, "dtype": "bfloat16",
